@@ -1,0 +1,144 @@
+"""One configuration class per stage, and the pipeline of stages that `run` executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from exo_megatron.config.sections import (
+    BatchConfig,
+    ComputeConfig,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PositiveInt,
+    RewardConfig,
+    SamplingConfig,
+    SaveConfig,
+    Section,
+)
+
+
+class StageConfig(Section):
+    """What every stage has."""
+
+    output: Path = Field(description="directory that the stage writes")
+    seed: int = 0
+
+
+class ImportConfig(StageConfig):
+    """HF checkpoint directory -> distributed checkpoint."""
+
+    hf: Path
+    dtype: Literal["keep", "fp32", "bf16"] = "keep"
+
+
+class ExportConfig(StageConfig):
+    """Distributed checkpoint -> HF checkpoint directory."""
+
+    model: ModelConfig
+    dtype: Literal["keep", "fp32", "bf16"] = "keep"
+
+
+class SftConfig(StageConfig):
+    """Supervised fine-tuning on the chosen completion of each record."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    batch: BatchConfig = BatchConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+
+
+class RolloutConfig(StageConfig):
+    """K candidates per prompt from one policy."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    log: LogConfig = LogConfig()
+
+
+class ScoreConfig(StageConfig):
+    """One reward per candidate."""
+
+    candidates: Path = Field(description="output directory of `rollout`, or a candidates JSONL file")
+    reward: RewardConfig
+    log: LogConfig = LogConfig()
+
+
+class AlignConfig(StageConfig):
+    """EXO or DPO training on groups."""
+
+    model: ModelConfig
+    reference: ModelConfig | None = Field(None, description="default: the checkpoint that training starts from")
+    reference_logprobs: Literal["stored", "live"] = "stored"
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+    candidates: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="K that every group must have; default: any K >= 2, which may differ between groups"
+    )
+
+
+class EvaluateConfig(StageConfig):
+    """Mean reward and sequence-level KL to the reference policy of one or more checkpoints."""
+
+    models: dict[str, Path] = Field(description="name -> checkpoint, or a training output (every step in it)")
+    reference: ModelConfig
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig
+    parallel: ParallelConfig = ParallelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    log: LogConfig = LogConfig()
+    sample_texts: PositiveInt = Field(4, description="prompts whose samples are shown in the report")
+
+
+StageName = Literal["import", "sft", "rollout", "score", "align", "evaluate", "export"]
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "import": ImportConfig,
+    "sft": SftConfig,
+    "rollout": RolloutConfig,
+    "score": ScoreConfig,
+    "align": AlignConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
+
+
+class PipelineStage(Section):
+    """One entry of a `run` file. `config` is checked against the stage's class before anything runs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="unique; the default output is OUTPUT/NAME")
+    stage: StageName
+    config: dict[str, Any] = {}
+
+
+class RunConfig(Section):
+    """A pipeline: stages in order. `defaults` are merged under each stage that has such a section.
+
+    Inside stage configs `${output}` stands for the run's output directory and `${NAME}` for the output
+    directory of the stage called NAME.
+    """
+
+    output: Path
+    seed: int = 0
+    defaults: dict[str, Any] = {}
+    stages: list[PipelineStage] = Field(min_length=1)
