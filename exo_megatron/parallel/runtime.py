@@ -1,0 +1,104 @@
+"""The world of one program run: its process group, this process's rank and device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from exo_megatron.errors import TopologyError
+from exo_megatron.parallel import cpu_backend
+from exo_megatron.parallel.launcher import Launch, Launcher, detect_launch
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+"""Longer than rank 0 may need to read data or write a large checkpoint while the others wait."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One per process, for the whole program."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    launcher: Launcher
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0 of the world, which prints and writes files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank of the world."""
+        dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """The value of rank `source` (pickled), on every rank of the world."""
+        box = [value]
+        dist.broadcast_object_list(box, src=source)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T] | None:
+        """The values of all ranks in rank order, on rank 0; None elsewhere."""
+        box: list[T | None] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, box, dst=0)
+        return None if box is None else [item for item in box if item is not None]
+
+
+@contextmanager
+def distributed_runtime() -> Iterator[Runtime]:
+    """Join the world that the launcher made: NCCL with one CUDA device per process, gloo without CUDA.
+
+    Raises TopologyError if the launcher's variables are incomplete or there are fewer devices than local ranks.
+    The group is destroyed at the end; after an exception it is left to the process's exit, because peers may be
+    waiting in a collective.
+    """
+    launch = detect_launch()
+    device = _choose_device(launch)
+    cpu_backend.install()
+    _join(launch, device)
+    yield Runtime(launch.rank, launch.world_size, launch.local_rank, device, launch.launcher)
+    dist.destroy_process_group()
+
+
+def _choose_device(launch: Launch) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # Slurm may bind one device to each task, which then is device 0 of every task.
+    index = 0 if count == 1 and launch.launcher == "slurm" else launch.local_rank
+    if index >= count:
+        raise TopologyError(
+            "launcher",
+            f"local rank {launch.local_rank} has no CUDA device ({count} visible)",
+            expected=f"at most {count} processes on this node",
+            fix="start one process per GPU",
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(launch: Launch, device: torch.device) -> None:
+    if launch.launcher == "single":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        return
+    os.environ["MASTER_ADDR"] = launch.master_addr
+    os.environ["MASTER_PORT"] = str(launch.master_port)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method="env://",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
