@@ -1,0 +1,155 @@
+"""Files that are either whole or absent, JSON and JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from exo_megatron.errors import DataError
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+@contextmanager
+def atomic_open(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under `path` only when the block ends without an exception.
+
+    The content goes to a hidden file in the same directory (made where missing), is flushed to the disk, and is
+    renamed over `path`. Text is UTF-8 with `\\n` line ends. After an exception the old file, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+    try:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of a text file atomically."""
+    with atomic_open(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON value atomically, indented; NaN and infinities are a ValueError."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON value; a missing, unreadable or malformed file is a DataError."""
+    data = _read_bytes(path)
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            str(path), f"is not JSON ({error})", expected="one JSON value in UTF-8", fix="restore or remake the file"
+        ) from None
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> None:
+    """Write one JSON value per line atomically; NaN and infinities are a ValueError."""
+    with atomic_open(path) as file:
+        for record in records:
+            file.write(json_line(record))
+
+
+def json_line(record: object) -> str:
+    """One record of a JSON-lines file, with its line end."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The non-empty lines of a UTF-8 file as (number from 1, text without line end), read as they are asked for.
+
+    Lines end at a line feed only, so that the other separators of Unicode may stand inside JSON strings.
+    A missing or unreadable file and invalid UTF-8 are DataErrors; the latter names the line.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = _decode(line, f"{path}:{number}")
+                text = (text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text).rstrip("\r\n")
+                if text.strip():
+                    yield number, text
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file as (line number, object); a malformed line is a DataError naming it."""
+    for number, line in read_lines(path):
+        yield number, parse_json_object(line, f"{path}:{number}")
+
+
+def parse_json_object(line: str, where: str) -> dict[str, Any]:
+    """One JSON object; anything else is a DataError at `where`."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            where, f"is not JSON ({error})", expected="one JSON object per line", fix="correct or remove the line"
+        ) from None
+    if not isinstance(value, dict):
+        raise DataError(
+            where,
+            f"is a JSON {type(value).__name__}",
+            expected="one JSON object per line",
+            fix="correct or remove the line",
+        )
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            where,
+            f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8",
+            expected="UTF-8 text",
+            fix="convert the file to UTF-8, for example with iconv",
+        ) from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        str(path),
+        f"cannot be read ({error.strerror})",
+        expected="a readable file",
+        fix="check the path and its permissions",
+    )
