@@ -1,0 +1,198 @@
+"""Runs checks inside a group of processes: one start of the group, many checks, results back through files.
+
+A check is a function `name(runtime, **arguments)` of an importable module, called on every rank in the same order.
+What it returns is saved with `torch.save` and given to the test of the parent process, which asserts. A check that
+raises on any rank, or outlasts its time, ends the group: that check fails with the tracebacks of its ranks, and the
+group starts again with the checks that have not run.
+
+    outcomes = run_checks(2, [Check("sum", "tests.multiprocess.checks_x:sum_of_ranks", {"add": 1})], tmp_path)
+    per_rank = outcomes["sum"].values()
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_SECONDS = 180.0  # importing torch and megatron-core in several processes on a busy machine
+
+
+@dataclass(frozen=True)
+class Check:
+    """`function` is "module:name"; `arguments` must pickle."""
+
+    name: str
+    function: str
+    arguments: dict[str, Any]
+
+
+class WorldFailure(AssertionError):
+    """A check did not finish on every rank."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Per rank what the check returned, or why there is nothing."""
+
+    name: str
+    results: tuple[Any, ...]
+    failure: str | None
+
+    def values(self) -> tuple[Any, ...]:
+        """What each rank returned, in rank order. Raises WorldFailure with the ranks' tracebacks."""
+        if self.failure is not None:
+            raise WorldFailure(f"{self.name}: {self.failure}")
+        return self.results
+
+
+def run_checks(
+    world_size: int, checks: Sequence[Check], directory: Path, *, check_seconds: float = 60.0
+) -> dict[str, Outcome]:
+    """Run every check in groups of `world_size` processes. `directory` receives logs and results."""
+    outcomes: dict[str, Outcome] = {}
+    start = 0
+    while len(outcomes) < len(checks):
+        remaining = list(checks[len(outcomes) :])
+        folder = directory / f"world{world_size}-start{start}"
+        folder.mkdir(parents=True)
+        torch.save(remaining, folder / "checks.pt")
+        problem = _run_group(world_size, folder, START_SECONDS + check_seconds * len(remaining))
+        finished = [_collect(world_size, folder, index, check) for index, check in enumerate(remaining)]
+        complete = [outcome for outcome in finished if outcome is not None]
+        if len(complete) < len(remaining):  # the group ended inside this check
+            stopped = remaining[len(complete)]
+            complete.append(Outcome(stopped.name, (), f"{problem}\n{_logs(world_size, folder)}"))
+        outcomes |= {outcome.name: outcome for outcome in complete}
+        start += 1
+    return outcomes
+
+
+def worker_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set, with one thread per process and the repository on the path."""
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start_group(world_size: int, command: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Start `command` once per rank, each in its own session, output to folder/rankN.log."""
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        with (folder / f"rank{rank}.log").open("ab") as log:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=worker_environment(rank, world_size, port),
+                    cwd=REPOSITORY,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    return processes
+
+
+def kill_group(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL to every rank and to what it started; waits until they are gone."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def wait_group(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> str | None:
+    """Wait for all ranks. Returns None if all ended with 0, else what went wrong; nothing is left running."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        failed = [f"rank {rank} ended with {code}" for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            time.sleep(1.0)  # the other ranks may have something to say, too
+            kill_group(processes)
+            return ", ".join(failed)
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+    kill_group(processes)
+    return f"no end after {seconds:.0f} s"
+
+
+def _run_group(world_size: int, folder: Path, seconds: float) -> str | None:
+    command = [sys.executable, "-m", "tests.multiprocess.harness", str(folder)]
+    return wait_group(start_group(world_size, command, folder), seconds)
+
+
+def _collect(world_size: int, folder: Path, index: int, check: Check) -> Outcome | None:
+    paths = [_result_path(folder, index, rank) for rank in range(world_size)]
+    if not all(path.exists() for path in paths):
+        return None
+    return Outcome(check.name, tuple(torch.load(path, weights_only=False) for path in paths), None)
+
+
+def _logs(world_size: int, folder: Path) -> str:
+    lines = []
+    for rank in range(world_size):
+        tail = (folder / f"rank{rank}.log").read_text(errors="replace").splitlines()[-40:]
+        lines += [f"--- rank {rank}", *tail]
+    return "\n".join(lines)
+
+
+def _result_path(folder: Path, index: int, rank: int) -> Path:
+    return folder / f"result{index:03d}-rank{rank}.pt"
+
+
+def _work(folder: Path) -> None:
+    """One rank: every check in order; the first that raises ends the process at once, so that no peer waits long."""
+    torch.set_num_threads(1)
+    from exo_megatron.parallel.runtime import distributed_runtime
+
+    checks: list[Check] = torch.load(folder / "checks.pt", weights_only=False)
+    with distributed_runtime() as runtime:
+        for index, check in enumerate(checks):
+            module, _, name = check.function.partition(":")
+            try:
+                value = vars(importlib.import_module(module))[name](runtime, **check.arguments)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            path = _result_path(folder, index, runtime.rank)
+            torch.save(value, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+            runtime.barrier()
+
+
+if __name__ == "__main__":
+    # Check was pickled as tests.multiprocess.harness.Check, so the work is done by the module of that name.
+    importlib.import_module("tests.multiprocess.harness")._work(Path(sys.argv[1]))

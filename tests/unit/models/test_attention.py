@@ -1,0 +1,151 @@
+"""Core attention over candidate groups, against softmax(q k^T) under a dense mask, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from exo_megatron.models.attention import group_attention
+from exo_megatron.models.attention_kernels import BatchedKernels, _plain_backward, _plain_forward
+from exo_megatron.models.layout import GroupLayout, build_layout
+
+SCALE = 0.37  # not 1/sqrt(d), so that an ignored scale is seen
+
+RAGGED = ([(5, (3, 7, 1, 3)), (1, (4,)), (9, (2, 2, 6)), (2, (1, 1))], 8)
+LAYOUTS = {
+    "ragged groups and padding": RAGGED,
+    "one group of one": ([(3, (2,))], 1),
+    "one-token prompt and answers": ([(1, (1, 1))], 1),
+    "equal lengths, no padding": ([(4, (4, 4)), (4, (4, 4))], 4),
+    "padding only": ([], 4),
+}
+
+
+def make_layout(groups: list[tuple[int, tuple[int, ...]]], multiple: int) -> GroupLayout:
+    return build_layout([[7] * p for p, _ in groups], [[[8] * r for r in rs] for _, rs in groups], multiple=multiple)
+
+
+def visible(groups: list[tuple[int, tuple[int, ...]]], row_length: int) -> Tensor:
+    """[S, S] which key each query sees, from the definition: its own segment up to itself, and its own prompt."""
+    mask = torch.zeros(row_length, row_length, dtype=torch.bool)
+
+    def causal(start: int, length: int) -> None:
+        mask[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+
+    start = 0
+    for prompt, responses in groups:
+        causal(start, prompt)
+        first = start + prompt
+        for response in responses:
+            causal(first, response)
+            mask[first : first + response, start : start + prompt] = True
+            first += response
+        start = first
+    causal(start, row_length - start)
+    return mask
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """[S, hq, d] softmax attention with each key/value head repeated for its consecutive query heads."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def random_qkv(rows: int, heads: int, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows + heads)
+    tensors = [torch.randn(rows, h, 16, generator=generator, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+def compare(
+    groups: list[tuple[int, tuple[int, ...]]], layout: GroupLayout, qkv: list[Tensor], tolerance: float
+) -> None:
+    """Output and the gradients of q, k, v for a random upstream gradient; error relative to the largest entry."""
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in qkv]
+    expected = dense_attention(*exact, visible(groups, layout.row_length))
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected.backward(upstream)
+    output = group_attention(*qkv, layout, SCALE)
+    output.backward(upstream.to(output.device, output.dtype))
+    pairs = {"output": (output, expected)}
+    pairs |= {name: (ours.grad, theirs.grad) for name, ours, theirs in zip("qkv", qkv, exact, strict=True)}
+    for name, (ours, theirs) in pairs.items():
+        error = (ours.detach().double().cpu() - theirs.detach()).abs().max() / theirs.detach().abs().max()
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_against_dense_mask(name: str, heads: int, kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+    groups, multiple = LAYOUTS[name]
+    layout = make_layout(groups, multiple)
+    compare(groups, layout, random_qkv(layout.row_length, heads, kv_heads, dtype), tolerance)
+
+
+def test_bf16_stays_within_its_rounding() -> None:
+    layout = make_layout(*RAGGED)
+    compare(RAGGED[0], layout, random_qkv(layout.row_length, 4, 2, torch.bfloat16), 2e-2)
+
+
+def test_long_rows_cross_the_kernels_blocks() -> None:
+    """Segments longer than the flash kernel's query and key blocks (32 to 512 rows)."""
+    groups = [(530, (45, 300)), (33, (513,))]
+    layout = make_layout(groups, 1)
+    compare(groups, layout, random_qkv(layout.row_length, 2, 1, torch.float64), 1e-12)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    """Scores of several hundred: only the log-sum-exp form survives."""
+    layout = make_layout(*RAGGED)
+    query, key, value = random_qkv(layout.row_length, 4, 2, torch.float64)
+    big = [(query.detach() * 20).requires_grad_(), (key.detach() * 20).requires_grad_(), value]
+    compare(RAGGED[0], layout, big, 1e-11)
+
+
+def test_inputs_are_not_modified() -> None:
+    layout = make_layout(*RAGGED)
+    qkv = random_qkv(layout.row_length, 4, 2, torch.float32)
+    before = [tensor.detach().clone() for tensor in qkv]
+    upstream = torch.ones(layout.row_length, 4, 16)
+    group_attention(*qkv, layout, SCALE).backward(upstream)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(qkv, before, strict=True))
+    assert torch.equal(upstream, torch.ones_like(upstream))
+
+
+def test_other_groups_and_candidates_do_not_leak() -> None:
+    """Changing one candidate changes no other row, neither output nor gradient, bit for bit."""
+    groups, multiple = RAGGED
+    layout = make_layout(groups, multiple)
+    qkv = random_qkv(layout.row_length, 4, 2, torch.float32)
+    changed = [tensor.detach().clone() for tensor in qkv]
+    rows = slice(8, 15)  # the second candidate of the first group: prompt 0..4, y_1 5..7, y_2 8..14
+    for tensor in changed:
+        tensor[rows] += 1.0
+    before = group_attention(*qkv, layout, SCALE)
+    after = group_attention(*changed, layout, SCALE)
+    others = torch.ones(layout.row_length, dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[rows], after[rows])
+
+
+def test_plain_kernels_equal_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix-product kernels that fp32 uses on CUDA."""
+    kernels = BatchedKernels(_plain_forward, _plain_backward)
+    monkeypatch.setattr("exo_megatron.models.attention.kernels_for", lambda query: kernels)
+    layout = make_layout(*RAGGED)
+    compare(RAGGED[0], layout, random_qkv(layout.row_length, 6, 2, torch.float64), 1e-13)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 5e-6)])
+def test_cuda_against_dense_mask(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    groups, multiple = LAYOUTS[name]
+    layout = make_layout(groups, multiple).to(torch.device("cuda"))
+    compare(groups, layout, random_qkv(layout.row_length, 4, 2, dtype, "cuda"), tolerance)
