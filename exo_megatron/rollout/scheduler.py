@@ -1,0 +1,172 @@
+"""Continuous batching: which candidates and prompts go through the model in each pass. Pure Python.
+
+A prompt is admitted when candidate slots are free: its tokens are prefilled once, and the last row's logits give
+the first token of all its K candidates. They take candidate slots as these become free (all at once, unless K is
+larger than the limit), feed one token a pass, and leave at the end of sequence or at the length limit. Every rank of
+a model-parallel group runs its own scheduler on the same draws and so arrives at the same passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+PROMPT_SLOT_FACTOR = 2
+"""Prompt slots per max_active / K: a prompt stays while its slowest candidate runs, when others have left."""
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class ActivePrompt:
+    """A prompt in the cache. index: place in the caller's list."""
+
+    index: int
+    tokens: tuple[int, ...]
+    slot: int = -1
+    unfinished: int = 0
+
+
+@dataclass(eq=False)
+class ActiveCandidate:
+    """A candidate that has been begun. tokens: drawn so far; logprob: their sum in nats."""
+
+    prompt: ActivePrompt
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass does, in this order: move cache slots, run the rows, draw one token for each of `draws`.
+
+    active: candidates in the order of their slots 0..m-1. prompts: all prompts in the cache in the order of their
+    slots, `admitted` among them. draws: candidate and row it is drawn from (0..m-1 the active ones, then one row
+    per admitted prompt), row by row.
+    """
+
+    candidate_moves: tuple[tuple[int, int], ...]
+    prompt_moves: tuple[tuple[int, int], ...]
+    active: tuple[ActiveCandidate, ...]
+    prompts: tuple[ActivePrompt, ...]
+    admitted: tuple[ActivePrompt, ...]
+    draws: tuple[tuple[ActiveCandidate, int], ...]
+
+
+class Scheduler:
+    """Call `next_pass`, then `accept` with the drawn tokens, until `next_pass` returns None."""
+
+    def __init__(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        candidates: int,
+        max_new_tokens: int,
+        max_active: int,
+        max_prefill_tokens: int,
+        eos_id: int,
+    ) -> None:
+        """prompts: token ids. candidates: K. max_active: candidate slots. max_prefill_tokens: prompt tokens that
+        one pass admits (a longer prompt is admitted alone)."""
+        # Longest first: prompts in the cache at the same time are then about equally long, and attention reads
+        # every prompt slot up to the longest one.
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        self._waiting = deque(ActivePrompt(index, prompts[index], unfinished=candidates) for index in order)
+        self._ready: deque[ActiveCandidate] = deque()
+        self._active: list[ActiveCandidate | None] = []
+        self._resident: list[ActivePrompt | None] = []
+        self._draws: tuple[tuple[ActiveCandidate, int], ...] = ()
+        self._candidates = candidates
+        self._max_new_tokens = max_new_tokens
+        self._max_active = max_active
+        self._max_prefill_tokens = max_prefill_tokens
+        self._eos_id = eos_id
+        self.prompt_slots = min(len(prompts), PROMPT_SLOT_FACTOR * -(-max_active // candidates))
+
+    def next_pass(self) -> Pass | None:
+        """The next pass, or None when every candidate is complete."""
+        running = sum(candidate is not None for candidate in self._active)
+        newcomers = [self._ready.popleft() for _ in range(min(len(self._ready), self._max_active - running))]
+        active, candidate_moves = _fill_slots(self._active, newcomers)
+        admitted = self._admit(self._max_active - len(active) - len(self._ready))
+        prompts, prompt_moves = _fill_slots(self._resident, admitted)
+        for slot, prompt in enumerate(prompts):
+            prompt.slot = slot
+        self._active, self._resident = list(active), list(prompts)
+
+        draws = [(candidate, row) for row, candidate in enumerate(active)]
+        for row, prompt in enumerate(admitted, start=len(active)):
+            draws.extend((ActiveCandidate(prompt, number), row) for number in range(self._candidates))
+        self._draws = tuple(draws)
+        if not draws:
+            return None
+        return Pass(
+            candidate_moves=tuple(candidate_moves),
+            prompt_moves=tuple(prompt_moves),
+            active=tuple(active),
+            prompts=tuple(prompts),
+            admitted=tuple(admitted),
+            draws=self._draws,
+        )
+
+    def accept(self, tokens: Sequence[int], logprobs: Sequence[float]) -> list[ActiveCandidate]:
+        """Record the drawn token and its log-prob for each draw of the last pass; returns the completed candidates."""
+        completed: list[ActiveCandidate] = []
+        held = len(self._active)
+        for (candidate, row), token, logprob in zip(self._draws, tokens, logprobs, strict=True):
+            candidate.tokens.append(token)
+            candidate.logprob += logprob
+            candidate.finished = token == self._eos_id
+            if candidate.finished or len(candidate.tokens) == self._max_new_tokens:
+                completed.append(candidate)
+                self._release(candidate, row if row < held else None)
+            elif row >= held:
+                self._ready.append(candidate)
+        return completed
+
+    def _release(self, candidate: ActiveCandidate, slot: int | None) -> None:
+        if slot is not None:
+            self._active[slot] = None
+        candidate.prompt.unfinished -= 1
+        if candidate.prompt.unfinished == 0:
+            self._resident[candidate.prompt.slot] = None
+
+    def _admit(self, free: int) -> list[ActivePrompt]:
+        """Take waiting prompts while `free` candidate slots, prompt slots and the prefill limit allow."""
+        admitted: list[ActivePrompt] = []
+        free_prompts = self.prompt_slots - sum(prompt is not None for prompt in self._resident)
+        budget = self._max_prefill_tokens
+        while self._waiting and free > 0 and len(admitted) < free_prompts:
+            budget -= len(self._waiting[0].tokens)
+            if admitted and budget < 0:
+                break
+            admitted.append(self._waiting.popleft())
+            free -= self._candidates
+        return admitted
+
+
+def _fill_slots(slots: Sequence[T | None], newcomers: Sequence[T]) -> tuple[list[T], list[tuple[int, int]]]:
+    """Put newcomers into empty slots, then close the gaps by moving the last ones in: (slots in use, moves).
+
+    Only old occupants move: newcomers have nothing in the cache yet.
+    """
+    filled = list(slots)
+    holes = deque(index for index, occupant in enumerate(slots) if occupant is None)
+    for newcomer in newcomers:
+        if holes:
+            filled[holes.popleft()] = newcomer
+        else:
+            filled.append(newcomer)
+    moves: list[tuple[int, int]] = []
+    while holes:
+        last = filled.pop()
+        if last is None:
+            holes.pop()  # the highest hole is the slot just dropped
+        else:
+            moves.append((len(filled), holes[0]))
+            filled[holes.popleft()] = last
+    return [occupant for occupant in filled if occupant is not None], moves
