@@ -50,7 +50,9 @@ class _CudaRng:
 
 
 class _NoStream:
-    """A CUDA stream that has nothing to wait for."""
+    """A CUDA stream that has nothing to wait for. A class, because libraries annotate with `torch.cuda.Stream`."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def wait_stream(self, other: object) -> None: ...
 
@@ -127,7 +129,7 @@ def _patch_torch_cuda() -> None:
         "empty_cache": _returns(None),
         "current_stream": _returns(stream),
         "default_stream": _returns(stream),
-        "Stream": _returns(stream),
+        "Stream": _NoStream,
         "stream": lambda stream: contextlib.nullcontext(),
         "get_rng_state": rng.get_state,
         "set_rng_state": rng.set_state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ def distributed_runtime() -> Iterator[Runtime]:
     The group is destroyed at the end; after an exception it is left to the process's exit, because peers may be
     waiting in a collective.
     """
+    # Said once by `exo-megatron doctor`, not by every process of every run.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*(not installed|Falling back).*")
     launch = detect_launch()
     device = _choose_device(launch)
     cpu_backend.install()

@@ -1,0 +1,127 @@
+"""Builds this rank's part of a policy from a ModelSpec: megatron-core configuration and layer specs."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from exo_megatron.config.sections import ComputeConfig
+from exo_megatron.errors import TopologyError
+from exo_megatron.models.attention import GroupAttention
+from exo_megatron.models.linear import LinearBackend, linear_backend
+from exo_megatron.models.norms import RMSNorm
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_topology(spec: ModelSpec, *, tensor: int, pipeline: int) -> None:
+    """Raise TopologyError unless every dimension that is cut can be cut evenly. Needs no process group."""
+    cuts = (
+        ("parallel.tensor", tensor, "attention heads", spec.heads),
+        ("parallel.tensor", tensor, "key/value heads", spec.kv_heads),
+        ("parallel.tensor", tensor, "feed-forward units", spec.ffn_hidden_size),
+        ("parallel.tensor", tensor, "embedding rows", spec.padded_vocab_size),
+        ("parallel.pipeline", pipeline, "layers", spec.layers),
+    )
+    for key, size, what, count in cuts:
+        if count % size:
+            raise TopologyError(
+                key,
+                f"{size} does not divide the model's {count} {what}",
+                expected=f"a divisor of {count}",
+                fix=f"change {key}",
+            )
+
+
+def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> PolicyModel:
+    """This rank's pipeline stage and tensor shard, parameters uninitialised, on the topology's device.
+
+    Parameters are in `compute.precision`. Raises TopologyError where the model cannot be cut that way.
+    """
+    check_topology(spec, tensor=topology.tensor_size, pipeline=topology.pipeline_size)
+    config = transformer_config(spec, topology, compute)
+    layers = spec.layers // topology.pipeline_size
+    block = TransformerBlockSubmodules(layer_specs=[layer_spec(linear_backend())] * layers, layer_norm=RMSNorm)
+    return PolicyModel(
+        config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
+    )
+
+
+def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> TransformerConfig:
+    """megatron-core's configuration of the Llama family at this topology."""
+    dtype = DTYPES[compute.precision]
+    recompute: dict[str, object] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[compute.recompute]
+    settings: dict[str, object] = {
+        "num_layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+        "num_attention_heads": spec.heads,
+        "num_query_groups": spec.kv_heads,
+        "kv_channels": spec.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": spec.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": spec.linear_bias,
+        "add_qkv_bias": spec.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "tensor_model_parallel_size": topology.tensor_size,
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "sequence_parallel": topology.sequence_parallel,
+        # Rows of micro-batches differ in length; megatron-core allows that only with this dispatcher.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # The loss function returns (sum over groups, number of groups, report): an exact global mean.
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,
+        "deallocate_pipeline_outputs": True,
+        "bias_activation_fusion": topology.device.type == "cuda",
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        **recompute,
+    }
+    return TransformerConfig(**settings)  # type: ignore[arg-type]  # one dict for over 20 fields of different types
+
+
+def layer_spec(linear: LinearBackend) -> ModuleSpec:
+    """A pre-norm decoder layer: RMSNorm, self attention over candidate groups, RMSNorm, gated feed-forward."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=linear.column_parallel_linear(),
+            core_attention=GroupAttention,
+            linear_proj=linear.row_parallel_linear(),
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=linear),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

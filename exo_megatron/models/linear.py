@@ -1,0 +1,39 @@
+"""Which tensor-parallel linear modules the layers are made of."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+
+@dataclass(frozen=True)
+class LinearBackend:
+    """The part of megatron-core's backend protocol that dense layers ask for. Norms are never fused into linears."""
+
+    column: Any
+    row: Any
+
+    def column_parallel_linear(self) -> Any:
+        """Linear cut along its output."""
+        return self.column
+
+    def row_parallel_linear(self) -> Any:
+        """Linear cut along its input."""
+        return self.row
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Unfused, so that tensors have the same names with and without Transformer Engine."""
+        return False
+
+
+def linear_backend() -> LinearBackend:
+    """Transformer Engine's linears where it is installed and there is a GPU, megatron-core's own elsewhere."""
+    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        return LinearBackend(TEColumnParallelLinear, TERowParallelLinear)
+    return LinearBackend(ColumnParallelLinear, RowParallelLinear)
