@@ -43,7 +43,8 @@ def tiny_config(*, tied: bool = False, rope_scaling: dict[str, Any] | None = Non
 
 def tiny_llama(config: LlamaConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """A model whose every parameter is drawn from `seed`: matrices and embeddings normal(0, 0.12), norm
-    weights uniform(0.5, 1.5). Attention is the eager one: plain matrix products, no kernel of its own."""
+    weights uniform(0.5, 1.5). Attention is the eager one: plain matrix products, no kernel of its own.
+    """
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager").to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

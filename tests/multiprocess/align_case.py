@@ -1,0 +1,97 @@
+"""What the parity and resume tests of `align` have in common: tiny checkpoints, data files, and topologies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tests.reference.objective import LossKind, Objective, ReferenceGroup
+from tests.reference.tiny_llama import EOS_ID, FIRST_WORD_ID, VOCAB_SIZE, text
+
+# prompt length and response lengths, the end-of-sequence token included: K from 2 to 5.
+SHAPES = [
+    (5, (4, 9)),
+    (1, (2, 3, 2)),
+    (12, (6, 6, 1, 8)),
+    (3, (15, 2, 5, 3, 4)),
+    (7, (3, 11)),
+    (9, (2, 2, 7, 2)),
+    (2, (8, 13, 5)),
+    (4, (3, 4)),
+    (6, (10, 1, 2, 9, 3)),
+]
+MAX_TOKENS = 72  # at least the largest group; holds one to three groups
+GROUPS_PER_STEP = 5  # 9 groups: steps of 5, 4, 5
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of `align`."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    kind: LossKind = "exo_rw"
+    tied: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    reference: Literal["stored", "live"] = "stored"
+    sequence: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def world_size(self) -> int:
+        """Processes that the case needs."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def name(self) -> str:
+        """Unique, readable, usable as a directory name."""
+        parts = [f"tp{self.tensor}pp{self.pipeline}dp{self.data}", self.kind, "tied" if self.tied else "untied"]
+        parts += [f"recompute-{self.recompute}", self.reference, "sp" if self.sequence else "nosp", self.precision]
+        return "_".join(parts)
+
+
+def objective(kind: LossKind) -> Objective:
+    """Constants that keep p_theta and p_r away from 0 and 1, so that every term of the loss counts."""
+    return Objective(kind=kind, beta_pi=0.3, beta_r=0.7, label_smoothing=0.1, temperature=0.8)
+
+
+def reward_groups(*, seed: int = 0) -> list[ReferenceGroup]:
+    """Groups of the shapes above with random words, each candidate ended by EOS, and normal rewards."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(FIRST_WORD_ID, VOCAB_SIZE, (count,), generator=generator).tolist())
+
+    groups = []
+    for prompt, responses in SHAPES:
+        candidates = tuple((*words(length - 1), EOS_ID) for length in responses)
+        # A candidate of EOS alone would be an empty completion, which is refused: it gets a word.
+        candidates = tuple(y if len(y) > 1 else (*words(1), EOS_ID) for y in candidates)
+        rewards = tuple(round(r, 3) for r in torch.randn(len(responses), generator=generator).tolist())
+        groups.append(ReferenceGroup(words(prompt), candidates, rewards))
+    return groups
+
+
+def preference_groups(*, seed: int = 1) -> list[ReferenceGroup]:
+    """The first two candidates of every group; the first is the chosen one. No rewards."""
+    return [ReferenceGroup(g.prompt, g.candidates[:2], (0.0, 0.0)) for g in reward_groups(seed=seed)]
+
+
+def write_records(path: Path, groups: list[ReferenceGroup], *, preference: bool) -> Path:
+    """JSONL in the formats that users have: {prompt, completions, rewards} or {prompt, chosen, rejected}."""
+    with path.open("w", encoding="utf-8") as file:
+        for group in groups:
+            completions = [text(candidate[:-1]) for candidate in group.candidates]  # EOS is added at ingestion
+            record: dict[str, Any] = {"prompt": text(group.prompt)}
+            if preference:
+                record |= {"chosen": completions[0], "rejected": completions[1]}
+            else:
+                record |= {"completions": completions, "rewards": list(group.rewards)}
+            file.write(json.dumps(record) + "\n")
+    return path
