@@ -1,0 +1,43 @@
+"""Log-probs of the candidates of a packed row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exo_megatron.logprobs.vocab_parallel import VocabShard, sharded_logprobs
+from exo_megatron.models.layout import GroupLayout
+from exo_megatron.parallel.topology import Topology
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    layout: GroupLayout,
+    *,
+    vocab_size: int,
+    temperature: float,
+    chunk_rows: int,
+    topology: Topology,
+) -> Tensor:
+    """[N] fp32 log-probs of the row's response tokens, in the layout's token order; differentiable.
+
+    hidden [M, H]: what the last stage returned; weight [Vp/t, H]: its `output_weight()`.
+    One all-gather of M + N floats over the tensor group.
+    """
+    shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, vocab_size)
+    return sharded_logprobs(
+        hidden, weight, layout.token_row, layout.token_target, shard, temperature=temperature, chunk_rows=chunk_rows
+    )
+
+
+def sequence_logprobs(token_logps: Tensor, layout: GroupLayout) -> Tensor:
+    """log pi(y_k | x) of each candidate, [C] fp64, in nats: its per-token log-probs [N] summed.
+
+    fp64, because log-ratios are small differences of sums of several hundred nats. Each candidate's sum runs over
+    its own tokens in natural order, so it does not depend on what else is in the row.
+    """
+    if token_logps.shape[0] == 0:
+        return token_logps.double()
+    natural = token_logps.new_zeros(token_logps.shape).index_copy(0, layout.token_order, token_logps)
+    return torch.segment_reduce(natural.double(), "sum", lengths=layout.candidate_lengths, unsafe=True)
