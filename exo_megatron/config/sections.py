@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+DecayRate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+"""Decay of a running mean; at 1 it would never move."""
+
+
+def _expand_home(path: Path) -> Path:
+    """`~/x` as the shell means it."""
+    return Path(os.path.expanduser(path))
+
+
+FilePath = Annotated[Path, AfterValidator(_expand_home)]
 
 
 class Section(BaseModel):
@@ -23,103 +35,127 @@ class Section(BaseModel):
 class ParallelConfig(Section):
     """How one model copy is cut; the rest of the world is data parallel."""
 
-    tensor: PositiveInt = Field(1, description="tensor-parallel size")
-    pipeline: PositiveInt = Field(1, description="pipeline-parallel size")
-    sequence: bool = Field(True, description="sequence parallelism, in effect where tensor > 1")
+    tensor: PositiveInt = Field(default=1, description="tensor-parallel size")
+    pipeline: PositiveInt = Field(default=1, description="pipeline-parallel size")
+    sequence: bool = Field(default=True, description="sequence parallelism, in effect where tensor > 1")
 
 
 class ComputeConfig(Section):
     """Arithmetic and memory."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = Field(default="bf16", description="type of parameters and activations")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations recomputed in the backward pass: none, core attention, whole layers"
+        default="none", description="activations recomputed in the backward pass: none, core attention, whole layers"
     )
-    max_tokens_per_microbatch: PositiveInt = Field(8192, description="tokens in one packed row")
-    logprob_chunk_rows: PositiveInt = Field(1024, description="hidden rows projected onto the vocabulary at once")
+    max_tokens_per_microbatch: PositiveInt = Field(default=8192, description="tokens in one packed row")
+    logprob_chunk_rows: PositiveInt = Field(
+        default=1024, description="hidden rows projected onto the vocabulary at once"
+    )
 
 
 class ModelConfig(Section):
     """Where a model comes from."""
 
-    checkpoint: Path = Field(description="distributed checkpoint, or a stage's output directory (newest complete step)")
+    checkpoint: FilePath = Field(
+        description="distributed checkpoint, or a stage's output directory (newest complete step)"
+    )
 
 
 class DataConfig(Section):
     """Records in one of the formats of docs: prompt+chosen, prompt+chosen+rejected, prompt+completions(+rewards)."""
 
-    path: str = Field(description="JSONL file, directory written by an earlier stage, local or hub `datasets` name")
-    split: str = Field("train", description="split, where `path` names a `datasets` data set")
-    tokenizer: Path | None = Field(None, description="tokenizer directory or .model file; default: the checkpoint's own")
-    max_prompt_tokens: PositiveInt = 512
-    max_completion_tokens: PositiveInt = 512
-    limit: PositiveInt | None = Field(None, description="use only the first N records")
+    path: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        min_length=1, description="JSONL file, directory written by an earlier stage, local or hub `datasets` name"
+    )
+    split: str = Field(default="train", description="split, where `path` names a `datasets` data set")
+    tokenizer: FilePath | None = Field(
+        default=None, description="tokenizer directory or .model file; default: the checkpoint's own"
+    )
+    max_prompt_tokens: PositiveInt = Field(default=512, description="a longer prompt is an error")
+    max_completion_tokens: PositiveInt = Field(default=512, description="a longer completion is an error")
+    limit: PositiveInt | None = Field(default=None, description="use only the first N records")
 
 
 class OptimizerConfig(Section):
     """Adam with megatron-core's distributed optimizer, and the learning-rate schedule."""
 
-    lr: PositiveFloat = 1e-6
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0 turns clipping off")
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: NonNegativeInt = 0
-    min_lr_ratio: Fraction = Field(0.0, description="learning rate at the last step, as a share of lr")
+    lr: PositiveFloat = Field(default=1e-6, description="largest learning rate")
+    beta1: DecayRate = Field(default=0.9, description="decay of the first moment")
+    beta2: DecayRate = Field(default=0.95, description="decay of the second moment")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay")
+    clip_grad: NonNegativeFloat = Field(default=1.0, description="largest global gradient norm; 0 turns clipping off")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="decay of the learning rate after the warm-up"
+    )
+    warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear rise from 0 to lr")
+    min_lr_ratio: Fraction = Field(default=0.0, description="learning rate at the last step, as a share of lr")
 
 
 class BatchConfig(Section):
     """How much one optimizer step sees and how long training lasts."""
 
-    groups: PositiveInt = Field(64, description="groups (prompts) per optimizer step, over all data-parallel ranks")
-    epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(None, description="stop after this many steps if the epochs last longer")
+    groups: PositiveInt = Field(
+        default=64, description="groups (prompts) per optimizer step, over all data-parallel ranks"
+    )
+    epochs: PositiveInt = Field(default=1, description="passes over the data")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="stop after this many steps if the epochs last longer"
+    )
 
 
 class SaveConfig(Section):
     """Checkpoints of a run."""
 
-    interval: PositiveInt | None = Field(None, description="save every N steps; default: only at the end")
-    keep: Annotated[int, Field(ge=2)] = Field(2, description="complete checkpoints kept; older ones are removed")
-    all_steps: bool = Field(False, description="keep every checkpoint, for reward/KL curves")
+    interval: PositiveInt | None = Field(default=None, description="save every N steps; default: only at the end")
+    keep: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="complete checkpoints kept; older ones are removed"
+    )
+    all_steps: bool = Field(default=False, description="keep every checkpoint, for reward/KL curves")
 
 
 class LogConfig(Section):
     """Metrics: JSONL and TensorBoard under the output directory, and a progress line on rank 0."""
 
-    interval: PositiveInt = 1
-    tensorboard: bool = True
+    interval: PositiveInt = Field(default=1, description="record metrics every N steps")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events besides metrics.jsonl")
 
 
 class SamplingConfig(Section):
     """How candidates are drawn."""
 
-    candidates: PositiveInt = Field(4, description="K, candidates per prompt")
-    temperature: PositiveFloat = Field(0.8, description="tau; logits are divided by it")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: PositiveInt = 128
-    max_active_candidates: PositiveInt = Field(256, description="candidates decoded at once by one data-parallel rank")
+    candidates: PositiveInt = Field(default=4, description="K, candidates per prompt")
+    temperature: PositiveFloat = Field(default=0.8, description="tau; logits are divided by it")
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=1.0, description="draw from the most likely tokens of this total probability"
+    )
+    max_new_tokens: PositiveInt = Field(default=128, description="a candidate that is not ended by then is cut")
+    max_active_candidates: PositiveInt = Field(
+        default=256, description="candidates decoded at once by one data-parallel rank"
+    )
 
 
 class RewardConfig(Section):
     """Where rewards come from."""
 
-    kind: Literal["function", "hf_classifier"] = "function"
-    function: str | None = Field(None, description="package.module:name, called with (prompts, completions)")
-    path: Path | None = Field(None, description="local HF sequence classifier (safetensors)")
-    label: NonNegativeInt | None = Field(None, description="class whose log-odds are the reward; default: one output")
-    batch_size: PositiveInt = 32
+    kind: Literal["function", "hf_classifier"] = Field(default="function", description="what computes the rewards")
+    function: str | None = Field(default=None, description="package.module:name, called with (prompts, completions)")
+    path: FilePath | None = Field(default=None, description="local HF sequence classifier (safetensors)")
+    label: NonNegativeInt | None = Field(
+        default=None, description="class whose log-odds are the reward; default: one output"
+    )
+    batch_size: PositiveInt = Field(default=32, description="candidates scored at once")
 
 
 class LossConfig(Section):
     """The alignment objective, in the paper's symbols."""
 
-    kind: Literal["exo_rw", "exo_pref", "dpo_rw", "dpo_pref"] = "exo_rw"
-    beta_pi: PositiveFloat = 0.5
-    beta_r: PositiveFloat = 0.1
-    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        1e-3, description="epsilon of exo_pref; 4.5397868702434395e-05 reproduces the authors' released code"
+    kind: Literal["exo_rw", "exo_pref", "dpo_rw", "dpo_pref"] = Field(
+        default="exo_rw", description="Eq. 15, 18, 19 and 7 of the paper"
     )
-    temperature: PositiveFloat = Field(0.8, description="tau; logits of policy and reference are divided by it")
+    beta_pi: PositiveFloat = Field(default=0.5, description="scale of the log-ratio of policy and reference")
+    beta_r: PositiveFloat = Field(default=0.1, description="the rewards are divided by it; exo_rw and dpo_rw")
+    label_smoothing: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = Field(
+        default=1e-3, description="epsilon of exo_pref; 4.5397868702434395e-05 reproduces the authors' released code"
+    )
+    temperature: PositiveFloat = Field(default=0.8, description="tau; logits of policy and reference are divided by it")

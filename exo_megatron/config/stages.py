@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from exo_megatron.config.sections import (
     BatchConfig,
     ComputeConfig,
     DataConfig,
+    FilePath,
     LogConfig,
     LossConfig,
     ModelConfig,
@@ -21,28 +21,29 @@ from exo_megatron.config.sections import (
     SamplingConfig,
     SaveConfig,
     Section,
+    Seed,
 )
 
 
 class StageConfig(Section):
     """What every stage has."""
 
-    output: Path = Field(description="directory that the stage writes")
-    seed: int = 0
+    output: FilePath = Field(description="directory that the stage writes")
+    seed: Seed = Field(default=0, description="of everything random in the stage")
 
 
 class ImportConfig(StageConfig):
     """HF checkpoint directory -> distributed checkpoint."""
 
-    hf: Path
-    dtype: Literal["keep", "fp32", "bf16"] = "keep"
+    hf: FilePath = Field(description="HF checkpoint directory (safetensors)")
+    dtype: Literal["keep", "fp32", "bf16"] = Field(default="keep", description="type of the stored weights")
 
 
 class ExportConfig(StageConfig):
     """Distributed checkpoint -> HF checkpoint directory."""
 
     model: ModelConfig
-    dtype: Literal["keep", "fp32", "bf16"] = "keep"
+    dtype: Literal["keep", "fp32", "bf16"] = Field(default="keep", description="type of the written weights")
 
 
 class SftConfig(StageConfig):
@@ -72,7 +73,7 @@ class RolloutConfig(StageConfig):
 class ScoreConfig(StageConfig):
     """One reward per candidate."""
 
-    candidates: Path = Field(description="output directory of `rollout`, or a candidates JSONL file")
+    candidates: FilePath = Field(description="output directory of `rollout`, or a candidates JSONL file")
     reward: RewardConfig
     log: LogConfig = LogConfig()
 
@@ -81,8 +82,10 @@ class AlignConfig(StageConfig):
     """EXO or DPO training on groups."""
 
     model: ModelConfig
-    reference: ModelConfig | None = Field(None, description="default: the checkpoint that training starts from")
-    reference_logprobs: Literal["stored", "live"] = "stored"
+    reference: ModelConfig | None = Field(default=None, description="default: the checkpoint that training starts from")
+    reference_logprobs: Literal["stored", "live"] = Field(
+        default="stored", description="computed once before the first step, or by a reference model in every step"
+    )
     data: DataConfig
     loss: LossConfig = LossConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -92,14 +95,16 @@ class AlignConfig(StageConfig):
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
     candidates: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="K that every group must have; default: any K >= 2, which may differ between groups"
+        default=None, description="K that every group must have; default: any K >= 2, which may differ between groups"
     )
 
 
 class EvaluateConfig(StageConfig):
     """Mean reward and sequence-level KL to the reference policy of one or more checkpoints."""
 
-    models: dict[str, Path] = Field(description="name -> checkpoint, or a training output (every step in it)")
+    models: dict[str, FilePath] = Field(
+        min_length=1, description="name -> checkpoint, or a training output (every step in it)"
+    )
     reference: ModelConfig
     data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -107,7 +112,7 @@ class EvaluateConfig(StageConfig):
     parallel: ParallelConfig = ParallelConfig()
     compute: ComputeConfig = ComputeConfig()
     log: LogConfig = LogConfig()
-    sample_texts: PositiveInt = Field(4, description="prompts whose samples are shown in the report")
+    sample_texts: PositiveInt = Field(default=4, description="prompts whose samples are shown in the report")
 
 
 StageName = Literal["import", "sft", "rollout", "score", "align", "evaluate", "export"]
@@ -127,8 +132,8 @@ class PipelineStage(Section):
     """One entry of a `run` file. `config` is checked against the stage's class before anything runs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="unique; the default output is OUTPUT/NAME")
-    stage: StageName
-    config: dict[str, Any] = {}
+    stage: StageName = Field(description="which stage it is")
+    config: dict[str, Any] = Field(default={}, description="keys of the stage")
 
 
 class RunConfig(Section):
@@ -138,7 +143,7 @@ class RunConfig(Section):
     directory of the stage called NAME.
     """
 
-    output: Path
-    seed: int = 0
-    defaults: dict[str, Any] = {}
-    stages: list[PipelineStage] = Field(min_length=1)
+    output: FilePath = Field(description="directory that holds the outputs of the stages")
+    seed: Seed = Field(default=0, description="of the stages that name none")
+    defaults: dict[str, Any] = Field(default={}, description="sections merged under those of the stages")
+    stages: list[PipelineStage] = Field(min_length=1, description="in the order in which they run")

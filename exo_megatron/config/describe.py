@@ -1,0 +1,135 @@
+"""What a configuration class accepts, in words: for messages and for `--help`."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from exo_megatron.config.document import Key, dotted, show
+from exo_megatron.config.sections import Section
+
+_NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+
+
+@dataclass(frozen=True)
+class KeyDescription:
+    """One line of a listing: dotted key, accepted values, default (None where the key is required), meaning."""
+
+    key: str
+    accepts: str
+    default: str | None
+    meaning: str
+
+
+def describe_keys(
+    section: type[Section], prefix: str = "", instance: Section | None = None
+) -> Iterator[KeyDescription]:
+    """All keys of a configuration class, those of its sections included, in the order of their definition.
+
+    instance: where the defaults are read; without it they are those of the class.
+    """
+    for name, info in section.model_fields.items():
+        required = instance is None and info.is_required()
+        default = info.default if instance is None else dict(instance)[name]
+        inner = section_class(info.annotation)
+        is_list = get_origin(info.annotation) is list
+        if inner is None or is_list or not (required or isinstance(default, Section)):
+            accepts = describe_type(info.annotation, info.metadata)
+            yield KeyDescription(prefix + name, accepts, None if required else show(default), info.description or "")
+        if inner is not None:
+            shown = f"{prefix}{name}.N." if is_list else f"{prefix}{name}."
+            yield from describe_keys(inner, shown, default if isinstance(default, Section) else None)
+
+
+def describe_key(section: type[Section], key: Key) -> str:
+    """What is accepted at `key`; keys that are not fields of a section count as values of free form."""
+    info = None
+    current: type[Section] | None = section
+    for part in key:
+        if current is None or part not in current.model_fields:
+            return _describe_item(info, key)
+        info = current.model_fields[str(part)]
+        current = section_class(info.annotation)
+    return "a mapping" if info is None else describe_type(info.annotation, info.metadata)
+
+
+def section_at(section: type[Section], key: Key) -> type[Section] | None:
+    """The class of the section at `key`, or None where the value there is not a section."""
+    current: type[Section] | None = section
+    for part in key:
+        if current is not None and isinstance(part, int):
+            continue
+        if current is None or part not in current.model_fields:
+            return None
+        current = section_class(current.model_fields[str(part)].annotation)
+    return current
+
+
+def section_class(annotation: Any) -> type[Section] | None:
+    """The section in `Section`, `Section | None` or `list[Section]`; None for any other type."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (section_class(argument) for argument in get_args(annotation) if get_origin(annotation) is not Annotated)
+    return next((each for each in found if each is not None), None)
+
+
+def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """`integer > 0`, `one of fp32, bf16`, `path or null` for a field's type and constraints."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        base, *constraints = get_args(annotation)
+        return describe_type(base, [*_flatten(constraints), *metadata])
+    if origin in (Union, types.UnionType):
+        parts = [describe_type(each, metadata) for each in get_args(annotation) if each is not type(None)]
+        return " or ".join([*parts, "null"])
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if origin is list:
+        return "non-empty list of sections"
+    if origin is dict:
+        values = get_args(annotation)[1]
+        return "mapping" if values is Any else f"mapping of names to {describe_type(values)}s"
+    section = section_class(annotation)
+    if section is not None:
+        return "section with keys " + ", ".join(section.model_fields)
+    metadata = list(metadata)
+    name = ("non-empty " if annotated_types.MinLen(1) in metadata else "") + _NAMES[annotation]
+    return " ".join([name, *_describe_limits(metadata)])
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` may have been meant to be."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+
+
+def _describe_item(info: FieldInfo | None, key: Key) -> str:
+    if info is not None and get_origin(info.annotation) is dict:
+        return describe_type(get_args(info.annotation)[1])
+    return f"a value that fits {dotted(key)}"
+
+
+def _flatten(constraints: Iterable[Any]) -> Iterator[Any]:
+    for constraint in constraints:
+        yield from constraint.metadata if isinstance(constraint, FieldInfo) else [constraint]
+
+
+def _describe_limits(metadata: Iterable[Any]) -> list[str]:
+    limits = []
+    for constraint in metadata:
+        match constraint:
+            case annotated_types.Gt(gt=bound):
+                limits.append(f"> {bound}")
+            case annotated_types.Ge(ge=bound):
+                limits.append(f">= {bound}")
+            case annotated_types.Lt(lt=bound):
+                limits.append(f"< {bound}")
+            case annotated_types.Le(le=bound):
+                limits.append(f"<= {bound}")
+    return [" and ".join(limits)] if limits else []

@@ -1,0 +1,243 @@
+"""YAML text as plain values that remember where they were written, and plain values as YAML text.
+
+The scalars are those of YAML 1.2: `1e-6` is a number (PyYAML alone reads a text) and `no`, `on`, `010`, `1:30` and
+dates are nothing special. Only plain values come out, whatever tags the text holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exo_megatron.errors import ConfigError
+
+Key = tuple[str | int, ...]
+"""Names of mapping entries and indices of list items, from the top of the document."""
+
+COMMAND_LINE = "command line"
+_TAG = "tag:yaml.org,2002:"
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))\Z|\.(?:nan|NaN|NAN)\Z"
+)
+_RESOLVERS = (
+    ("null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
+    ("int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), list("-+0123456789")),
+    ("float", _NUMBER, list("-+.0123456789")),
+    ("merge", re.compile(r"<<\Z"), ["<"]),
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: the file and line or the command line, and the dotted key used there."""
+
+    source: str
+    key: str
+
+
+@dataclass
+class Document:
+    """Plain values and the origin of every entry. `origins[()]` is that of the document as a whole."""
+
+    data: dict[str, Any]
+    origins: dict[Key, Origin] = field(default_factory=dict)
+
+    def where(self, key: Key) -> str:
+        """`file:line: dotted.key` of an entry; of the nearest section around it where the entry was not written."""
+        origin, name = self._nearest(key)[0], self.name(key)
+        return f"{origin.source}: {name}" if name else origin.source
+
+    def name(self, key: Key) -> str:
+        """The dotted key under which the user finds or sets an entry."""
+        origin, depth = self._nearest(key)
+        return ".".join([part for part in (origin.key, dotted(key[depth:])) if part])
+
+    def _nearest(self, key: Key) -> tuple[Origin, int]:
+        depth = next(n for n in range(len(key), -1, -1) if key[:n] in self.origins)
+        return self.origins[key[:depth]], depth
+
+    def put(self, key: Key, value: Any, origins: dict[Key, Origin]) -> None:
+        """Replace the entry `key` (sections above it must exist) by `value` with the origins inside it."""
+        parent: Any = self.data
+        for part in key[:-1]:
+            parent = parent[part]
+        parent[key[-1]] = value
+        self.forget(key)
+        self.origins.update({key + inner: origin for inner, origin in origins.items()})
+
+    def forget(self, key: Key) -> None:
+        """Drop the origins of an entry and of everything inside it."""
+        for known in [known for known in self.origins if known[: len(key)] == key]:
+            del self.origins[known]
+
+
+class _Loader(yaml.SafeLoader):
+    """The scanner and composer of PyYAML with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
+
+
+def read_document(file: Path) -> Document:
+    """Read a configuration file, which must hold one YAML mapping. Any flaw is a ConfigError naming file and line."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            str(file), f"cannot be read ({error.strerror})", expected="a YAML file", fix="check the path after --config"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            str(file), f"byte {error.start} is not UTF-8", expected="UTF-8 text", fix="convert the file to UTF-8"
+        ) from None
+    value, origins = parse_value(text, str(file), lambda line: f"{file}:{line}")
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            str(file), f"holds {show(value)}", expected="a mapping of keys to values", fix="write `key: value` lines"
+        )
+    origins[()] = Origin(str(file), "")
+    return Document(value, origins)
+
+
+def parse_value(text: str, name: str, source: Callable[[int], str]) -> tuple[Any, dict[Key, Origin]]:
+    """A YAML text as plain values, and the origins of its entries.
+
+    name: what the text is called in messages about syntax. source: the origin's name for a line number (from 1).
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        origins: dict[Key, Origin] = {}
+        value = None if node is None else _Reader(loader, source, origins).value(node, ())
+    except yaml.YAMLError as error:
+        raise _syntax_error(error, name) from None
+    except RecursionError:
+        raise ConfigError(
+            name, "refers to itself or is nested too deeply", expected="a finite mapping", fix="remove the alias"
+        ) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return value, origins
+
+
+def dump_yaml(value: dict[str, Any]) -> str:
+    """YAML that `read_document` reads back as the same values."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False))
+
+
+def show(value: object) -> str:
+    """A value as it looks in a configuration file, on one line and not too long."""
+    if value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns composed nodes into values. Aliased nodes become separate copies."""
+
+    loader: _Loader
+    source: Callable[[int], str]
+    origins: dict[Key, Origin]
+
+    def value(self, node: yaml.Node, key: Key) -> Any:
+        if key:
+            self.origins[key] = Origin(self.source(_line(node)), dotted(key))
+        match node.tag.removeprefix(_TAG), node:
+            case "map", yaml.MappingNode():
+                return self._mapping(node, key)
+            case "seq", yaml.SequenceNode():
+                return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
+            case tag, yaml.ScalarNode():
+                return self._scalar(node, tag, key)
+        raise self._bad_tag(node, key)
+
+    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        self._refuse_duplicates(node, key)
+        self.loader.flatten_mapping(node)
+        values = {}
+        for name_node, value_node in node.value:
+            inner = (*key, str(name_node.value))
+            values[str(name_node.value)] = self.value(value_node, inner)
+            self.origins[inner] = Origin(self.source(_line(name_node)), dotted(inner))
+        return values
+
+    def _refuse_duplicates(self, node: yaml.MappingNode, key: Key) -> None:
+        lines: dict[str, int] = {}
+        for name_node, _ in node.value:
+            if not isinstance(name_node, yaml.ScalarNode):
+                raise ConfigError(
+                    self.source(_line(name_node)), "a key is a list or mapping", expected="a name", fix="write a name"
+                )
+            name, line = str(name_node.value), _line(name_node)
+            if name in lines:
+                raise ConfigError(
+                    f"{self.source(line)}: {dotted((*key, name))}",
+                    f"the key stands twice, first on line {lines[name]}",
+                    expected="every key once",
+                    fix="remove one of them",
+                )
+            lines[name] = line
+
+    def _scalar(self, node: yaml.ScalarNode, tag: str, key: Key) -> Any:
+        text = str(node.value)
+        try:
+            match tag:
+                case "str" | "merge":
+                    return text
+                case "null":
+                    return None
+                case "bool":
+                    return {"true": True, "false": False}[text.lower()]
+                case "int":
+                    return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+                case "float":
+                    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        except (ValueError, KeyError):
+            pass
+        raise self._bad_tag(node, key)
+
+    def _bad_tag(self, node: yaml.Node, key: Key) -> ConfigError:
+        where = ": ".join(part for part in (self.source(_line(node)), dotted(key)) if part)
+        seen = repr(node.value) if isinstance(node, yaml.ScalarNode) else "the value"
+        return ConfigError(
+            where, f"{seen} has the tag {node.tag}", expected="a plain value", fix="remove or correct the tag"
+        )
+
+
+def dotted(key: Key) -> str:
+    """`("a", "b", 0)` as `a.b.0`."""
+    return ".".join(map(str, key))
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _syntax_error(error: yaml.YAMLError, name: str) -> ConfigError:
+    where, problem = name, str(error)
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else name
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+    return ConfigError(where, " ".join(problem.split()), expected="YAML", fix="correct the syntax")
