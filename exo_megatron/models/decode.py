@@ -255,9 +255,7 @@ def _attend_cached(
 
     grouped = q.reshape(rows, kv_heads, shared, head_dim)
     own_length = active.own_bias.shape[-1]
-    own = _weigh(
-        grouped, own_keys[:rows, :, :own_length], own_values[:rows, :, :own_length], active.own_bias, scale
-    )
+    own = _weigh(grouped, own_keys[:rows, :, :own_length], own_values[:rows, :, :own_length], active.own_bias, scale)
 
     lines, lanes = active.prompts, active.lanes
     grid = grouped[active.grid_rows].view(lines, lanes, kv_heads, shared, head_dim).transpose(1, 2)
@@ -283,9 +281,7 @@ def _attend_cached(
     return merged.reshape(rows, query_heads, head_dim).to(q.dtype)
 
 
-def _weigh(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _weigh(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Unnormalised attention of [n, h, r, d] queries over [n, h, l, d] keys and values; bias [n, 1, l].
 
     Returns fp32 sum_j e_j v_j [n, h, r, d], the maximum score [n, h, r, 1] and sum_j e_j [n, h, r, 1], where

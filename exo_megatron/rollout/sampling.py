@@ -22,6 +22,9 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
 
+CHUNK_ELEMENTS = 2**23
+"""Logits handled at once in fp64: 64 MiB for each of a few temporaries."""
+
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words per counter, elementwise.
@@ -54,22 +57,34 @@ def uniforms(seed: int, prompt_id: str, *, candidates: int, steps: int) -> npt.N
     return bits.astype(np.float64) * 2.0**-53
 
 
-def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inversion of the cumulative distribution.
+def draw_tokens(
+    logits: Tensor, rows: Tensor, uniform: Tensor, *, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """One token per draw by inversion of the cumulative distribution.
 
-    logits: [D, V] over the true vocabulary (no padding rows), any float dtype; not modified.
-    uniform: [D] fp64 in [0, 1). Returns (tokens [D] int64, log-probs [D] fp64): the token is the first v with
-    P(id <= v) > uniform, P being softmax(logits / temperature) restricted to the smallest set of most likely tokens
-    of mass at least top_p (ties to the lower id) and renormalised; the log-prob is under softmax(logits /
-    temperature) without that restriction. All arithmetic in fp64. Local to the rank.
+    logits: [M, V] over the true vocabulary (no padding rows), any float dtype; not modified. rows: [D] int64, the
+    row of logits that each draw is from. uniform: [D] fp64 in [0, 1).
+    Returns (tokens [D] int64, log-probs [D] fp64): the token is the first v with P(id <= v) > uniform, P being
+    softmax(logits / temperature) restricted to the smallest set of most likely tokens of mass at least top_p (ties
+    to the lower id) and renormalised; the log-prob is under softmax(logits / temperature) without that restriction.
+    All arithmetic in fp64, a bounded number of rows at a time. Local to the rank.
     """
+    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    parts = [
+        _draw_chunk(logits[row_chunk], uniform_chunk, temperature, top_p)
+        for row_chunk, uniform_chunk in zip(rows.split(step), uniform.split(step), strict=True)
+    ]
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
+
+
+def _draw_chunk(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     scaled = logits.to(torch.float64).div_(temperature)
     scaled.sub_(scaled.amax(-1, keepdim=True))
     weights = scaled.exp()
     total = weights.sum(-1)
     kept = weights if top_p >= 1.0 else _nucleus(weights, top_p * total)
     cumulative = kept.cumsum(-1)
-    # The last cumulative sum is the total as it was summed, so that the target is below it for every uniform < 1.
+    # The largest uniform number is 1 - 2^-53: times the last sum it stays below it, so a token is always found.
     target = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)
     logprobs = scaled.gather(-1, tokens)[:, 0] - total.log()
@@ -78,6 +93,6 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: f
 
 def _nucleus(weights: Tensor, mass: Tensor) -> Tensor:
     """Weights [D, V] with all but the smallest set of largest ones that reaches `mass` [D] set to zero."""
-    ordered, ids = weights.sort(-1, descending=True, stable=True)
+    ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     return torch.zeros_like(weights).scatter_(-1, ids, ordered.masked_fill_(before >= mass[:, None], 0.0))

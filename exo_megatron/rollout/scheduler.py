@@ -71,7 +71,8 @@ class Scheduler:
         eos_id: int,
     ) -> None:
         """prompts: token ids. candidates: K. max_active: candidate slots. max_prefill_tokens: prompt tokens that
-        one pass admits (a longer prompt is admitted alone)."""
+        one pass admits (a longer prompt is admitted alone).
+        """
         # Longest first: prompts in the cache at the same time are then about equally long, and attention reads
         # every prompt slot up to the longest one.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))

@@ -1,0 +1,66 @@
+"""Candidates for a list of prompts, over all data-parallel ranks, as records to store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exo_megatron.config.sections import SamplingConfig
+from exo_megatron.data.candidates import Candidate, CandidateRecord
+from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.tokenizer import Tokenizer
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.parallel.topology import Topology
+from exo_megatron.rollout.engine import GeneratedGroup, RolloutEngine
+from exo_megatron.utils.progress import Progress
+
+
+def generate_records(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    topology: Topology,
+    runtime: Runtime,
+    label: str = "rollout",
+) -> list[CandidateRecord] | None:
+    """K candidates for each prompt, in prompt order, on rank 0 of the world; None on the others.
+
+    Collective over the world: every rank passes all prompts, each model copy draws its share. `label` names the
+    progress line of rank 0, which counts the candidates of its own model copy.
+    """
+    share = split_by_length([len(prompt.ids) for prompt in prompts], topology.data_size)[topology.data_rank]
+    if topology.data_size > 1:
+        label = f"{label} (1 of {topology.data_size} model copies)"
+    with Progress(label, len(share) * sampling.candidates, "candidates", enabled=runtime.is_main) as progress:
+        groups = engine.generate([prompts[index] for index in share], sampling, seed=seed, progress=progress)
+    speaks = topology.tensor_rank == 0 and topology.is_first_stage
+    gathered = runtime.gather_objects(list(zip(share, groups, strict=True)) if speaks else [])
+    if gathered is None:
+        return None
+    by_index = dict(pair for part in gathered for pair in part)
+    return [_record(prompt, by_index[index], tokenizer) for index, prompt in enumerate(prompts)]
+
+
+def split_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Deal indices to `parts` lists, longest first, so that the lists cost about the same."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[part::parts] for part in range(parts)]
+
+
+def _record(prompt: Prompt, group: GeneratedGroup, tokenizer: Tokenizer) -> CandidateRecord:
+    return CandidateRecord(
+        id=prompt.id,
+        prompt=prompt.text,
+        prompt_ids=prompt.ids,
+        candidates=tuple(
+            Candidate(
+                text=tokenizer.decode(candidate.token_ids),
+                token_ids=candidate.token_ids,
+                finished=candidate.finished,
+                logprob=candidate.logprob,
+            )
+            for candidate in group.candidates
+        ),
+    )

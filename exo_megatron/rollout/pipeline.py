@@ -1,0 +1,54 @@
+"""A forward pass without gradients through the stages of one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exo_megatron.models.decode import DecodeLayout
+from exo_megatron.models.layout import GroupLayout
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.parallel.topology import Topology
+
+
+@contextmanager
+def forward_only(model: PolicyModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's mode is restored.
+
+    `no_grad` and not `inference_mode`: megatron-core keeps buffers between passes, which training must be able to
+    save for its backward.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def run_stage(model: PolicyModel, layout: GroupLayout | DecodeLayout, topology: Topology) -> Tensor | None:
+    """This rank's share of one pass: receive from the stage before, compute, send to the stage after.
+
+    layout: on the topology's device, the same on all ranks of the model-parallel group. Point to point over the
+    pipeline group: hidden states [S, 1, H] ([S / t, 1, H] under sequence parallelism) in the parameters' dtype.
+    Returns the last stage's output (see PolicyModel), None on the others.
+    """
+    ranks = dist.get_process_group_ranks(topology.pipeline_group)
+    if not topology.is_first_stage:
+        hidden = torch.empty(
+            (layout.row_length // topology.row_multiple, 1, model.config.hidden_size),
+            dtype=model.config.pipeline_dtype,
+            device=topology.device,
+        )
+        dist.recv(hidden, src=ranks[topology.pipeline_rank - 1], group=topology.pipeline_group)
+        model.set_input_tensor(hidden)
+    output: Tensor = model(layout.input_ids[None], layout.position_ids[None], None, packed_seq_params=layout)
+    if topology.is_last_stage:
+        return output
+    dist.send(output.contiguous(), dst=ranks[topology.pipeline_rank + 1], group=topology.pipeline_group)
+    return None

@@ -1,0 +1,71 @@
+"""Log-probs of given candidates: the forward pass of training, without the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+
+from exo_megatron.config.sections import ComputeConfig
+from exo_megatron.data.groups import Group
+from exo_megatron.data.packing import make_microbatch, plan_microbatches
+from exo_megatron.logprobs.sequence import sequence_logprobs, token_logprobs
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.topology import Topology
+from exo_megatron.rollout.pipeline import forward_only, run_stage
+from exo_megatron.utils.progress import Progress
+
+
+def candidate_logprobs(
+    model: PolicyModel,
+    spec: ModelSpec,
+    topology: Topology,
+    groups: Sequence[Group],
+    compute: ComputeConfig,
+    *,
+    temperature: float,
+    progress: Progress | None = None,
+) -> list[tuple[float, ...]]:
+    """log pi(y_k | x) under softmax(logits / temperature) of every candidate of every group, in nats, fp64 sums.
+
+    Collective over the world; every rank passes all groups and gets all results, in group order. Packed rows of at
+    most compute.max_tokens_per_microbatch tokens are split over the data ranks; pipeline stages work on consecutive
+    rows at the same time. Ends with one all-reduce over the data group and one broadcast over the pipeline group.
+    progress: counts the groups of this rank's share. Raises DataError for a group that exceeds a row.
+    """
+    plan = plan_microbatches(
+        groups,
+        data_size=topology.data_size,
+        max_tokens=compute.max_tokens_per_microbatch,
+        multiple=topology.row_multiple,
+    )
+    starts = [0, *accumulate(len(group.candidates) for group in groups)]
+    totals = torch.zeros(starts[-1], dtype=torch.float64, device=topology.device)
+    with forward_only(model):
+        for indices in filter(None, plan[topology.data_rank]):
+            batch = make_microbatch([groups[index] for index in indices], multiple=topology.row_multiple)
+            layout = batch.layout.to(topology.device)
+            hidden = run_stage(model, layout, topology)
+            if hidden is not None:
+                tokens = token_logprobs(
+                    hidden,
+                    model.output_weight(),
+                    layout,
+                    vocab_size=spec.vocab_size,
+                    temperature=temperature,
+                    chunk_rows=compute.logprob_chunk_rows,
+                    topology=topology,
+                )
+                places = [place for index in indices for place in range(starts[index], starts[index + 1])]
+                totals[torch.tensor(places, device=topology.device)] = sequence_logprobs(tokens, layout).double()
+            if progress is not None:
+                progress.advance(len(indices))
+    if topology.is_last_stage and topology.data_size > 1:
+        dist.all_reduce(totals, group=topology.data_group)
+    if topology.pipeline_size > 1:
+        dist.broadcast(totals, src=topology.last_stage_rank, group=topology.pipeline_group)
+    values = totals.tolist()
+    return [tuple(values[start:stop]) for start, stop in zip(starts, starts[1:], strict=False)]
