@@ -46,6 +46,12 @@ class CheckpointError(ExoError):
     """A checkpoint is missing, incomplete, corrupt, or belongs to another model."""
 
 
+class TrainingDiverged(ExoError):
+    """Loss or gradient stopped being finite. Raised on every rank on the same step; nothing is saved from it."""
+
+    exit_code = 1
+
+
 class TryAgainLater(ExoError):
     """The work stopped for a passing reason (preemption, an endpoint that is down) and can be resumed."""
 

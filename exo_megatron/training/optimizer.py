@@ -1,0 +1,95 @@
+"""Data parallelism and Adam: megatron-core's DistributedDataParallel and distributed optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
+from exo_megatron.models.build import DTYPES
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.topology import Topology
+
+# The only optimizer-state format of megatron-core that loads at another TP, PP or DP.
+STATE_METADATA: dict[str, object] = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A policy under training: this rank's model in its data-parallel wrapper, and its share of the optimizer."""
+
+    policy: PolicyModel
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    spec: ModelSpec
+    topology: Topology
+    compute: ComputeConfig
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Give every parameter group this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Weights and optimizer state as megatron-core sharded tensors. Saving gathers optimizer state over DP."""
+        state: dict[str, Any] = self.policy.sharded_state_dict()
+        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA)
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `load_sharded` filled into `sharded_state(loading=True)`."""
+        weights = {key: value for key, value in state.items() if key != "optimizer"}
+        missing, unexpected = self.policy.load_state_dict(weights, strict=False)
+        stray = [key for key in (*missing, *unexpected) if not key.endswith("._extra_state")]
+        if stray:
+            raise KeyError(f"checkpoint and model differ in {stray}")
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_trainee(
+    policy: PolicyModel, spec: ModelSpec, topology: Topology, compute: ComputeConfig, config: OptimizerConfig
+) -> Trainee:
+    """Wrap a loaded policy for training.
+
+    Gradients accumulate and are reduced in fp32 over the data-parallel group (reduce-scatter), as sums: the
+    division by the global count happens once, in finalize_model_grads. Weight decay spares biases and norms.
+    """
+    policy.train()
+    on_cuda = topology.device.type == "cuda"
+    model = DistributedDataParallel(
+        policy.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=on_cuda
+        ),
+        policy,
+    )
+    optimizer = get_megatron_optimizer(_megatron_config(config, compute), [model])
+    policy.config.grad_scale_func = optimizer.scale_loss
+    policy.config.finalize_model_grads_func = finalize_model_grads
+    policy.config.no_sync_func = model.no_sync
+    return Trainee(policy, model, optimizer, spec, topology, compute)
+
+
+def _megatron_config(config: OptimizerConfig, compute: ComputeConfig) -> MegatronOptimizerConfig:
+    dtype = DTYPES[compute.precision]
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.lr * config.min_lr_ratio,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        # Infinity: nothing is clipped, but the norm is still computed and reported.
+        clip_grad=config.clip_grad or math.inf,
+    )

@@ -1,0 +1,35 @@
+"""Stage `sft`: supervised fine-tuning on the chosen completion of each record."""
+
+from __future__ import annotations
+
+from exo_megatron.checkpoint.directory import tokenizer_path
+from exo_megatron.checkpoint.policy import load_policy
+from exo_megatron.config.stages import SftConfig
+from exo_megatron.data.dataset import load_groups
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.training.identity import run_identity
+from exo_megatron.training.objectives import SftObjective
+from exo_megatron.training.optimizer import make_trainee
+from exo_megatron.training.prepare import check_groups, read_start
+from exo_megatron.training.trainer import Trainer
+
+
+def run_sft(config: SftConfig, runtime: Runtime) -> None:
+    """Train on demonstrations; leaves checkpoints, metrics.jsonl and TensorBoard events in `config.output`."""
+    start = read_start(config)
+    groups = load_groups(config.data, start.tokenizer, purpose="sft")
+    check_groups(groups, start.spec, config.compute.max_tokens_per_microbatch)
+    with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
+        policy, spec = load_policy(start.checkpoint, topology, config.compute)
+        Trainer(
+            trainee=make_trainee(policy, spec, topology, config.compute, config.optimizer),
+            objective=SftObjective(),
+            groups=groups,
+            config=config,
+            identity=run_identity(groups, start.fingerprint, config.seed, config.optimizer, config.batch),
+            hf_files=tokenizer_path(start.checkpoint),
+            runtime=runtime,
+            label="sft",
+            complete_groups=lambda step_groups: step_groups,
+        ).run()

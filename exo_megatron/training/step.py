@@ -1,0 +1,129 @@
+"""One optimizer step: forward and backward over the micro-batches of the 1F1B schedule, reduction, Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from exo_megatron.logprobs.sequence import token_logprobs
+from exo_megatron.training.objectives import MicroBatchObjective, RowBatch, UnitSum
+from exo_megatron.training.optimizer import Trainee
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, equal on every rank: means over the global units, and whether some rank asked to stop."""
+
+    loss: float
+    grad_norm: float
+    units: int
+    statistics: dict[str, float]
+    stop_requested: bool
+
+
+def train_step(
+    trainee: Trainee,
+    batches: Sequence[RowBatch],
+    objective: MicroBatchObjective,
+    *,
+    learning_rate: float,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Train on one global batch. `batches`: this data-parallel rank's micro-batches, at least one.
+
+    Collectives: the schedule's point-to-point transfers over the pipeline group, one all-gather of log-probs per
+    micro-batch over the tensor group, reduce-scatter of gradients and all-gather of weights over the data group,
+    one all-reduce of the statistics over the world.
+    """
+    forward_gradients(trainee, batches, objective, reports := [])
+    trainee.set_learning_rate(learning_rate)
+    _, grad_norm, _ = trainee.optimizer.step()
+    return _reduce(trainee, reports, objective, float(grad_norm or 0.0), stop_requested)
+
+
+def forward_gradients(
+    trainee: Trainee, batches: Sequence[RowBatch], objective: MicroBatchObjective, reports: list[UnitSum]
+) -> None:
+    """Leave the gradient of the global mean loss in the model's gradient buffers, reduced over all groups.
+
+    Appends each micro-batch's detached sums to `reports` on the last pipeline stage.
+    """
+    trainee.model.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    run_schedule = get_forward_backward_func()
+    run_schedule(
+        forward_step_func=partial(_forward_step, trainee=trainee, objective=objective, reports=reports),
+        data_iterator=iter(batches),
+        model=[trainee.model],
+        num_microbatches=len(batches),
+        seq_length=1,  # not read: rows differ in length (variable_seq_lengths)
+        micro_batch_size=1,
+        forward_only=False,
+    )
+
+
+def _forward_step(
+    data_iterator: Iterator[RowBatch],
+    model: torch.nn.Module,
+    *,
+    trainee: Trainee,
+    objective: MicroBatchObjective,
+    reports: list[UnitSum],
+) -> tuple[Tensor, Any]:
+    """megatron-core's forward_step_func: hidden states, or the last stage's token log-probs and their loss."""
+    batch = next(data_iterator)
+    layout = batch.layout
+    output: Tensor = model(layout.input_ids[None], layout.position_ids[None], None, packed_seq_params=layout)
+    if not trainee.topology.is_last_stage:
+        return output, None
+    token_logps = token_logprobs(
+        output,
+        trainee.policy.output_weight(),
+        layout,
+        vocab_size=trainee.spec.vocab_size,
+        temperature=objective.temperature,
+        chunk_rows=trainee.compute.logprob_chunk_rows,
+        topology=trainee.topology,
+    )
+    return token_logps, partial(_loss, batch=batch, objective=objective, reports=reports)
+
+
+def _loss(
+    token_logps: Tensor, *, batch: RowBatch, objective: MicroBatchObjective, reports: list[UnitSum]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """megatron-core's loss_func with three results, which give an exact global mean: sum, integer count, report."""
+    result = objective(token_logps, batch)
+    reports.append(UnitSum(result.total.detach(), result.count, result.statistics))
+    count = torch.tensor(result.count, dtype=torch.int, device=token_logps.device)
+    return result.total.float(), count, {}
+
+
+def _reduce(
+    trainee: Trainee,
+    reports: Sequence[UnitSum],
+    objective: MicroBatchObjective,
+    grad_norm: float,
+    stop_requested: bool,
+) -> StepResult:
+    """Sum the reports of all data-parallel ranks; each counts once, from tensor rank 0 of its last stage."""
+    names = objective.statistic_names
+    device = trainee.topology.device
+    sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
+    if trainee.topology.is_last_stage and trainee.topology.tensor_rank == 0:
+        for report in reports:
+            values = [report.total, *(report.statistics[name] for name in names)]
+            sums[1:-1] += torch.stack([value.double() for value in values])
+            sums[0] += report.count
+    sums[-1] = float(stop_requested)
+    dist.all_reduce(sums)
+    count, total, *rest, stops = sums.tolist()
+    units = max(int(count), 1)
+    means = {name: value / units for name, value in zip(names, rest, strict=True)}
+    return StepResult(total / units, grad_norm, int(count), means, stops > 0)

@@ -1,0 +1,157 @@
+"""The training loop: batches by step, steps, metrics, checkpoints, resume, stop on request."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo_megatron.checkpoint.directory import list_steps
+from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_checkpoint
+from exo_megatron.checkpoint.save import prune, save_checkpoint
+from exo_megatron.config.stages import AlignConfig, SftConfig
+from exo_megatron.data.groups import Group
+from exo_megatron.data.packing import make_microbatch, plan_microbatches
+from exo_megatron.data.sampling import StepSampler
+from exo_megatron.errors import CheckpointError, TrainingDiverged, TryAgainLater
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.training.objectives import MicroBatchObjective, RowBatch
+from exo_megatron.training.optimizer import Trainee
+from exo_megatron.training.schedule import learning_rate
+from exo_megatron.training.signals import StopRequest, stop_on_signal
+from exo_megatron.training.step import StepResult, train_step
+from exo_megatron.utils.metrics import MetricsWriter
+from exo_megatron.utils.progress import Progress
+
+GroupsOfStep = Callable[[Sequence[Group]], Sequence[Group]]
+"""Completes the groups of one step just before it runs (a live reference adds its log-probs)."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that one training run consists of.
+
+    identity: a digest of what must not change between an interrupted run and its continuation (data, objective,
+    optimizer, batch); a checkpoint of another identity is refused.
+    """
+
+    trainee: Trainee
+    objective: MicroBatchObjective
+    groups: Sequence[Group]
+    config: SftConfig | AlignConfig
+    identity: str
+    hf_files: Path
+    runtime: Runtime
+    label: str
+    complete_groups: GroupsOfStep
+
+    def run(self) -> None:
+        """Train to the last step, from the newest complete checkpoint in the output directory if there is one.
+
+        Collective over the world. Raises TryAgainLater (exit code 75) after saving, when some rank was asked to
+        stop; TrainingDiverged on every rank when loss or gradient norm is not finite.
+        """
+        sampler = StepSampler(
+            len(self.groups),
+            groups_per_step=self.config.batch.groups,
+            epochs=self.config.batch.epochs,
+            max_steps=self.config.batch.max_steps,
+            seed=self.config.seed,
+        )
+        first_step = self._resume()
+        enabled = self.runtime.is_main
+        metrics = MetricsWriter(self.config.output, tensorboard=self.config.log.tensorboard, enabled=enabled)
+        progress = Progress(self.label, sampler.total_steps, "steps", enabled=enabled, initial=first_step)
+        with stop_on_signal() as stop:
+            for step in range(first_step, sampler.total_steps):
+                result = self._step(step, sampler, metrics, progress, stop)
+                done = step + 1
+                if done == sampler.total_steps or result.stop_requested or self._save_due(done):
+                    self._save(done)
+                if result.stop_requested and done < sampler.total_steps:
+                    raise TryAgainLater(
+                        str(self.config.output),
+                        f"asked to stop; saved after step {done} of {sampler.total_steps}",
+                        expected="the run to go on later",
+                        fix="start the same command again",
+                    )
+        progress.close()
+        metrics.close()
+
+    def _step(
+        self, step: int, sampler: StepSampler, metrics: MetricsWriter, progress: Progress, stop: StopRequest
+    ) -> StepResult:
+        started = time.monotonic()
+        groups = self.complete_groups([self.groups[i] for i in sampler.indices(step)])
+        lr = learning_rate(step, sampler.total_steps, self.config.optimizer)
+        result = train_step(
+            self.trainee, self._pack(groups), self.objective, learning_rate=lr, stop_requested=bool(stop)
+        )
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise TrainingDiverged(
+                f"step {step + 1}",
+                f"loss {result.loss}, gradient norm {result.grad_norm}",
+                expected="finite numbers",
+                fix="lower optimizer.lr or set optimizer.clip_grad; the last saved checkpoint is sound",
+            )
+        tokens = sum(group.num_tokens for group in groups)
+        rate = tokens / max(time.monotonic() - started, 1e-9)
+        if (step + 1) % self.config.log.interval == 0 or step + 1 == sampler.total_steps:
+            values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr, **result.statistics}
+            metrics.write(step + 1, {**values, "epoch": sampler.epoch(step + 1), "tokens_per_second": rate})
+        progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{rate:.0f}")
+        return result
+
+    def _pack(self, groups: Sequence[Group]) -> list[RowBatch]:
+        """This data-parallel rank's micro-batches of one step."""
+        topology = self.trainee.topology
+        plan = plan_microbatches(
+            groups,
+            data_size=topology.data_size,
+            max_tokens=self.config.compute.max_tokens_per_microbatch,
+            multiple=topology.row_multiple,
+        )
+        return [
+            RowBatch.of(make_microbatch([groups[i] for i in row], multiple=topology.row_multiple), topology.device)
+            for row in plan[topology.data_rank]
+        ]
+
+    def _save_due(self, step: int) -> bool:
+        interval = self.config.save.interval
+        return interval is not None and step % interval == 0
+
+    def _save(self, step: int) -> None:
+        root = self.config.output / "checkpoints"
+        save_checkpoint(
+            root / f"step-{step:08d}",
+            self.trainee.sharded_state(loading=False),
+            spec=self.trainee.spec,
+            hf_files=self.hf_files,
+            step=step,
+            kind="training",
+            trainer_state={"step": step, "identity": self.identity},
+            runtime=self.runtime,
+        )
+        if not self.config.save.all_steps and self.runtime.is_main:
+            prune(root, self.config.save.keep)
+        self.runtime.barrier()
+
+    def _resume(self) -> int:
+        """Load the newest complete checkpoint of this run; the number of steps it has done."""
+        steps = list_steps(self.config.output)
+        if not steps:
+            return 0
+        step, path = steps[-1]
+        verify_checkpoint(path)
+        state = read_trainer_state(path)
+        if state["identity"] != self.identity:
+            raise CheckpointError(
+                str(path),
+                "made by a run with other data, loss, optimizer or batch settings",
+                expected="the settings that this run was started with",
+                fix="restore them, or choose another output",
+            )
+        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)))
+        return step
