@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -68,4 +68,4 @@ def candidate_logprobs(
     if topology.pipeline_size > 1:
         dist.broadcast(totals, src=topology.last_stage_rank, group=topology.pipeline_group)
     values = totals.tolist()
-    return [tuple(values[start:stop]) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [tuple(values[start:stop]) for start, stop in pairwise(starts)]

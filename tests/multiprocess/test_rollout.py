@@ -1,0 +1,206 @@
+"""Generation and scoring at every topology against Hugging Face's model, a full forward pass per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from exo_megatron.data.groups import Group
+from exo_megatron.rollout.sampling import uniforms
+from tests.multiprocess.harness import Check, Outcome, run_checks
+from tests.reference.tiny_llama import VOCAB_SIZE, tiny_config, tiny_llama
+
+HERE = "tests.multiprocess.rollout_checks"
+SEED = 11
+K = 3
+STEPS = 14
+LENGTHS = (5, 1, 31, 12, 2, 19, 7)
+TOPOLOGIES = {
+    "dp4": {"tensor": 1, "pipeline": 1},
+    "tp2dp2": {"tensor": 2, "pipeline": 1},
+    "tp2dp2-nosp": {"tensor": 2, "pipeline": 1, "sequence": False},
+    "pp2dp2": {"tensor": 1, "pipeline": 2},
+    "tp2pp2": {"tensor": 2, "pipeline": 2},
+}
+SAMPLED = {"candidates": K, "temperature": 0.8, "max_new_tokens": STEPS}
+SAMPLINGS = {
+    "all at once": {**SAMPLED, "max_active_candidates": 100},
+    "fewer slots than K": {**SAMPLED, "max_active_candidates": 2},
+    "some slots": {**SAMPLED, "max_active_candidates": 7},
+    "top-p": {**SAMPLED, "max_active_candidates": 8, "top_p": 0.7},
+    "one token": {**SAMPLED, "max_active_candidates": 8, "max_new_tokens": 1},
+    "greedy": {"candidates": 1, "temperature": 1e-4, "max_new_tokens": STEPS, "max_active_candidates": 4},
+}
+
+Drawn = tuple[list[int], list[float]]  # token ids, their log-probs
+
+
+def prompts() -> list[tuple[str, tuple[int, ...]]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (f"prompt-{i}", tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()))
+        for i, length in enumerate(LENGTHS)
+    ]
+
+
+def next_logits(model: LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([list(ids)])).logits[0, -1].double().numpy()
+
+
+def hf_draw(model: LlamaForCausalLM, ids: Sequence[int], numbers: np.ndarray, top_p: float) -> Drawn:
+    """STEPS tokens, each from a full forward pass; the definition of the draw, written once more."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    for number in numbers:
+        scaled = next_logits(model, [*ids, *tokens]) / SAMPLED["temperature"]
+        log_p = scaled - scaled.max() - math.log(np.exp(scaled - scaled.max()).sum())
+        order = np.argsort(-log_p, kind="stable")
+        mass = np.exp(log_p[order]).cumsum()
+        kept = np.sort(order[: 1 + int(np.searchsorted(mass, top_p))]) if top_p < 1 else np.arange(len(log_p))
+        shares = np.exp(log_p[kept]).cumsum()
+        token = int(kept[np.searchsorted(shares, number * shares[-1], side="right")])
+        tokens.append(token)
+        logprobs.append(float(log_p[token]))
+    return tokens, logprobs
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Per top-p, prompt and candidate: what HF draws without any end of sequence."""
+
+    weights: Path
+    model: LlamaForCausalLM
+    eos_id: int
+    drawn: dict[float, list[list[Drawn]]]
+
+    def cut(self, drawn: Drawn, steps: int = STEPS) -> tuple[tuple[int, ...], bool, float]:
+        """Up to the end of sequence or the length limit: ids, finished, log-prob."""
+        tokens, logprobs = drawn[0][:steps], drawn[1][:steps]
+        finished = self.eos_id in tokens
+        length = tokens.index(self.eos_id) + 1 if finished else len(tokens)
+        return tuple(tokens[:length]), finished, sum(logprobs[:length])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    model = tiny_llama(tiny_config(), seed=1).eval()
+    weights = tmp_path_factory.mktemp("weights") / "llama.pt"
+    torch.save((model.config, model.state_dict()), weights)
+    drawn = {
+        top_p: [
+            [hf_draw(model, ids, numbers, top_p) for numbers in uniforms(SEED, name, candidates=K, steps=STEPS)]
+            for name, ids in prompts()
+        ]
+        for top_p in (1.0, 0.7)
+    }
+    # The end of sequence is a token that ends about half of the candidates.
+    contents = [set(tokens) for group in drawn[1.0] for tokens, _ in group]
+    counts = [sum(token in content for content in contents) for token in range(VOCAB_SIZE)]
+    eos_id = min(range(VOCAB_SIZE), key=lambda token: abs(counts[token] - len(contents) // 2))
+    assert 3 <= counts[eos_id] <= len(contents) - 3
+    return Reference(weights, model, eos_id, drawn)
+
+
+def scored_groups(reference: Reference) -> list[Group]:
+    """The drawn candidates of each prompt; the last group has one candidate only."""
+    groups = []
+    for i, (name, ids) in enumerate(prompts()):
+        count = 1 if i == len(LENGTHS) - 1 else K
+        drawn = [reference.cut(candidate)[0] for candidate in reference.drawn[1.0][i][:count]]
+        groups.append(Group(id=name, prompt=ids, candidates=tuple(drawn)))
+    return groups
+
+
+@pytest.fixture(scope="module")
+def outcomes(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    checks = []
+    for name, parallel in TOPOLOGIES.items():
+        common = {"weights": reference.weights, "parallel": parallel}
+        drawing = {"prompts": prompts(), "eos_id": reference.eos_id, "seed": SEED}
+        checks.append(Check(name, f"{HERE}:generate", {**common, **drawing, "samplings": list(SAMPLINGS.values())}))
+        scoring = {"groups": scored_groups(reference), "max_tokens": 90, "temperature": 0.8}
+        checks.append(Check(f"{name} score", f"{HERE}:score", {**common, **scoring}))
+    bf16 = {"samplings": [SAMPLINGS["some slots"]], "precision": "bf16", "parallel": TOPOLOGIES["tp2pp2"]}
+    checks.append(Check("bf16", f"{HERE}:generate", {"weights": reference.weights, **drawing, **bf16}))
+    return run_checks(4, checks, tmp_path_factory.mktemp("rollout"))
+
+
+@pytest.mark.parametrize("sampling", [name for name in SAMPLINGS if name != "greedy"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_draws_are_those_of_hf(
+    reference: Reference, outcomes: dict[str, Outcome], topology: str, sampling: str
+) -> None:
+    settings = SAMPLINGS[sampling]
+    drawn = reference.drawn[settings.get("top_p", 1.0)]
+    for results in outcomes[topology].values():
+        groups, _ = results[list(SAMPLINGS).index(sampling)]
+        assert [group.prompt_id for group in groups] == [name for name, _ in prompts()]
+        for group, expected_group in zip(groups, drawn, strict=True):
+            assert len(group.candidates) == K
+            for candidate, expected in zip(group.candidates, expected_group, strict=True):
+                ids, finished, logprob = reference.cut(expected, settings["max_new_tokens"])
+                assert candidate.token_ids == ids
+                assert candidate.finished == finished
+                assert candidate.logprob == pytest.approx(logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_vanishing_temperature_is_greedy(reference: Reference, outcomes: dict[str, Outcome], topology: str) -> None:
+    for results in outcomes[topology].values():
+        groups, _ = results[list(SAMPLINGS).index("greedy")]
+        for group, (_, ids) in zip(groups, prompts(), strict=True):
+            row = torch.tensor([ids])
+            hf = reference.model.generate(
+                row,
+                attention_mask=torch.ones_like(row),
+                do_sample=False,
+                max_new_tokens=STEPS,
+                eos_token_id=reference.eos_id,
+                pad_token_id=0,
+            )
+            assert group.candidates[0].token_ids == tuple(hf[0, len(ids) :].tolist())
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_records_of_the_whole_world(reference: Reference, outcomes: dict[str, Outcome], topology: str) -> None:
+    by_rank = outcomes[topology].values()
+    for sampling in range(len(SAMPLINGS)):
+        groups, records = by_rank[0][sampling]
+        assert records is not None
+        assert all(results[sampling][1] is None for results in by_rank[1:])
+        for record, group, (name, ids) in zip(records, groups, prompts(), strict=True):
+            assert (record.id, record.prompt, record.prompt_ids) == (name, f"text of {name}", ids)
+            assert record.rewards is None
+            for stored, candidate in zip(record.candidates, group.candidates, strict=True):
+                assert (stored.token_ids, stored.finished) == (candidate.token_ids, candidate.finished)
+                assert stored.logprob == pytest.approx(candidate.logprob, abs=1e-4)
+                assert stored.text == " ".join(str(token) for token in candidate.token_ids)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_scores_are_hf_logprobs(reference: Reference, outcomes: dict[str, Outcome], topology: str) -> None:
+    groups = scored_groups(reference)
+    for results in outcomes[f"{topology} score"].values():
+        assert len(results) == len(groups)
+        for index, (result, group) in enumerate(zip(results, groups, strict=True)):
+            drawn = reference.drawn[1.0][index][: len(group.candidates)]
+            assert result == pytest.approx([reference.cut(candidate)[2] for candidate in drawn], abs=1e-4)
+
+
+def test_bf16_generates_likely_tokens(reference: Reference, outcomes: dict[str, Outcome]) -> None:
+    """Rounding may change a draw; the first tokens of nearly all candidates stay, with close log-probs."""
+    by_rank = outcomes["bf16"].values()
+    assert all(results == by_rank[0] or results[0][1] is None for results in by_rank)
+    same = 0
+    for group, expected_group in zip(by_rank[0][0][0], reference.drawn[1.0], strict=True):
+        for candidate, expected in zip(group.candidates, expected_group, strict=True):
+            same += candidate.token_ids[0] == expected[0][0]
+    assert same >= 0.8 * len(LENGTHS) * K
