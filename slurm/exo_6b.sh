@@ -172,13 +172,13 @@ outcome() {
     local code=$1 codes
     codes=$(cat "$EXO_CODES"/rank-* 2>/dev/null)
     if completed; then
-        echo done
+        echo 'done'
     elif grep -qx "$USER_ERROR" <<<"$codes"; then
         echo wrong-input
     elif grep -qx "$TRY_AGAIN" <<<"$codes"; then
         echo stopped
     elif [ "$code" -eq 0 ]; then
-        echo done
+        echo 'done'
     elif [ -n "$STOP" ]; then
         echo stopped
     else
@@ -203,6 +203,7 @@ requeue() {
 }
 
 # srun ends its step at once on TERM; USR2 it hands to the tasks, which save and exit.
+# shellcheck disable=SC2317  # called by the trap
 stop() {
     STOP=yes
     say "asked to stop; the stage saves and exits"
