@@ -151,7 +151,7 @@ class NativeEngine:
             local = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         if topology.tensor_size > 1:
             shards = local.new_empty(topology.tensor_size, *local.shape)
-            dist.all_gather_into_tensor(shards, local.contiguous(), group=topology.tensor_group)
+            dist.all_gather(list(shards.unbind()), local.contiguous(), group=topology.tensor_group)
             local = shards.transpose(0, 1).flatten(1)
         return local[:, : self._spec.vocab_size]
 
