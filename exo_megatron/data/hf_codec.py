@@ -1,0 +1,164 @@
+"""A Hugging Face tokenizer as a text codec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as BackendTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from exo_megatron.data.reasons import reason
+from exo_megatron.data.tokenizer import Message
+from exo_megatron.errors import DataError
+
+
+class HfCodec:
+    """A fast tokenizer, and a copy of it that neither inserts nor strips a space at the beginning of a text."""
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.path = path
+        self._tokenizer = tokenizer
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        description["truncation"] = description["padding"] = None
+        self._start = BackendTokenizer.from_str(json.dumps(description))
+        self._continuation = BackendTokenizer.from_str(json.dumps(_without_prefix_space(description)))
+        self.vocab_size = max(self._start.get_vocab(with_added_tokens=True).values()) + 1
+        self.eos_id = _eos_id(path, tokenizer)
+        self.prefix_ids = _default_prefix(tokenizer)
+
+    def encode(self, text: str, *, continuation: bool) -> list[int]:
+        """Ids of the text; special tokens written out in it are recognised, as chat templates need."""
+        ids: list[int] = self._backend(continuation).encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
+        """Text of the ids without special tokens."""
+        text: str = self._backend(continuation).decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """Messages through the chat template; DataError where there is none or it refuses them."""
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                str(self.path),
+                "the tokenizer has no chat template, and the data has chat messages",
+                expected="a chat template, or prompts and completions as strings",
+                fix="add chat_template to tokenizer_config.json, or write the data as strings",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=generation_prompt, tokenize=False
+            )
+        # Templates raise whatever their authors chose, through jinja2 or transformers.
+        except Exception as error:
+            raise DataError(
+                str(self.path),
+                f"the chat template refuses the messages ({reason(error)})",
+                expected="messages in the order and with the roles that the template knows",
+                fix="correct the messages or the template",
+            ) from None
+        return str(text)
+
+    def _backend(self, continuation: bool) -> BackendTokenizer:
+        return self._continuation if continuation else self._start
+
+
+def load_hf_codec(path: Path) -> HfCodec:
+    """Load a tokenizer directory with AutoTokenizer, from local files and without running code of its own."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    # transformers raises many unrelated types for files that it cannot use.
+    except Exception as error:
+        raise DataError(
+            str(path),
+            f"transformers cannot load the tokenizer ({reason(error)})",
+            expected="tokenizer.json, or tokenizer.model, with tokenizer_config.json",
+            fix="save the tokenizer with save_pretrained, or give the SentencePiece .model file itself",
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(
+            str(path),
+            f"{type(tokenizer).__name__} is not backed by the tokenizers library",
+            expected="a tokenizer with tokenizer.json",
+            fix="convert it to a fast tokenizer and save it with save_pretrained",
+        )
+    if not (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
+        _check_conversion(path, tokenizer)
+    return HfCodec(path, tokenizer)
+
+
+def _eos_id(path: Path, tokenizer: PreTrainedTokenizerFast) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            str(path),
+            "the tokenizer has no end-of-sequence token",
+            expected="eos_token in tokenizer_config.json",
+            fix="name the token that ends a text there",
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _default_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """What the tokenizer writes before a text by itself; what it may write after it is not wanted in a prompt."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a", add_special_tokens=True)
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start])
+    return ()
+
+
+def _check_conversion(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Compare with the SentencePiece model that transformers converted.
+
+    transformers 5 builds `LlamaTokenizer` as BPE whatever the model is; a unigram model then falls apart into
+    characters without a word.
+    """
+    original = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+    size = original.get_piece_size()
+    for start in range(64):
+        text = original.decode([i for i in range(start, size, 64) if _is_text(original, i)][:32])
+        if original.encode(text) != tokenizer.encode(text, add_special_tokens=False):
+            raise DataError(
+                str(path),
+                f"transformers' {type(tokenizer).__name__} gives other ids than tokenizer.model itself for {text!r}",
+                expected="a tokenizer class that fits the SentencePiece model (LlamaTokenizer needs a BPE model)",
+                fix="remove tokenizer_config.json to use tokenizer.model itself, or add the right tokenizer.json",
+            )
+
+
+def _is_text(model: SentencePieceProcessor, piece: int) -> bool:
+    return not (model.is_control(piece) or model.is_unknown(piece) or model.is_byte(piece) or model.is_unused(piece))
+
+
+def _without_prefix_space(node: Any) -> Any:
+    """A tokenizer.json tree whose normaliser, pre-tokeniser and decoder leave the beginning of a text alone."""
+    if isinstance(node, list):
+        kept = [_without_prefix_space(item) for item in node]
+        return [item for item in kept if not _touches_beginning(item)]
+    if not isinstance(node, dict):
+        return node
+    changed = {
+        name: value if name in ("model", "added_tokens") else _without_prefix_space(value)
+        for name, value in node.items()
+    }
+    if changed.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if changed.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    for part in ("normalizer", "decoder"):
+        if part in changed and _touches_beginning(changed[part]):
+            changed[part] = None
+    return changed
+
+
+def _touches_beginning(node: Any) -> bool:
+    """The normaliser that prepends a space (U+2581), and the decoder that strips it again."""
+    if not isinstance(node, dict):
+        return False
+    kind = node.get("type")
+    return kind == "Prepend" or (kind == "Strip" and node.get("start") == 1 and "content" in node)

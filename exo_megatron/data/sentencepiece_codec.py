@@ -1,0 +1,69 @@
+"""A bare SentencePiece model as a text codec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from exo_megatron.data.reasons import reason
+from exo_megatron.data.tokenizer import Message
+from exo_megatron.errors import DataError
+
+
+class SentencePieceCodec:
+    """SentencePiece with and without the space that it puts before a text (its dummy prefix).
+
+    A continuation is encoded and decoded without that space, so " was good" keeps its own one and "ly good" gets
+    none. Runs of spaces and spaces at the ends are kept even if the model was trained to drop them: joining a
+    prompt and a completion needs them. BOS comes first where the model has one, as in the models' own frameworks.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.path = file
+        try:
+            model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())  # type: ignore[attr-defined]  # generated
+            model.normalizer_spec.remove_extra_whitespaces = False
+            self._start = SentencePieceProcessor(model_proto=model.SerializeToString())
+            model.normalizer_spec.add_dummy_prefix = False
+            self._continuation = SentencePieceProcessor(model_proto=model.SerializeToString())
+        # protobuf's DecodeError has no stable base class; a damaged model can also be an OSError or RuntimeError.
+        except Exception as error:
+            raise DataError(
+                str(file),
+                f"is not a SentencePiece model ({reason(error)})",
+                expected="a .model file",
+                fix="restore the file",
+            ) from None
+        self.vocab_size: int = self._start.get_piece_size()
+        self.eos_id: int = self._start.eos_id()
+        if self.eos_id < 0:
+            raise DataError(
+                str(file),
+                "the SentencePiece model has no end-of-sequence token",
+                expected="a model trained with eos_id >= 0",
+                fix="train it with --eos_id, or use a Hugging Face tokenizer that names eos_token",
+            )
+        bos = self._start.bos_id()
+        self.prefix_ids: tuple[int, ...] = (bos,) if bos >= 0 else ()
+
+    def encode(self, text: str, *, continuation: bool) -> list[int]:
+        """Ids of the text; control symbols written out in it are ordinary text."""
+        ids: list[int] = (self._continuation if continuation else self._start).encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
+        """Text of the ids; control symbols give nothing."""
+        text: str = (self._continuation if continuation else self._start).decode(list(ids))
+        return text
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> NoReturn:
+        """Raise: a SentencePiece model has no chat template."""
+        raise DataError(
+            str(self.path),
+            "a bare SentencePiece model has no chat template, and the data has chat messages",
+            expected="a tokenizer with a chat template, or prompts and completions as strings",
+            fix="use a Hugging Face tokenizer with chat_template, or write the data as strings",
+        )
