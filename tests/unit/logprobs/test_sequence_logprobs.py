@@ -52,5 +52,5 @@ def test_row_without_candidates() -> None:
     layout = build_layout([], [], multiple=2)
     token_logps = torch.zeros(0, requires_grad=True)
     sums = sequence_logprobs(token_logps, layout)
-    assert sums.shape == (0,)
+    assert sums.shape == (0,) and sums.dtype == torch.float64
     sums.sum().backward()
