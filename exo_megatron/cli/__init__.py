@@ -1,0 +1,1 @@
+"""The command line: one thin command per stage, the pipeline of `run`, and `doctor`."""

@@ -42,10 +42,11 @@ def describe_keys(
         is_list = get_origin(info.annotation) is list
         if inner is None or is_list or not (required or isinstance(default, Section)):
             accepts = describe_type(info.annotation, info.metadata)
-            yield KeyDescription(prefix + name, accepts, None if required else show(default), info.description or "")
+            shown = default if isinstance(default, str) else show(default)
+            yield KeyDescription(prefix + name, accepts, None if required else shown, info.description or "")
         if inner is not None:
-            shown = f"{prefix}{name}.N." if is_list else f"{prefix}{name}."
-            yield from describe_keys(inner, shown, default if isinstance(default, Section) else None)
+            below = f"{prefix}{name}.N." if is_list else f"{prefix}{name}."
+            yield from describe_keys(inner, below, default if isinstance(default, Section) else None)
 
 
 def describe_key(section: type[Section], key: Key) -> str:
@@ -98,7 +99,7 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return "mapping" if values is Any else f"mapping of names to {describe_type(values)}s"
     section = section_class(annotation)
     if section is not None:
-        return "section with keys " + ", ".join(section.model_fields)
+        return f"section ({', '.join(section.model_fields)})"
     metadata = list(metadata)
     name = ("non-empty " if annotated_types.MinLen(1) in metadata else "") + _NAMES[annotation]
     return " ".join([name, *_describe_limits(metadata)])

@@ -90,23 +90,32 @@ def _plan_stage(entry: PipelineStage, document: Document, run: RunConfig, earlie
     later = [each.name for each in run.stages if each.name not in known]
     document.data = _substitute(document.data, (), document, known, later)
     config = validate_stage(STAGE_CONFIGS[entry.stage], document)
-    for each in earlier:
-        if os.path.abspath(each.config.output) == os.path.abspath(config.output):
-            raise ConfigError(
-                document.where(("output",)),
-                f"got {show(str(config.output))}, which stage {each.name} writes",
-                expected="a directory of its own for every stage",
-                fix="choose another output",
-            )
+    _check_output(config, document, run, earlier)
     upstream = {each.name: each.digest for each in earlier if _reads(config, each.config.output)}
     return PlannedStage(entry.name, entry.stage, config, tuple(upstream), config_digest(config, upstream))
 
 
+def _check_output(config: StageConfig, document: Document, run: RunConfig, earlier: list[PlannedStage]) -> None:
+    """A stage's directory must not hold another's, because it is moved away when the stage has to start anew."""
+    others = {"the run": run.output, **{f"stage {each.name}": each.config.output for each in earlier}}
+    for owner, other in others.items():
+        if _within(other, config.output):
+            raise ConfigError(
+                document.where(("output",)),
+                f"got {show(str(config.output))}, which is or holds the output of {owner}",
+                expected="a directory of its own for every stage",
+                fix="choose another output",
+            )
+
+
+def _within(path: Path, root: Path) -> bool:
+    """Whether `path` is `root` or lies below it."""
+    return os.path.commonpath((os.path.abspath(path), os.path.abspath(root))) == os.path.abspath(root)
+
+
 def _reads(config: StageConfig, output: Path) -> bool:
     """Whether a path of the configuration is `output` or lies below it."""
-    root = os.path.abspath(output)
-    found = (os.path.abspath(path) for _, path in paths(config))
-    return any(os.path.commonpath((root, path)) == root for path in found)
+    return any(_within(path, output) for _, path in paths(config))
 
 
 def _stage_document(index: int, entry: PipelineStage, document: Document) -> Document:
@@ -169,7 +178,7 @@ def _check_defaults(document: Document) -> None:
             raise ConfigError(
                 document.where(("defaults", name)),
                 f"got {show(value)}",
-                expected="a section with keys " + ", ".join(sections[name].model_fields),
+                expected=f"section ({', '.join(sections[name].model_fields)})",
                 fix="write its keys below it, or remove it",
             )
         inner = {key[2:]: origin for key, origin in document.origins.items() if key[:2] == ("defaults", name)}

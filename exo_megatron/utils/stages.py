@@ -43,6 +43,22 @@ def withdraw_completion(output: Path) -> None:
     (output / COMPLETE_FILE).unlink(missing_ok=True)
 
 
+def mark_stale(output: Path) -> None:
+    """Say of a directory that was begun that what it holds belongs to inputs that are no longer there."""
+    withdraw_completion(output)
+    if (output / STARTED_FILE).exists():
+        write_json(output / STARTED_FILE, {"stage": None, "config_digest": "stale"})
+
+
+def set_aside(output: Path) -> Path:
+    """Rename a directory to `NAME.old-N` with the first free N, and return the new path."""
+    number = 1
+    while (kept := output.with_name(f"{output.name}.old-{number}")).exists():
+        number += 1
+    output.rename(kept)
+    return kept
+
+
 def completed_digest(output: Path) -> str | None:
     """Digest of the configuration that the stage in this directory was completed with; None where it was not."""
     return _digest(output / COMPLETE_FILE)
