@@ -154,6 +154,7 @@ def _combine(lse: Tensor, target_logit: Tensor, shard: VocabShard) -> tuple[Tens
     if shard.ranks == 1:
         return lse, target_logit
     local = torch.cat((lse, target_logit))
-    parts = local.new_empty(shard.ranks, local.shape[0])
-    dist.all_gather_into_tensor(parts, local, group=shard.group)
+    gathered = local.new_empty(shard.ranks * local.shape[0])
+    dist.all_gather_into_tensor(gathered, local, group=shard.group)
+    parts = gathered.view(shard.ranks, -1)
     return parts[:, : lse.shape[0]].logsumexp(dim=0), parts[:, lse.shape[0] :].sum(dim=0)

@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -52,9 +58,25 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
     config = transformer_config(spec, topology, compute)
     layers = spec.layers // topology.pipeline_size
     block = TransformerBlockSubmodules(layer_specs=[layer_spec(linear_backend())] * layers, layer_norm=RMSNorm)
-    return PolicyModel(
+    policy = PolicyModel(
         config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
     )
+    _mark_tensor_parallel(policy)
+    return policy
+
+
+def _mark_tensor_parallel(policy: PolicyModel) -> None:
+    """Say of every sharded weight that it is sharded, as megatron-core's initialisation would.
+
+    megatron-core 0.16 marks weights only when it also initialises them. An unmarked weight counts as replicated over
+    the tensor group: its gradient on tensor ranks above 0 would be left out of the gradient norm.
+    """
+    cut_along = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in policy.modules():
+        dim = cut_along.get(type(module))
+        weight = vars(module)["_parameters"].get("weight")
+        if dim is not None and weight is not None and "tensor_model_parallel" not in vars(weight):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> TransformerConfig:
