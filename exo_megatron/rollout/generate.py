@@ -56,7 +56,7 @@ def _record(prompt: Prompt, group: GeneratedGroup, tokenizer: Tokenizer) -> Cand
         prompt_ids=prompt.ids,
         candidates=tuple(
             Candidate(
-                text=tokenizer.decode(candidate.token_ids),
+                text=tokenizer.decode_completion(candidate.token_ids),
                 token_ids=candidate.token_ids,
                 finished=candidate.finished,
                 logprob=candidate.logprob,

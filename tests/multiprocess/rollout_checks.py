@@ -28,7 +28,7 @@ from exo_megatron.rollout.scoring import candidate_logprobs
 class NumberTokenizer:
     """Decodes ids to their numbers; all that generation asks of a tokenizer."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode_completion(self, ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in ids)
 
 
