@@ -1,0 +1,1 @@
+"""From nothing to an aligned model in a few minutes: corpus, tokenizer, tiny model, oracle, and the pipeline."""

@@ -1,0 +1,60 @@
+"""Rewards for stored candidates, over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from exo_megatron.data.candidates import CandidateRecord
+from exo_megatron.errors import RewardError
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.rewards.source import RewardSource
+from exo_megatron.utils.progress import Progress
+
+
+def score_records(
+    records: Sequence[CandidateRecord], source: RewardSource, runtime: Runtime, *, batch_size: int, label: str
+) -> list[CandidateRecord] | None:
+    """The records with rewards, in order, on rank 0 of the world; None on the others.
+
+    Collective over the world: every rank passes all records and judges a consecutive share of them, `batch_size`
+    completions at a time. label: names the progress line. Raises RewardError for a reward that is not finite.
+    """
+    begin, end = (len(records) * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
+    scored = score_share(records[begin:end], source, batch_size=batch_size, label=label, enabled=runtime.is_main)
+    parts = runtime.gather_objects(scored)
+    return None if parts is None else [record for part in parts for record in part]
+
+
+def score_share(
+    records: Sequence[CandidateRecord], source: RewardSource, *, batch_size: int, label: str, enabled: bool
+) -> list[CandidateRecord]:
+    """The records with rewards, computed by this process alone."""
+    pairs = [(record, k) for record in records for k in range(len(record.candidates))]
+    rewards: list[float] = []
+    with Progress(label, len(pairs), "completions", enabled=enabled) as progress:
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            found = source.score([r.prompt for r, _ in batch], [r.candidates[k].text for r, k in batch])
+            for (record, k), reward in zip(batch, found, strict=True):
+                check_finite(reward, record, k)
+            rewards += found
+            progress.advance(len(batch))
+    scored = []
+    for record in records:
+        count = len(record.candidates)
+        scored.append(replace(record, rewards=tuple(rewards[:count])))
+        del rewards[:count]
+    return scored
+
+
+def check_finite(reward: float, record: CandidateRecord, k: int) -> None:
+    """Raise RewardError, naming record, candidate and value, for NaN and infinities."""
+    if not math.isfinite(reward):
+        raise RewardError(
+            f"record {record.id!r}, candidate {k}",
+            f"the reward is {reward}",
+            expected="a finite number",
+            fix="correct the reward source, or remove the record",
+        )
