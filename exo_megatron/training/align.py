@@ -9,25 +9,24 @@ from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.data.dataset import load_groups
 from exo_megatron.data.groups import Group
-from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.parallel.topology import Topology, model_parallel
+from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.training.identity import data_digest, run_identity
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import make_trainee
 from exo_megatron.training.prepare import check_groups, read_start
-from exo_megatron.training.reference import ReferenceModel, StoredKey, read_stored, write_stored
+from exo_megatron.training.reference import ReferenceModel, StoredKey, read_stored, store_logprobs
 from exo_megatron.training.trainer import GroupsOfStep, Trainer
-from exo_megatron.utils.progress import Progress
 
 
 def run_align(config: AlignConfig, runtime: Runtime) -> None:
     """Align a policy; leaves checkpoints, metrics.jsonl, TensorBoard events and reference log-probs in the output."""
     start = read_start(config)
-    purpose = "rewards" if config.loss.kind in ("exo_rw", "dpo_rw") else "preference"
     groups: Sequence[Group] = load_groups(
-        config.data, start.tokenizer, purpose=purpose, candidates=config.candidates
+        config.data,
+        start.tokenizer,
+        purpose="rewards" if config.loss.kind in ("exo_rw", "dpo_rw") else "preference",
+        candidates=config.candidates,
     )
     check_groups(groups, start.spec, config.compute.max_tokens_per_microbatch)
     reference_path = resolve_checkpoint(config.reference.checkpoint) if config.reference else start.checkpoint
@@ -36,17 +35,23 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         groups, start.fingerprint + reference_fingerprint, config.seed, config.loss, config.optimizer, config.batch
     )
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
-        reference = _Reference(config, topology, runtime)
-        complete: GroupsOfStep = _unchanged
-        if config.reference_logprobs == "live":
-            complete = reference.wrap(*load_policy(reference_path, topology, config.compute)).complete
         policy, spec = load_policy(start.checkpoint, topology, config.compute)
-        if config.reference_logprobs == "stored":
-            key = StoredKey(reference_fingerprint, data_digest(groups), config.loss.temperature)
-            same = reference_fingerprint == start.fingerprint
-            groups = read_stored(config.output, key, groups) or reference.compute(
-                *((policy, spec) if same else load_policy(reference_path, topology, config.compute)), key, groups
-            )
+        complete: GroupsOfStep = _unchanged
+        key = StoredKey(reference_fingerprint, data_digest(groups), config.loss.temperature)
+        stored = read_stored(config.output, key, groups) if config.reference_logprobs == "stored" else None
+        if stored is not None:
+            groups = stored
+        else:
+            live = config.reference_logprobs == "live"
+            # Training changes the policy: only log-probs that are computed before it starts can come from it.
+            shared = not live and reference_fingerprint == start.fingerprint
+            model = policy if shared else load_policy(reference_path, topology, config.compute)[0]
+            reference = ReferenceModel(model, spec, topology, config.compute, config.loss.temperature)
+            if live:
+                complete = reference.complete
+            else:
+                groups = store_logprobs(config.output, key, reference, groups, runtime)
+            del model, reference
         Trainer(
             trainee=make_trainee(policy, spec, topology, config.compute, config.optimizer),
             objective=AlignObjective(config.loss),
@@ -62,26 +67,3 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
 
 def _unchanged(groups: Sequence[Group]) -> Sequence[Group]:
     return groups
-
-
-class _Reference:
-    """Makes reference models of one run."""
-
-    def __init__(self, config: AlignConfig, topology: Topology, runtime: Runtime) -> None:
-        self.config = config
-        self.topology = topology
-        self.runtime = runtime
-
-    def wrap(self, model: PolicyModel, spec: ModelSpec) -> ReferenceModel:
-        """A model that is only read."""
-        return ReferenceModel(model, spec, self.topology, self.config.compute, self.config.loss.temperature)
-
-    def compute(
-        self, model: PolicyModel, spec: ModelSpec, key: StoredKey, groups: Sequence[Group]
-    ) -> Sequence[Group]:
-        """Log-probs of all groups, stored in the output directory."""
-        progress = Progress("reference log-probs", len(groups), "groups", enabled=self.runtime.is_main)
-        completed = self.wrap(model, spec).complete(groups, progress)
-        progress.close()
-        write_stored(self.config.output, key, completed, self.runtime)
-        return completed

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
+from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
 from exo_megatron.models.build import DTYPES
 from exo_megatron.models.policy import PolicyModel
@@ -43,13 +44,9 @@ class Trainee:
         state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA)
         return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `load_sharded` filled into `sharded_state(loading=True)`."""
-        weights = {key: value for key, value in state.items() if key != "optimizer"}
-        missing, unexpected = self.policy.load_state_dict(weights, strict=False)
-        stray = [key for key in (*missing, *unexpected) if not key.endswith("._extra_state")]
-        if stray:
-            raise KeyError(f"checkpoint and model differ in {stray}")
+    def load_state(self, state: dict[str, Any], where: str) -> None:
+        """Take over what `load_sharded` filled into `sharded_state(loading=True)`; `where` names it in errors."""
+        load_module(self.policy, {key: value for key, value in state.items() if key != "optimizer"}, where)
         self.optimizer.load_state_dict(state["optimizer"])
 
 

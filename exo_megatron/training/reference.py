@@ -63,9 +63,14 @@ def read_stored(directory: Path, key: StoredKey, groups: Sequence[Group]) -> lis
     return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, stored["logps"], strict=True)]
 
 
-def write_stored(directory: Path, key: StoredKey, groups: Sequence[Group], runtime: Runtime) -> None:
-    """Store the groups' reference log-probs (rank 0 writes)."""
+def store_logprobs(
+    directory: Path, key: StoredKey, reference: ReferenceModel, groups: Sequence[Group], runtime: Runtime
+) -> list[Group]:
+    """Compute the groups' reference log-probs and store them (rank 0 writes). Collective over the world."""
+    progress = Progress("reference log-probs", len(groups), "groups", enabled=runtime.is_main)
+    completed = reference.complete(groups, progress)
+    progress.close()
     if runtime.is_main:
-        logps = [group.reference_logprobs for group in groups]
-        write_json(directory / FILE, {"key": vars(key), "logps": logps})
+        write_json(directory / FILE, {"key": vars(key), "logps": [group.reference_logprobs for group in completed]})
     runtime.barrier()
+    return completed

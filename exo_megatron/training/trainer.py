@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import list_steps
-from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_checkpoint
+from exo_megatron.checkpoint.directory import list_steps, step_directory
+from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_together
 from exo_megatron.checkpoint.save import prune, save_checkpoint
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group
@@ -100,7 +100,7 @@ class Trainer:
         rate = tokens / max(time.monotonic() - started, 1e-9)
         if (step + 1) % self.config.log.interval == 0 or step + 1 == sampler.total_steps:
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr, **result.statistics}
-            metrics.write(step + 1, {**values, "epoch": sampler.epoch(step + 1), "tokens_per_second": rate})
+            metrics.write(step + 1, {**values, "epoch": sampler.epoch(step), "tokens_per_second": rate})
         progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{rate:.0f}")
         return result
 
@@ -125,7 +125,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         root = self.config.output / "checkpoints"
         save_checkpoint(
-            root / f"step-{step:08d}",
+            step_directory(root, step),
             self.trainee.sharded_state(loading=False),
             spec=self.trainee.spec,
             hf_files=self.hf_files,
@@ -144,7 +144,7 @@ class Trainer:
         if not steps:
             return 0
         step, path = steps[-1]
-        verify_checkpoint(path)
+        verify_together(path)
         state = read_trainer_state(path)
         if state["identity"] != self.identity:
             raise CheckpointError(
@@ -153,5 +153,5 @@ class Trainer:
                 expected="the settings that this run was started with",
                 fix="restore them, or choose another output",
             )
-        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)))
+        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)), str(path))
         return step
