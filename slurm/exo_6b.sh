@@ -197,8 +197,10 @@ requeue() {
         exit "$TRY_AGAIN"
     fi
     say "stopped before the end; requeueing"
+    trap 'exit "$TRY_AGAIN"' TERM # how Slurm ends this shell
     scontrol requeue "$SLURM_JOB_ID" || exit "$TRY_AGAIN"
-    sleep 300 # Slurm ends this shell
+    sleep 300 &
+    wait
     exit "$TRY_AGAIN"
 }
 

@@ -72,6 +72,7 @@ class Cluster:
         """Start a requeued job now instead of after Slurm's two minutes; first its last run has to be over."""
         self.wait(job_id, {"PENDING"}, timeout=30)
         _wait_for_step_daemons(self.root, timeout=30)
+        time.sleep(1.5)  # slurmd refuses a credential made in the second in which the last one was revoked
         self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
 

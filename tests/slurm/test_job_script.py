@@ -88,7 +88,7 @@ SAVES_ON_SIGNAL = """
 trap 'sleep 0.$SLURM_PROCID; touch {folder}/saved-$SLURM_PROCID; exit 75' USR2
 [ -e {folder}/saved-$SLURM_PROCID ] && exit 0
 touch {folder}/running-$SLURM_PROCID
-sleep 60 & wait
+for _ in {{1..600}}; do sleep 0.1; done
 """
 
 
