@@ -1,0 +1,1 @@
+"""HF checkpoints <-> the tensors of a distributed checkpoint. A model family is one table, see `families/`."""

@@ -1,0 +1,179 @@
+"""The one place that calls megatron-core's dist_checkpointing, and hides what differs from 0.16 to 0.19.
+
+Differences bridged here: 0.16 keeps values that are not sharded in `common.pt`, 0.19 in a sharded object called
+`common_state` (it still reads `common.pt`), so 0.19 also writes `common.pt` and either version loads the other's
+files. Both versions' own writers start helper processes (fork, and a spawned manager that imports the main module
+again) and copy everything to host memory first; torch's synchronous writer, used here, does neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from exo_megatron.checkpoint.unpickling import COMMON_FILE
+
+Producer = Callable[[str, tuple[int, ...]], Tensor]
+"""Makes the data of a shard from its key and global offset."""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A piece of a tensor that is made when its turn to be written comes.
+
+    key: of the whole tensor, which has the axes `stack` and then those of `shape`. index: place on the stacked axes.
+    """
+
+    key: str
+    stack: tuple[int, ...]
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# 0.19 warns on every load that `common.pt` is the older form; both supported versions read it.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
+
+
+class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no types
+    """Gets the data of shards on the meta device from a producer when their turn to be written comes."""
+
+    def __init__(self, produce: Producer | None) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._produce = produce
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        """Called once per shard, in the order of writing; the result is dropped after it is written."""
+        if self._produce is None or not isinstance(object, Tensor) or object.device.type != "meta":
+            return object
+        index = write_item.index
+        data = self._produce(index.fqn, tuple(index.offset))
+        if data.shape != object.shape or data.dtype != object.dtype:
+            raise ValueError(
+                f"{index.fqn} at {tuple(index.offset)}: produced {tuple(data.shape)} {data.dtype}, "
+                f"planned {tuple(object.shape)} {object.dtype}"
+            )
+        return data.contiguous()
+
+
+class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
+    """Writes in this process, one file per rank, flushed to the disk."""
+
+    def __init__(self, produce: Producer | None) -> None:
+        super().__init__("torch_dist", 1)
+        self._produce = produce
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Collective over the world. Raises torch's CheckpointException on every rank if any rank failed."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            planner=_Planner(self._produce),
+        )
+
+
+def write_sharded(sharded_state: dict[str, Any], weights: Path, produce: Producer | None = None) -> None:
+    """Save a sharded state dict into an existing empty directory. Collective over the world.
+
+    Values that are not sharded must be the same on all ranks. Shards on the meta device are made by `produce`.
+    """
+    with _quiet():
+        dist_checkpointing.save(
+            without_extra_state(sharded_state), str(weights), sharded_strategy=_SynchronousSave(produce)
+        )
+        if dist.get_rank() == 0 and not (weights / COMMON_FILE).exists():
+            torch.save(dist_checkpointing.load_common_state_dict(str(weights)), weights / COMMON_FILE)
+
+
+def planned_state(shards: Iterable[PlannedShard]) -> dict[str, Any]:
+    """A sharded state dict of shards on the meta device, each held by this rank alone."""
+    state: dict[str, Any] = {}
+    for shard in shards:
+        place = ((axis, at, size) for axis, (at, size) in enumerate(zip(shard.index, shard.stack, strict=True)))
+        data = torch.empty((*(1 for _ in shard.index), *shard.shape), dtype=shard.dtype, device="meta")
+        name = ".".join([shard.key, *map(str, shard.index)])
+        state[name] = ShardedTensor.from_rank_offsets(shard.key, data, *place)
+    return state
+
+
+def read_sharded(sharded_state: dict[str, Any], weights: Path) -> dict[str, Any]:
+    """Fill a template from a directory whose pickles have been checked. Collective over the world."""
+    with _quiet():
+        loaded: dict[str, Any] = dist_checkpointing.load(without_extra_state(sharded_state), str(weights))
+    return loaded
+
+
+def without_extra_state(sharded_state: dict[str, Any]) -> dict[str, Any]:
+    """A copy (of the dicts and lists) without `_extra_state`: fp8 scales of Transformer Engine, else empty."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items() if not _is_extra_state(item)}
+        if isinstance(value, list):
+            return [copy(item) for item in value if not _is_extra_state(item)]
+        return value
+
+    copied: dict[str, Any] = copy(sharded_state)
+    return copied
+
+
+def template_shapes(sharded_state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Global shapes of the tensors that a template asks for on this rank, by key.
+
+    megatron-core lets the vocabulary of embeddings differ from the stored one (`allow_shape_mismatch`); we do not.
+    """
+    tensors = [value for value in _shards(sharded_state) if isinstance(value, ShardedTensor)]
+    return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+
+
+def local_bytes(sharded_state: dict[str, Any]) -> int:
+    """Bytes of tensors that this rank will write: shards of which it has the main replica."""
+    tensors = [value for value in _shards(sharded_state) if isinstance(value, ShardedTensor)]
+    return sum(
+        tensor.data.numel() * tensor.data.element_size()
+        for tensor in tensors
+        if tensor.data is not None and is_main_replica(tensor.replica_id)
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings about the way megatron-core calls it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for text in ("torch.distributed is disabled", "The argument order of load has been changed"):
+            warnings.filterwarnings("ignore", message=text, category=UserWarning)
+        yield
+
+
+def _is_extra_state(value: Any) -> bool:
+    return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
+
+
+def _shards(sharded_state: dict[str, Any]) -> list[Any]:
+    """All sharded leaves, with the factories (gated fc1) built."""
+    leaves: list[Any] = []
+    for value in nested_values(sharded_state):
+        leaves += list(nested_values(value.build())) if isinstance(value, ShardedTensorFactory) else [value]
+    return leaves

@@ -1,0 +1,40 @@
+"""The files of an HF checkpoint that travel with a model: configuration, tokenizer, generation settings, licence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from exo_megatron.errors import CheckpointError
+
+_SUFFIXES = frozenset({".json", ".jinja", ".model", ".tiktoken", ".txt"})
+_NAMES = frozenset({"LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md"})
+_DIRECTORIES = frozenset({"additional_chat_templates"})
+_OURS = frozenset(
+    {"exo_export.json", "manifest.json", "model.json", "stage.json", "stage-started.json", "trainer.json"}
+)
+
+
+def hf_file_names(source: Path) -> list[str]:
+    """Relative paths of the files to carry along: no weights, no index of weights, no Python code."""
+    paths = [path for path in source.iterdir() if path.is_file()]
+    for name in _DIRECTORIES:
+        paths += [path for path in (source / name).glob("*") if path.is_file()]
+    return sorted(path.relative_to(source).as_posix() for path in paths if _travels(path))
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Copy them to the directory `target`, which is made. Raises CheckpointError if there is no config.json."""
+    if not (source / "config.json").is_file():
+        raise CheckpointError(
+            str(source), "has no config.json", expected="an HF checkpoint's files", fix="add the model's config.json"
+        )
+    for name in hf_file_names(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _travels(path: Path) -> bool:
+    if path.name in _NAMES:
+        return True
+    return path.suffix in _SUFFIXES and not path.name.endswith(".index.json") and path.name not in _OURS

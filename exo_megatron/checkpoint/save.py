@@ -1,0 +1,156 @@
+"""Saving a checkpoint so that it is either whole or not there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from exo_megatron.checkpoint.collective import check_space, on_main, together, write_failure
+from exo_megatron.checkpoint.directory import (
+    HF_DIRECTORY,
+    LATEST_FILE,
+    SPEC_FILE,
+    TRAINER_FILE,
+    list_steps,
+    weights_path,
+)
+from exo_megatron.checkpoint.dist_format import Producer, local_bytes, write_sharded
+from exo_megatron.checkpoint.hf_files import copy_hf_files
+from exo_megatron.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointKind,
+    FileRecord,
+    list_files,
+    make_manifest,
+    record_files,
+    write_manifest,
+)
+from exo_megatron.checkpoint.publish import claim, publish, remove_tree, staging_path
+from exo_megatron.errors import CheckpointError
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.utils.files import write_json, write_text
+
+_SHARD_NAME = re.compile(r".*/__(\d+)_\d+\.distcp")
+
+_SMALL_FILES = 64 * 2**20
+"""Bytes allowed for everything but tensors: tokenizer, index, manifest."""
+
+
+def save_checkpoint(
+    target: Path,
+    sharded_state: dict[str, Any],
+    *,
+    spec: ModelSpec,
+    hf_files: Path,
+    step: int | None,
+    kind: CheckpointKind,
+    trainer_state: dict[str, Any] | None,
+    runtime: Runtime,
+    produce: Producer | None = None,
+) -> None:
+    """Write a checkpoint to the directory `target`. Collective over the world; all ranks see one file system.
+
+    sharded_state: megatron-core's sharded state dict of this rank (model, optimizer); other values in it must be the
+        same on all ranks. Shards on the meta device are filled by `produce` when they are written.
+    hf_files: directory from which configuration and tokenizer files are copied.
+    step: optimizer steps done; then `latest` beside the target is set to it. trainer_state: JSON, as on rank 0.
+
+    Everything is made in `tmp-<name>` beside the target, flushed, checksummed by all ranks, and renamed. A step that
+    exists already is replaced. On failure every rank raises CheckpointError and the target is as it was before.
+    """
+    staging = staging_path(target)
+    needed = sum(together(lambda: _gather_sizes(runtime, sharded_state))) + _SMALL_FILES
+    on_main(lambda: _prepare(staging, target, kind, needed))
+    try:
+        _write_weights(sharded_state, staging, produce, needed)
+        on_main(lambda: _write_small_files(staging, spec, hf_files, trainer_state))
+        files = _checksum(staging, runtime)
+        on_main(lambda: _finish(staging, target, files, step, kind))
+    except CheckpointError:
+        if runtime.is_main:
+            remove_tree(staging)
+        raise
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints in `root`, and staging left by a crash. One rank calls it.
+
+    The manifest goes first, so that a removal cut short leaves nothing that looks complete.
+    """
+    for _, directory in list_steps(root)[:-keep]:
+        (directory / MANIFEST_FILE).unlink()
+        shutil.rmtree(directory)
+    for leftover in root.glob("tmp-step-*"):
+        remove_tree(leftover)
+
+
+def _gather_sizes(runtime: Runtime, sharded_state: dict[str, Any]) -> list[int]:
+    sizes = runtime.gather_objects(local_bytes(sharded_state))
+    return runtime.broadcast_object(sizes if sizes is not None else [])
+
+
+def _prepare(staging: Path, target: Path, kind: CheckpointKind, needed: int) -> None:
+    try:
+        if kind == "training":
+            remove_tree(staging)
+        else:
+            claim(target, MANIFEST_FILE)
+        check_space(target, needed)
+        weights_path(staging).mkdir(parents=True)
+    except OSError as error:
+        raise write_failure(target, error, needed=needed) from error
+
+
+def _write_weights(sharded_state: dict[str, Any], staging: Path, produce: Producer | None, needed: int) -> None:
+    """Collective; torch gathers the failures of all ranks and raises them on each."""
+    try:
+        write_sharded(sharded_state, weights_path(staging), produce)
+    except CheckpointException as error:
+        causes = [failure[0] for failure in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, CheckpointError):
+                raise cause from None
+            if isinstance(cause, OSError):
+                raise write_failure(staging, cause, needed=needed) from error
+        raise
+
+
+def _write_small_files(staging: Path, spec: ModelSpec, hf_files: Path, trainer_state: dict[str, Any] | None) -> None:
+    try:
+        write_json(staging / SPEC_FILE, spec.model_dump(mode="json"))
+        copy_hf_files(hf_files, staging / HF_DIRECTORY)
+        if trainer_state is not None:
+            write_json(staging / TRAINER_FILE, trainer_state)
+    except OSError as error:
+        raise write_failure(staging, error, needed=None) from error
+
+
+def _checksum(staging: Path, runtime: Runtime) -> dict[str, FileRecord]:
+    """Checksums of all files; each rank reads what it wrote itself. On rank 0 the whole, on the others nothing."""
+    names = runtime.broadcast_object(list_files(staging) if runtime.is_main else [])
+    mine = [name for name in names if _writer(name) % runtime.world_size == runtime.rank]
+    parts = runtime.gather_objects(together(lambda: record_files(staging, mine)))
+    return {name: record for part in parts or [] for name, record in part.items()}
+
+
+def _writer(name: str) -> int:
+    match = _SHARD_NAME.fullmatch(name)
+    return int(match.group(1)) if match else 0
+
+
+def _finish(staging: Path, target: Path, files: dict[str, FileRecord], step: int | None, kind: CheckpointKind) -> None:
+    try:
+        write_manifest(staging, make_manifest(files, step=step, kind=kind))
+        if kind == "training" and target.exists():
+            (target / MANIFEST_FILE).unlink(missing_ok=True)
+            shutil.rmtree(target)
+        publish(staging, target, MANIFEST_FILE)
+        if step is not None:
+            write_text(target.parent / LATEST_FILE, f"{target.name}\n")
+    except OSError as error:
+        raise write_failure(target, error, needed=None) from error

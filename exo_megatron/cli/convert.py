@@ -1,0 +1,189 @@
+"""The stages `import` and `export`: HF checkpoint -> distributed checkpoint -> HF checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exo_megatron.config.stages import ExportConfig, ImportConfig
+from exo_megatron.utils.files import write_json
+from exo_megatron.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exo_megatron.conversion.hf_writer import ExportEntry, Shard
+    from exo_megatron.conversion.importing import ImportEntry
+    from exo_megatron.parallel.runtime import Runtime
+
+EXPORT_MARKER = "exo_export.json"
+"""Written last into an exported HF checkpoint: where it comes from, and its files with their sizes."""
+
+_MEGABYTE = 10**6
+
+
+def run_import(config: ImportConfig, runtime: Runtime) -> None:
+    """Convert the HF checkpoint `config.hf` to a distributed checkpoint in `config.output`. Collective over the world.
+
+    The ranks divide the tensors, and each holds one at a time. Raises CheckpointError for what cannot be converted,
+    before anything is written, and for an output directory that holds something else.
+    """
+    from exo_megatron.checkpoint.collective import together
+    from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state
+    from exo_megatron.checkpoint.save import save_checkpoint
+    from exo_megatron.conversion.importing import ImportPlan
+
+    plan = together(lambda: ImportPlan(config.hf, config.dtype))
+    mine = _share(plan.entries, runtime)
+    meter = _Meter("import", sum(item.bytes for item in mine), enabled=runtime.is_main)
+
+    def produce(key: str, offset: tuple[int, ...]) -> Tensor:
+        data = plan.produce(key, offset)
+        meter.count(data.nbytes)
+        return data
+
+    save_checkpoint(
+        config.output,
+        planned_state(PlannedShard(*item.place, item.dtype) for item in mine),
+        spec=plan.spec,
+        hf_files=config.hf,
+        step=None,
+        kind="model",
+        trainer_state=None,
+        runtime=runtime,
+        produce=produce,
+    )
+    meter.close()
+
+
+def run_export(config: ExportConfig, runtime: Runtime) -> None:
+    """Convert a distributed checkpoint to the HF checkpoint `config.output`. Collective over the world.
+
+    The checkpoint may be a converted model or any step of a training stage, saved at any topology. The ranks divide
+    the safetensors files. With `dtype: keep` tensors have the type they have in the checkpoint, and config.json says
+    so. Raises CheckpointError for a damaged checkpoint, before anything is written, and for an output directory that
+    holds something else.
+    """
+    from exo_megatron.checkpoint.collective import on_main, together
+    from exo_megatron.checkpoint.directory import resolve_checkpoint
+    from exo_megatron.checkpoint.load import verify_together
+    from exo_megatron.checkpoint.publish import staging_path
+    from exo_megatron.conversion.hf_writer import plan_shards
+
+    checkpoint = together(lambda: resolve_checkpoint(config.model.checkpoint))
+    verify_together(checkpoint)
+    entries = together(lambda: _plan_export(checkpoint, config))
+    shards = plan_shards(entries)
+    staging = staging_path(config.output)
+    on_main(lambda: _prepare(staging, config.output, entries))
+    mine = shards[runtime.rank :: runtime.world_size]
+    together(lambda: _write_shards(checkpoint, staging, mine, show=runtime.is_main))
+    on_main(lambda: _finish(checkpoint, staging, config.output, shards))
+
+
+class _Meter:
+    """Progress in megabytes of this rank's share."""
+
+    def __init__(self, label: str, total: int, *, enabled: bool) -> None:
+        self._progress = Progress(label, -(-total // _MEGABYTE), "MB", enabled=enabled)
+        self._bytes = 0
+
+    def count(self, number: int) -> None:
+        before = -(-self._bytes // _MEGABYTE)
+        self._bytes += number
+        self._progress.advance(-(-self._bytes // _MEGABYTE) - before)
+
+    def close(self) -> None:
+        self._progress.close()
+
+
+def _share(entries: Sequence[ImportEntry], runtime: Runtime) -> list[ImportEntry]:
+    """This rank's entries: consecutive ones, about as many bytes for each rank."""
+    total = sum(item.bytes for item in entries)
+    mine: list[ImportEntry] = []
+    before = 0
+    for item in entries:
+        if before * runtime.world_size // total == runtime.rank:
+            mine.append(item)
+        before += item.bytes
+    return mine
+
+
+def _plan_export(checkpoint: Path, config: ExportConfig) -> list[ExportEntry]:
+    from exo_megatron.checkpoint.directory import read_spec, tokenizer_path, weights_path
+    from exo_megatron.checkpoint.policy import OPTIMIZER_PREFIX
+    from exo_megatron.checkpoint.tensors import StoredTensors
+    from exo_megatron.conversion.exporting import plan_export
+    from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
+
+    tensors = StoredTensors(weights_path(checkpoint))
+    keys = [key for key in tensors.keys() if not key.startswith(OPTIMIZER_PREFIX)]  # noqa: SIM118 - not a dict
+    stored = {key: (tensors.shape(key), tensors.dtype(key)) for key in keys}
+    hf = tokenizer_path(checkpoint)
+    return plan_export(read_spec(checkpoint), read_config(hf), stored, config.dtype, str(hf / CONFIG_FILE))
+
+
+def _prepare(staging: Path, output: Path, entries: Sequence[ExportEntry]) -> None:
+    from exo_megatron.checkpoint.collective import check_space, write_failure
+    from exo_megatron.checkpoint.publish import claim
+
+    needed = sum(item.bytes for item in entries)
+    try:
+        claim(output, EXPORT_MARKER)
+        check_space(output, needed)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise write_failure(output, error, needed=needed) from error
+
+
+def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], *, show: bool) -> None:
+    from exo_megatron.checkpoint.collective import write_failure
+    from exo_megatron.checkpoint.directory import weights_path
+    from exo_megatron.checkpoint.tensors import StoredTensors
+    from exo_megatron.conversion.exporting import hf_tensors
+    from exo_megatron.conversion.hf_writer import write_shard
+
+    tensors = StoredTensors(weights_path(checkpoint))
+    needed = sum(item.bytes for shard in shards for item in shard.entries)
+    meter = _Meter("export", needed, enabled=show)
+
+    def counted(shard: Shard) -> Iterator[Tensor]:
+        for tensor in hf_tensors(shard, tensors.read):
+            yield tensor
+            meter.count(tensor.nbytes)
+
+    try:
+        for shard in shards:
+            write_shard(staging, shard, counted(shard))
+    except OSError as error:
+        raise write_failure(staging, error, needed=needed) from error
+    meter.close()
+
+
+def _finish(checkpoint: Path, staging: Path, output: Path, shards: Sequence[Shard]) -> None:
+    from exo_megatron.checkpoint.collective import write_failure
+    from exo_megatron.checkpoint.directory import read_fingerprint, read_step, tokenizer_path
+    from exo_megatron.checkpoint.hf_files import copy_hf_files
+    from exo_megatron.checkpoint.manifest import list_files
+    from exo_megatron.checkpoint.publish import publish
+    from exo_megatron.conversion.exporting import config_dtype
+    from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
+    from exo_megatron.conversion.hf_writer import exported_config, write_index
+
+    hf = tokenizer_path(checkpoint)
+    dtype = config_dtype([item for shard in shards for item in shard.entries])
+    try:
+        copy_hf_files(hf, staging)
+        write_json(staging / CONFIG_FILE, exported_config(read_config(hf), dtype))
+        write_index(staging, shards)
+        record = {
+            "checkpoint": str(checkpoint.resolve()),
+            "fingerprint": read_fingerprint(checkpoint),
+            "step": read_step(checkpoint),
+            "files": {name: (staging / name).stat().st_size for name in list_files(staging)},
+        }
+        write_json(staging / EXPORT_MARKER, record)
+        publish(staging, output, EXPORT_MARKER)
+    except OSError as error:
+        raise write_failure(output, error, needed=None) from error

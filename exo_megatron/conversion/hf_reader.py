@@ -1,0 +1,210 @@
+"""Reading HF checkpoints: safetensors only, in one file or in shards with an index, one tensor at a time."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from exo_megatron.conversion.rules import Entry, Family
+from exo_megatron.errors import CheckpointError, DataError
+from exo_megatron.utils.files import read_json
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """Where a tensor lies, and what the file says about it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HfTensors:
+    """The tensors of an HF checkpoint directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the headers of all files. Raises CheckpointError that names the file or tensor that is wrong."""
+        self.directory = directory
+        self.tensors = _read_headers(directory)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, mapped from its file."""
+        tensor = self.tensors[name]
+        try:
+            with safe_open(str(tensor.path), framework="pt") as file:
+                data: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(tensor.path, error) from None
+        return data
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of an HF checkpoint."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            str(directory),
+            "is not a directory" if directory.exists() else "does not exist",
+            expected="the directory of an HF checkpoint",
+            fix="check the path; a model of the hub has to be downloaded first",
+        )
+    path = directory / CONFIG_FILE
+    try:
+        values = read_json(path)
+    except DataError as error:
+        raise CheckpointError(
+            str(path), error.problem, expected="the config.json of an HF checkpoint", fix=error.fix
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            str(path), f"is a {type(values).__name__}", expected="a JSON object", fix="restore the file"
+        )
+    return values
+
+
+def check_tensors(hf: HfTensors, entries: Iterable[Entry], family: Family, *, tied: bool) -> None:
+    """Raise CheckpointError unless the checkpoint has the tensors of the entries, of these shapes, and no others."""
+    expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
+    for name, shape in expected.items():
+        if name not in hf.tensors:
+            raise CheckpointError(
+                str(hf.directory),
+                f"has no tensor {name}",
+                expected=f"{name} of shape {list(shape)}, as config.json says",
+                fix="restore the missing weights, or correct config.json",
+            )
+        if hf.tensors[name].shape != shape:
+            raise CheckpointError(
+                str(hf.tensors[name].path),
+                f"{name} has shape {list(hf.tensors[name].shape)}",
+                expected=f"shape {list(shape)}, as config.json says",
+                fix="use the config.json that belongs to these weights",
+            )
+    for name in sorted(hf.tensors.keys() - expected.keys()):
+        if any(pattern.fullmatch(name) for pattern in family.ignored):
+            continue
+        if tied and name == family.tied_output[0]:
+            _check_tied(hf, *family.tied_output)
+            continue
+        raise CheckpointError(
+            str(hf.tensors[name].path),
+            f"holds {name} {list(hf.tensors[name].shape)}, which this {family.model_type} model has not",
+            expected="the tensors of the model and no others",
+            fix="use the config.json that belongs to these weights, or remove the tensor",
+        )
+
+
+def _check_tied(hf: HfTensors, output: str, embedding: str) -> None:
+    if not torch.equal(hf.read(output), hf.read(embedding)):
+        raise CheckpointError(
+            str(hf.tensors[output].path),
+            f"{output} differs from {embedding}, though config.json has tie_word_embeddings: true",
+            expected="equal tensors, or tie_word_embeddings: false",
+            fix="set tie_word_embeddings to false in config.json to keep both",
+        )
+
+
+def _read_headers(directory: Path) -> dict[str, HfTensor]:
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        if not (directory / SINGLE_FILE).is_file():
+            raise _no_weights(directory)
+        return _read_header(directory / SINGLE_FILE)
+    weight_map = _read_index(index)
+    tensors: dict[str, HfTensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        path = directory / file_name
+        if not path.is_file():
+            raise CheckpointError(
+                str(path), "is missing", expected=f"the shard that {INDEX_FILE} names", fix="copy or download it again"
+            )
+        found = _read_header(path)
+        for name in [name for name, where in weight_map.items() if where == file_name]:
+            if name not in found:
+                raise CheckpointError(
+                    str(path),
+                    f"has no tensor {name}",
+                    expected=f"the tensors that {INDEX_FILE} places there",
+                    fix="copy or download the shard and the index again",
+                )
+        tensors |= found
+    return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(index)["weight_map"]
+        well_formed = all(isinstance(name, str) and Path(name).name == name for name in weight_map.values())
+    except (DataError, KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed or not weight_map:
+        raise CheckpointError(
+            str(index),
+            "is not an index of safetensors shards",
+            expected='{"weight_map": {tensor: file name}} with files in the same directory',
+            fix="copy or download it again",
+        )
+    tensors: dict[str, str] = weight_map
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, HfTensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = {name: (tuple(item.get_shape()), str(item.get_dtype())) for name, item in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+    for name, (_, dtype) in found.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                str(path),
+                f"{name} is of type {dtype}",
+                expected=f"weights of type {', '.join(DTYPES)}",
+                fix="use the unquantised weights of the model",
+            )
+    return {name: HfTensor(path, shape, DTYPES[dtype]) for name, (shape, dtype) in found.items()}
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        program = (
+            "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f"[x.from_pretrained({str(directory)!r}).save_pretrained({f'{directory}-safetensors'!r}) for x in (M, T)]"
+        )
+        return CheckpointError(
+            str(directory / pickles[0]),
+            "is a pickle, which can run code when it is loaded",
+            expected=f"{SINGLE_FILE} or {INDEX_FILE} with its shards",
+            fix=f"if you trust the file, convert it: python -c {shlex.quote(program)}",
+        )
+    return CheckpointError(
+        str(directory),
+        "holds no weights",
+        expected=f"{SINGLE_FILE} or {INDEX_FILE} with its shards",
+        fix="give the directory of a complete HF checkpoint",
+    )
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        str(path),
+        f"is truncated or not safetensors ({error})",
+        expected="a whole safetensors file",
+        fix="copy or download it again",
+    )

@@ -1,0 +1,120 @@
+"""Writing HF checkpoints: safetensors, one tensor in memory at a time, in shards with an index above a size limit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exo_megatron.conversion.hf_reader import DTYPES, INDEX_FILE, SINGLE_FILE
+from exo_megatron.conversion.rules import Entry
+from exo_megatron.utils.files import write_json
+
+SHARD_BYTES = 5 * 10**9
+"""Largest shard, as in transformers; a tensor is never divided."""
+
+_HF_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CONFIG_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class ExportEntry:
+    """An entry of the checkpoint and the type that its HF tensors get."""
+
+    entry: Entry
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of the HF tensors."""
+        return sum(_size(shape) for shape in self.entry.sources.values()) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file to be written."""
+
+    file_name: str
+    entries: tuple[ExportEntry, ...]
+
+
+def plan_shards(entries: Sequence[ExportEntry], limit: int = SHARD_BYTES) -> list[Shard]:
+    """Divide entries, in their order, among files of at most `limit` bytes (an entry that is larger has its own)."""
+    groups: list[list[ExportEntry]] = [[]]
+    used = 0
+    for entry in entries:
+        if groups[-1] and used + entry.bytes > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(entry)
+        used += entry.bytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, _aligned(groups[0]))]
+    count = len(groups)
+    return [
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", _aligned(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def write_shard(directory: Path, shard: Shard, tensors: Iterable[Tensor]) -> None:
+    """Write one file. tensors: the HF tensors of the shard's entries, in order; each is dropped once it is written."""
+    with open(directory / shard.file_name, "wb") as file:
+        file.write(_header(shard))
+        for (name, shape, dtype), tensor in zip(_planned(shard), tensors, strict=True):
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, planned {shape} {dtype}")
+            file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy().data))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_index(directory: Path, shards: Sequence[Shard]) -> None:
+    """Write the index of several shards; a single file has none."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: shard.file_name for shard in shards for name, _, _ in _planned(shard)}
+    total = sum(entry.bytes for shard in shards for entry in shard.entries)
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the export: the original with the weights' type, under the key that it already uses."""
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: _CONFIG_NAMES[dtype]}
+
+
+def _aligned(entries: Sequence[ExportEntry]) -> tuple[ExportEntry, ...]:
+    # Wider types first, so that every tensor begins at a multiple of its element size.
+    return tuple(sorted(entries, key=lambda entry: -entry.dtype.itemsize))
+
+
+def _planned(shard: Shard) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    for item in shard.entries:
+        for name, shape in item.entry.sources.items():
+            yield name, shape, item.dtype
+
+
+def _header(shard: Shard) -> bytes:
+    """Length (8 bytes, little endian) and JSON of the safetensors format, padded with spaces to a multiple of 8."""
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape, dtype in _planned(shard):
+        end = position + _size(shape) * dtype.itemsize
+        fields[name] = {"dtype": _HF_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,78 @@
+"""The form of a model family's table: how its HF config and tensors correspond to ours."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exo_megatron.conversion.transforms import Transform
+from exo_megatron.models.spec import ModelSpec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One key of the distributed checkpoint and the HF tensors it is made of.
+
+    key: megatron-core's key. shape: of one entry. stack: sizes of the axes that the key has before it (layers; layers
+    and experts), () for a tensor that stands alone.
+    sources: HF names with their shapes; `{0}`, `{1}` stand for the indices of an entry on the stacked axes.
+    """
+
+    key: str
+    shape: Shape
+    sources: tuple[tuple[str, Shape], ...]
+    transform: Transform
+    stack: Shape = ()
+
+    def entries(self) -> Iterator[Entry]:
+        """One entry per index of the stacked axes."""
+        for index in itertools.product(*(range(size) for size in self.stack)):
+            yield Entry(self, index, {name.format(*index): shape for name, shape in self.sources})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One slice of a key: what is read, mapped and written at once."""
+
+    rule: TensorRule
+    index: Shape
+    sources: Mapping[str, Shape]
+
+    @property
+    def global_shape(self) -> Shape:
+        """Shape of the whole key."""
+        return self.rule.stack + self.rule.shape
+
+    @property
+    def offset(self) -> Shape:
+        """Where the entry begins in the whole key."""
+        return self.index + tuple(0 for _ in self.rule.shape)
+
+    @property
+    def stacked_shape(self) -> Shape:
+        """Shape of the entry as a part of the whole key."""
+        return tuple(1 for _ in self.index) + self.rule.shape
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. One file in `families/` makes one, and `families/__init__.py` lists it.
+
+    model_type: of HF's config.json. architectures: those whose tensors the rules describe.
+    read_config: HF config and the path to name in errors -> ModelSpec; CheckpointError for what is not supported.
+    tensors: the rules for a model.
+    tied_output: names of the output layer and of the embedding that it repeats in checkpoints of tied models.
+    ignored: HF tensors that hold nothing to convert (buffers that older versions of transformers saved).
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any], str], ModelSpec]
+    tensors: Callable[[ModelSpec], tuple[TensorRule, ...]]
+    tied_output: tuple[str, str]
+    ignored: tuple[re.Pattern[str], ...] = ()

@@ -1,0 +1,73 @@
+"""How one megatron-core tensor is made of HF tensors and taken apart again. Exact: they only move elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exo_megatron.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """`split(join(tensors))` gives back `tensors`, bit for bit."""
+
+    join: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+
+
+def same() -> Transform:
+    """One tensor, as it is."""
+    return Transform(join=lambda parts: parts[0], split=lambda whole: (whole,))
+
+
+def stacked_rows(*rows: int) -> Transform:
+    """Tensors of `rows[i]` rows one below the other: gate and up projections in one."""
+    return Transform(join=lambda parts: torch.cat(list(parts)), split=lambda whole: whole.split(list(rows)))
+
+
+def padded_rows(rows: int, padded: int) -> Transform:
+    """[rows, ...] with zero rows below up to `padded`. Splitting drops the padding, whatever is in it."""
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        (part,) = parts
+        return torch.cat([part, part.new_zeros(padded - rows, *part.shape[1:])])
+
+    return Transform(join=join, split=lambda whole: (whole[:rows],))
+
+
+def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Transform:
+    """q [heads*d, ...], k and v [kv_heads*d, ...] in megatron-core's row order.
+
+    For each key/value head: its query heads, its key head, its value head. A cut of the rows into t equal parts then
+    gives each tensor-parallel rank whole groups, for any t that divides `kv_heads`.
+    """
+    per_group = heads // kv_heads * head_dim
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        grouped = [part.reshape(kv_heads, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(whole: Tensor) -> Sequence[Tensor]:
+        grouped = whole.reshape(kv_heads, -1, *whole.shape[1:])
+        return tuple(part.flatten(0, 1) for part in grouped.split([per_group, head_dim, head_dim], dim=1))
+
+    return Transform(join=join, split=split)
+
+
+def check_one_dtype(where: str, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype that tensors which become one share. Raises CheckpointError if they differ."""
+    if len(set(dtypes.values())) > 1:
+        (first, seen), (other, odd) = next(
+            (pair, item) for pair in dtypes.items() for item in dtypes.items() if item[1] != pair[1]
+        )
+        raise CheckpointError(
+            where,
+            f"{first} is {seen} but {other} is {odd}",
+            expected="one dtype for tensors that are stored together",
+            fix="convert with --dtype fp32 or --dtype bf16",
+        )
+    return next(iter(dtypes.values()))
