@@ -65,6 +65,8 @@ def distributed_runtime() -> Iterator[Runtime]:
     """
     # Said once by `exo-megatron doctor`, not by every process of every run.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*(not installed|Falling back).*")
+    # torch 2.13 renames collectives that megatron-core and older torch versions know by these names only.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
     launch = detect_launch()
     device = _choose_device(launch)
     cpu_backend.install()
