@@ -20,6 +20,7 @@ REQUIRES = [
     "jinja2>=3.1",  # chat templates
     "safetensors>=0.4",
     "pydantic>=2.7",
+    "annotated-types>=0.6",
     "PyYAML>=6",
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's checkpoints need it and do not say so
