@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import DataError
 from exo_megatron.models.layout import GroupLayout, build_layout
 
-PAIR_COST = 1 / 24576
-"""FLOPs of one query-key pair over the linear FLOPs of one token, b / a below: 4 H / 24 H^2 at H = 4096."""
+HIDDEN_SIZE = 4096
+"""Model width assumed where the caller names none: the balance depends on it only weakly."""
+
+WINDOW = 4096
+"""Groups planned together; longer lists (a whole data set to be scored) are planned window by window."""
 
 
 @dataclass(frozen=True)
@@ -28,83 +32,91 @@ def make_microbatch(groups: Sequence[Group], *, multiple: int) -> MicroBatch:
     return MicroBatch(groups=tuple(groups), layout=layout)
 
 
-def group_cost(group: Group, pair_cost: float = PAIR_COST) -> float:
+def group_cost(group: Group, hidden_size: int = HIDDEN_SIZE) -> float:
     """Cost of one group in units of one token's linear FLOPs.
 
-    (P + sum R) + pair_cost * (P^2 / 2 + sum(P R + R^2 / 2)): every token through the linear layers, each prompt and
-    each candidate causally onto itself, and each candidate onto its prompt.
+    (P + sum R) + b/a * (P^2 / 2 + sum(P R + R^2 / 2)): every token through the linear layers, each prompt and each
+    candidate causally onto itself, and each candidate onto its prompt. b/a = 1 / (6 H): a layer spends 4 H FLOPs on
+    a query-key pair and, in the usual proportions of 12 H^2 weights, 24 H^2 on the linear part of a token.
     """
     prompt = len(group.prompt)
     pairs = prompt * prompt / 2 + sum(len(candidate) * (prompt + len(candidate) / 2) for candidate in group.candidates)
-    return group.num_tokens + pair_cost * pairs
+    return group.num_tokens + pairs / (6 * hidden_size)
 
 
 def plan_microbatches(
-    groups: Sequence[Group], *, data_size: int, max_tokens: int, multiple: int, pair_cost: float = PAIR_COST
+    groups: Sequence[Group], *, data_size: int, max_tokens: int, multiple: int, hidden_size: int = HIDDEN_SIZE
 ) -> list[list[list[int]]]:
     """Spread the groups of one optimizer step over micro-batches of about equal cost.
 
     max_tokens: tokens in one row, padding to `multiple` included. Returns [data rank][micro-batch] -> indices into
-    `groups`, ascending: each group once, the same number of micro-batches on every rank (the fewest for which a
-    plan is found), some of them empty where groups are few. Depends on the arguments alone, so every rank may
-    compute it for itself. Raises DataError for a group that does not fit into one row.
+    `groups`, ascending: each group once, the same number of micro-batches on every rank (as few as best-fit packing
+    needs), some of them empty where groups are few. Depends on the arguments alone, so every rank may compute it
+    for itself. Raises DataError for a group that does not fit into one row.
     """
     capacity = max_tokens // multiple * multiple
-    tokens = [group.num_tokens for group in groups]
-    for group, length in zip(groups, tokens, strict=True):
-        if length > capacity:
-            raise DataError(
-                f"group {group.id!r}",
-                f"has {length} tokens ({len(group.prompt)} of the prompt, {len(group.candidates)} candidates)",
-                expected=f"at most {capacity}, one packed row (compute.max_tokens_per_microbatch = {max_tokens})",
-                fix="raise compute.max_tokens_per_microbatch, or lower the number or the length of candidates",
-            )
-    costs = [group_cost(group, pair_cost) for group in groups]
-    per_rank = max(1, -(-sum(tokens) // (capacity * data_size))) if groups else 1
-    while (bins := _fill(costs, tokens, data_size * per_rank, capacity)) is None:
-        per_rank += 1
-    return _deal(bins, costs, data_size, per_rank)
+    for group in groups:
+        _check_fits(group, capacity, max_tokens)
+    plan: list[list[list[int]]] = [[] for _ in range(data_size)]
+    for start in range(0, max(1, len(groups)), WINDOW):
+        window = groups[start : start + WINDOW]
+        costs = [group_cost(group, hidden_size) for group in window]
+        bins = _fill(costs, [group.num_tokens for group in window], data_size, capacity)
+        for rank, rows in enumerate(_deal(bins, costs, data_size)):
+            plan[rank] += [sorted(start + i for i in row) for row in rows]
+    return plan
 
 
-def _fill(costs: list[float], tokens: list[int], bins: int, capacity: int) -> list[list[int]] | None:
-    """Split the groups into `bins` lists within the capacity, with the smallest largest cost found, or None.
-
-    Karmarkar-Karp balances best but knows no capacity; the greedy rules do, and the second packs tightest.
-    """
-    plans = [_differencing(costs, bins)]
-    if not _within(plans[0], tokens, capacity):
-        by_cost = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-        by_tokens = sorted(range(len(costs)), key=lambda i: (-tokens[i], i))
-        greedy = (
-            _greedy(by_cost, costs, tokens, bins, capacity, lambda cost, used: cost),
-            _greedy(by_tokens, costs, tokens, bins, capacity, lambda cost, used: -used),
+def _check_fits(group: Group, capacity: int, max_tokens: int) -> None:
+    if group.num_tokens > capacity:
+        raise DataError(
+            f"group {group.id!r}",
+            f"has {group.num_tokens} tokens ({len(group.prompt)} of the prompt, {len(group.candidates)} candidates)",
+            expected=f"at most {capacity}, one packed row (compute.max_tokens_per_microbatch = {max_tokens})",
+            fix="raise compute.max_tokens_per_microbatch, or lower the number or the length of candidates",
         )
-        plans = [plan for plan in greedy if plan is not None]
-    return min(plans, key=lambda plan: max(_total(plan_bin, costs) for plan_bin in plan), default=None)
 
 
-def _within(plan: list[list[int]], tokens: list[int], capacity: int) -> bool:
-    return all(sum(tokens[i] for i in plan_bin) <= capacity for plan_bin in plan)
+def _fill(costs: list[float], tokens: list[int], data_size: int, capacity: int) -> list[list[int]]:
+    """Split the groups into a multiple of data_size bins within the capacity.
+
+    Karmarkar-Karp balances best but knows no capacity. Where its bins overflow, the greedy rule takes its place,
+    and where that finds no room the best-fit packing, whose bins are then nearly all full.
+    """
+    packed = _best_fit(tokens, capacity)
+    bins = max(1, -(-len(packed) // data_size)) * data_size
+    balanced = _differencing(costs, bins)
+    if all(sum(tokens[i] for i in items) <= capacity for items in balanced):
+        return balanced
+    return _least_loaded(costs, tokens, bins, capacity) or packed + [[] for _ in range(bins - len(packed))]
 
 
-def _greedy(
-    order: list[int],
-    costs: list[float],
-    tokens: list[int],
-    bins: int,
-    capacity: int,
-    preference: Callable[[float, int], float],
-) -> list[list[int]] | None:
-    """Put each group, in this order, into the bin with room that has the smallest preference(cost, tokens used)."""
-    plan: list[list[int]] = [[] for _ in range(bins)]
-    cost, used = [0.0] * bins, [0] * bins
-    for i in order:
-        room = [b for b in range(bins) if used[b] + tokens[i] <= capacity]
-        if not room:
-            return None
-        chosen = min(room, key=lambda b: (preference(cost[b], used[b]), b))
+def _best_fit(tokens: list[int], capacity: int) -> list[list[int]]:
+    """Longest first, each into the fullest bin that has room, or into a new one."""
+    plan: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        place = bisect_left(room, (tokens[i], -1))
+        if place == len(room):
+            free, chosen = capacity, len(plan)
+            plan.append([])
+        else:
+            free, chosen = room.pop(place)
         plan[chosen].append(i)
-        cost[chosen] += costs[i]
+        insort(room, (free - tokens[i], chosen))
+    return plan
+
+
+def _least_loaded(costs: list[float], tokens: list[int], bins: int, capacity: int) -> list[list[int]] | None:
+    """Most expensive first, each into the cheapest bin that has room; None where one finds no room."""
+    plan: list[list[int]] = [[] for _ in range(bins)]
+    load, used = [0.0] * bins, [0] * bins
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        chosen = min((b for b in range(bins) if used[b] + tokens[i] <= capacity), key=load.__getitem__, default=None)
+        if chosen is None:
+            return None
+        plan[chosen].append(i)
+        load[chosen] += costs[i]
         used[chosen] += tokens[i]
     return plan
 
@@ -149,16 +161,14 @@ def _join(first: _Partition, second: _Partition, bins: int) -> _Partition:
     return _Partition([cost for cost, _ in merged], [items for _, items in merged])
 
 
-def _deal(bins: list[list[int]], costs: list[float], data_size: int, per_rank: int) -> list[list[list[int]]]:
-    """Give every rank `per_rank` bins, the most expensive first and always to the rank with the least so far."""
+def _deal(bins: list[list[int]], costs: list[float], data_size: int) -> list[list[list[int]]]:
+    """Give every rank the same number of bins, the most expensive first and always to the rank with the least."""
+    totals = [sum(costs[i] for i in items) for items in bins]
+    per_rank = len(bins) // data_size
     ranks: list[list[list[int]]] = [[] for _ in range(data_size)]
     load = [0.0] * data_size
-    for plan_bin in sorted(bins, key=lambda plan_bin: (-_total(plan_bin, costs), min(plan_bin, default=-1))):
-        rank = min((r for r in range(data_size) if len(ranks[r]) < per_rank), key=lambda r: (load[r], r))
-        ranks[rank].append(sorted(plan_bin))
-        load[rank] += _total(plan_bin, costs)
+    for b in sorted(range(len(bins)), key=lambda b: (-totals[b], b)):
+        rank = min((r for r in range(data_size) if len(ranks[r]) < per_rank), key=load.__getitem__)
+        ranks[rank].append(bins[b])
+        load[rank] += totals[b]
     return ranks
-
-
-def _total(plan_bin: list[int], costs: list[float]) -> float:
-    return sum(costs[i] for i in plan_bin)

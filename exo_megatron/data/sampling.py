@@ -26,19 +26,18 @@ class StepSampler:
 
     def indices(self, step: int) -> list[int]:
         """Indices (0..num_groups-1) of the groups of one step, 0 <= step < total_steps."""
-        epoch, place = self._locate(step)
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of {self.total_steps}")
+        epoch, place = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.num_groups, self.seed, epoch)
         return list(order[place * self.groups_per_step : (place + 1) * self.groups_per_step])
 
-    def epoch(self, step: int) -> float:
-        """Passes over the data that are complete when this step is done: 1.0 after the first epoch's last step."""
-        epoch, place = self._locate(step)
-        return epoch + min((place + 1) * self.groups_per_step, self.num_groups) / self.num_groups
-
-    def _locate(self, step: int) -> tuple[int, int]:
-        if not 0 <= step < self.total_steps:
-            raise IndexError(f"step {step} of {self.total_steps}")
-        return divmod(step, self.steps_per_epoch)
+    def epoch(self, steps: int) -> float:
+        """Passes over the data that are complete after this many steps, 0 <= steps <= total_steps."""
+        if not 0 <= steps <= self.total_steps:
+            raise IndexError(f"{steps} of {self.total_steps} steps")
+        epochs, place = divmod(steps, self.steps_per_epoch)
+        return epochs + place * self.groups_per_step / self.num_groups
 
 
 @lru_cache(maxsize=4)
