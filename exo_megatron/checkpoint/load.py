@@ -42,7 +42,8 @@ def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, A
 
     sharded_state: what `sharded_state_dict()` of a model (and of its optimizer) returned at the present topology,
         which may differ from the one that saved. Its tensors are filled in place, cast to their dtype.
-    Returns the filled state dict, with the values that were not sharded when saved, without `_extra_state`.
+    Returns the filled state dict: under the template's top-level keys, also the values that were not sharded when
+        saved (the optimizer's parameter groups); without `_extra_state`.
 
     Raises CheckpointError before anything is loaded if a tensor is missing or has another global shape, or if a
     pickled part calls for anything but tensors and plain values. Checksums are not looked at: `verify_together`.
@@ -50,7 +51,7 @@ def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, A
     weights = weights_path(checkpoint)
     together(lambda: _check(weights, template_shapes(sharded_state)))
     try:
-        return read_sharded(sharded_state, weights)
+        loaded = read_sharded(sharded_state, weights)
     except (CheckpointingException, KeyError, OSError) as error:
         raise CheckpointError(
             str(weights),
@@ -58,6 +59,7 @@ def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, A
             expected="a checkpoint with all that the model and its optimizer ask for",
             fix="load it with the version and settings that saved it, or start from another checkpoint",
         ) from error
+    return {key: value for key, value in loaded.items() if key in sharded_state}
 
 
 def load_module(module: nn.Module, state: dict[str, Any], where: str) -> None:
