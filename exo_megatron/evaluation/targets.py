@@ -1,0 +1,109 @@
+"""Which checkpoints an evaluation compares, and what is checked before the first of them is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo_megatron.checkpoint.directory import list_steps, read_spec, read_step, resolve_checkpoint, tokenizer_path
+from exo_megatron.config.stages import EvaluateConfig
+from exo_megatron.data.dataset import Prompt, load_prompts
+from exo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from exo_megatron.errors import CheckpointError, ConfigError, DataError
+from exo_megatron.models.build import check_topology
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.rollout.stage import check_lengths
+
+REFERENCE_NAME = "reference"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One checkpoint to evaluate. step: optimizer steps behind it; None for a converted model."""
+
+    name: str
+    step: int | None
+    checkpoint: Path
+
+    @property
+    def label(self) -> str:
+        """Name and step, for people."""
+        return self.name if self.step is None else f"{self.name} step {self.step}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checkpoints, the reference apart, and the prompts as token ids of their common tokenizer."""
+
+    reference: Target
+    targets: tuple[Target, ...]
+    tokenizer: Tokenizer
+    prompts: tuple[Prompt, ...]
+
+
+def make_plan(config: EvaluateConfig) -> Plan:
+    """Find the checkpoints and read the prompts.
+
+    Raises ExoError for a missing checkpoint, a model that cannot be cut as `parallel` says or has another
+    vocabulary than the reference, fewer than two prompts, and prompts that leave no room for the samples.
+    """
+    checkpoint = resolve_checkpoint(config.reference.checkpoint)
+    reference = Target(REFERENCE_NAME, read_step(checkpoint), checkpoint)
+    targets = tuple(target for name, path in config.models.items() for target in find_targets(name, path))
+    tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_path(checkpoint))
+    prompts = tuple(load_prompts(config.data, tokenizer))
+    _check_prompts(prompts, config)
+    reference_spec = read_spec(checkpoint)
+    check_vocabulary(tokenizer, reference_spec.vocab_size)
+    for target in (reference, *targets):
+        spec = read_spec(target.checkpoint)
+        check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+        check_lengths(prompts, config.sampling, spec)
+        _check_vocabulary(target, spec, reference_spec)
+    return Plan(reference, targets, tokenizer, prompts)
+
+
+def find_targets(name: str, path: Path) -> list[Target]:
+    """The checkpoint at `path`, or every complete step of the training output there, ascending."""
+    if name == REFERENCE_NAME:
+        raise ConfigError(
+            f"models.{name}",
+            "this name stands for the reference policy",
+            expected="another name",
+            fix="rename the model; the reference is evaluated anyway",
+        )
+    steps = list_steps(path)
+    if steps:
+        return [Target(name, step, checkpoint) for step, checkpoint in steps]
+    checkpoint = resolve_checkpoint(path)
+    return [Target(name, read_step(checkpoint), checkpoint)]
+
+
+def _check_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
+    if len(prompts) < 2:
+        raise DataError(
+            config.data.path,
+            f"has {len(prompts)} prompt",
+            expected="at least 2 prompts, for a standard error",
+            fix="add prompts, or raise data.limit",
+        )
+    room = config.compute.max_tokens_per_microbatch - config.sampling.max_new_tokens
+    for prompt in prompts:
+        if len(prompt.ids) > room:
+            raise DataError(
+                f"prompt {prompt.id}",
+                f"{len(prompt.ids)} tokens + sampling.max_new_tokens {config.sampling.max_new_tokens}",
+                expected=f"at most compute.max_tokens_per_microbatch = {config.compute.max_tokens_per_microbatch}",
+                fix="raise compute.max_tokens_per_microbatch",
+            )
+
+
+def _check_vocabulary(target: Target, spec: ModelSpec, reference: ModelSpec) -> None:
+    if spec.vocab_size != reference.vocab_size:
+        raise CheckpointError(
+            str(target.checkpoint),
+            f"has a vocabulary of {spec.vocab_size}",
+            expected=f"{reference.vocab_size}, that of the reference",
+            fix="compare models that were trained from the reference",
+        )
