@@ -14,8 +14,8 @@ from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import fsync_directory, read_json, write_json
 from exo_megatron.utils.stages import COMPLETE_FILE, CONFIG_FILE, STARTED_FILE
 
-UNFINISHED_FILE = ".unfinished"
-"""In a target while staged files are moved into it: the list of their names, which are ours to remove."""
+PUBLISHED_FILE = ".published"
+"""In a target that was not empty: the names of what was moved into it, which are ours to remove."""
 
 STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
 
@@ -26,39 +26,39 @@ def staging_path(target: Path) -> Path:
 
 
 def claim(target: Path, marker: str) -> None:
-    """Make sure that the output may be written to `target`, and remove what an interrupted run of ours left there.
+    """Make sure that an output may be written to `target`, and remove what an interrupted run of ours left there.
 
-    marker: the JSON file that marks the output as complete and has its files' paths as keys of "files".
+    marker: the file that marks such an output as complete.
     Raises CheckpointError if the target is a file, is already complete, or holds anything that is not ours.
     """
     if target.exists() and not target.is_dir():
         raise _refuse(target, "is a file", "a directory that is empty or does not exist")
-    remove_tree(staging_path(target))
-    if not target.is_dir():
-        return
-    _clear(target, marker)
-    names = {child.name for child in target.iterdir()} - STAGE_FILES
+    left_behind = _left_behind(target)
+    names = _names(target) - left_behind - STAGE_FILES
     if marker in names:
         raise _refuse(target, f"already holds a complete output ({marker})", "an output directory that is empty")
     if names:
         shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         raise _refuse(target, f"is not empty ({shown})", "an output directory that is empty or does not exist")
+    remove_tree(staging_path(target))
+    # The marker first, so that nothing that is left counts as whole; the list of names last.
+    for name in sorted(left_behind, key=lambda name: (name != marker, name == PUBLISHED_FILE)):
+        _remove(target / name)
 
 
 def publish(staging: Path, target: Path, marker: str) -> None:
     """Move a finished output from `staging` to `target`, which `claim` has cleared.
 
-    One rename if there is no target. Otherwise its files are moved one by one, the marker last.
+    One rename if the target is absent or empty. Otherwise the files are moved one by one, the marker last.
     """
     sync_tree(staging)
-    if not target.exists():
+    if not _names(target):
         os.rename(staging, target)
     else:
-        names = sorted((child.name for child in staging.iterdir()), key=lambda name: (name == marker, name))
-        write_json(target / UNFINISHED_FILE, names)
+        names = sorted(_names(staging), key=lambda name: (name == marker, name))
+        write_json(target / PUBLISHED_FILE, names)
         for name in names:
             os.rename(staging / name, target / name)
-        (target / UNFINISHED_FILE).unlink()
         staging.rmdir()
         fsync_directory(target)
     fsync_directory(target.parent)
@@ -80,21 +80,15 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _clear(target: Path, marker: str) -> None:
-    """Remove what an interrupted run of ours left in the target, the marker first so that nothing counts as whole."""
-    if (target / UNFINISHED_FILE).is_file():
-        ours = {marker, UNFINISHED_FILE, *read_json(target / UNFINISHED_FILE)}
-    elif _is_abandoned(target) and (target / marker).is_file():
-        ours = {marker, *(name.split("/")[0] for name in read_json(target / marker)["files"])}
-    else:
-        return
-    for name in sorted(ours, key=lambda name: (name != marker, name == UNFINISHED_FILE)):
-        _remove(target / name)
+def _names(directory: Path) -> set[str]:
+    return {child.name for child in directory.iterdir()} if directory.is_dir() else set()
 
 
-def _is_abandoned(target: Path) -> bool:
-    """Whether a stage was stopped here before it was recorded as complete."""
-    return (target / STARTED_FILE).is_file() and not (target / COMPLETE_FILE).exists()
+def _left_behind(target: Path) -> set[str]:
+    """What a stage moved here before it was stopped, or before it is run once more."""
+    if (target / COMPLETE_FILE).exists() or not (target / PUBLISHED_FILE).is_file():
+        return set()
+    return {PUBLISHED_FILE, *read_json(target / PUBLISHED_FILE)} & _names(target)
 
 
 def _remove(path: Path) -> None:

@@ -82,6 +82,35 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     on_main(lambda: _finish(checkpoint, staging, config.output, shards))
 
 
+def convert(config: ImportConfig | ExportConfig) -> int:
+    """Run a conversion as a program of its own (`tools/`) and give the exit code.
+
+    Unlike the stages, it leaves nothing in the output directory but the converted checkpoint.
+    """
+    from exo_megatron.cli.failure import report
+
+    try:
+        _convert(config)
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)
+    return 0
+
+
+def _convert(config: ImportConfig | ExportConfig) -> None:
+    from exo_megatron.cli.failure import leaving_together
+    from exo_megatron.cli.stages import check_agreement, say
+    from exo_megatron.config.dump import config_digest
+    from exo_megatron.parallel.runtime import distributed_runtime
+
+    with distributed_runtime() as runtime, leaving_together(runtime):
+        check_agreement(config_digest(config), runtime)
+        if isinstance(config, ImportConfig):
+            run_import(config, runtime)
+        else:
+            run_export(config, runtime)
+        say(runtime, f"wrote {config.output}")
+
+
 class _Meter:
     """Progress in megabytes of this rank's share."""
 
