@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.data.groups import Group
@@ -34,7 +35,7 @@ def candidate_logprobs(
     Collective over the world; every rank passes all groups and gets all results, in group order. Packed rows of at
     most compute.max_tokens_per_microbatch tokens are split over the data ranks; pipeline stages work on consecutive
     rows at the same time. Ends with one all-reduce over the data group and one broadcast over the pipeline group.
-    progress: counts the groups of this rank's share. Raises DataError for a group that exceeds a row.
+    progress: counts groups, those of the other data ranks too. Raises DataError for a group that exceeds a row.
     """
     plan = plan_microbatches(
         groups,
@@ -45,27 +46,43 @@ def candidate_logprobs(
     starts = [0, *accumulate(len(group.candidates) for group in groups)]
     totals = torch.zeros(starts[-1], dtype=torch.float64, device=topology.device)
     with forward_only(model):
-        for indices in filter(None, plan[topology.data_rank]):
-            batch = make_microbatch([groups[index] for index in indices], multiple=topology.row_multiple)
-            layout = batch.layout.to(topology.device)
-            hidden = run_stage(model, layout, topology)
-            if hidden is not None:
-                tokens = token_logprobs(
-                    hidden,
-                    model.output_weight(),
-                    layout,
-                    vocab_size=spec.vocab_size,
-                    temperature=temperature,
-                    chunk_rows=compute.logprob_chunk_rows,
-                    topology=topology,
-                )
-                places = [place for index in indices for place in range(starts[index], starts[index + 1])]
-                totals[torch.tensor(places, device=topology.device)] = sequence_logprobs(tokens, layout).double()
+        for step, indices in enumerate(plan[topology.data_rank]):
+            if indices:
+                sums = _row_logprobs(model, spec, topology, [groups[i] for i in indices], compute, temperature)
+                places = [place for i in indices for place in range(starts[i], starts[i + 1])]
+                if sums is not None:
+                    totals[torch.tensor(places, device=topology.device)] = sums
             if progress is not None:
-                progress.advance(len(indices))
+                # Rows cost about the same, so the other ranks are as far.
+                progress.advance(sum(len(rows[step]) for rows in plan))
     if topology.is_last_stage and topology.data_size > 1:
         dist.all_reduce(totals, group=topology.data_group)
     if topology.pipeline_size > 1:
         dist.broadcast(totals, src=topology.last_stage_rank, group=topology.pipeline_group)
     values = totals.tolist()
     return [tuple(values[start:stop]) for start, stop in pairwise(starts)]
+
+
+def _row_logprobs(
+    model: PolicyModel,
+    spec: ModelSpec,
+    topology: Topology,
+    groups: Sequence[Group],
+    compute: ComputeConfig,
+    temperature: float,
+) -> Tensor | None:
+    """[C] fp64 log-probs of the candidates of one packed row on the last pipeline stage, None on the others."""
+    layout = make_microbatch(groups, multiple=topology.row_multiple).layout.to(topology.device)
+    hidden = run_stage(model, layout, topology)
+    if hidden is None:
+        return None
+    tokens = token_logprobs(
+        hidden,
+        model.output_weight(),
+        layout,
+        vocab_size=spec.vocab_size,
+        temperature=temperature,
+        chunk_rows=compute.logprob_chunk_rows,
+        topology=topology,
+    )
+    return sequence_logprobs(tokens, layout)

@@ -8,9 +8,9 @@ from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resol
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.config.stages import RolloutConfig
-from exo_megatron.data.candidates import write_candidates
+from exo_megatron.data.candidates import CANDIDATES_FILE, write_candidates
 from exo_megatron.data.dataset import Prompt, load_prompts
-from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
 from exo_megatron.errors import DataError
 from exo_megatron.models.build import check_topology
 from exo_megatron.models.spec import ModelSpec
@@ -19,6 +19,9 @@ from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.utils.files import write_json
+
+ROLLOUT_FILE = "rollout.json"
+"""How the candidates beside it were drawn."""
 
 
 def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
@@ -31,7 +34,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     spec = read_spec(checkpoint)
     check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_path(checkpoint))
-    check_tokenizer(tokenizer, spec)
+    check_vocabulary(tokenizer, spec.vocab_size)
     prompts = load_prompts(config.data, tokenizer)
     check_lengths(prompts, config.sampling, spec)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
@@ -41,9 +44,9 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
             engine, prompts, tokenizer, config.sampling, seed=config.seed, topology=topology, runtime=runtime
         )
     if records is not None:
-        write_candidates(config.output / "candidates.jsonl", records)
+        write_candidates(config.output / CANDIDATES_FILE, records)
         write_json(
-            config.output / "rollout.json",
+            config.output / ROLLOUT_FILE,
             {
                 "fingerprint": read_fingerprint(checkpoint),
                 "temperature": config.sampling.temperature,
@@ -56,24 +59,13 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
         )
 
 
-def check_tokenizer(tokenizer: Tokenizer, spec: ModelSpec) -> None:
-    """Raise DataError if the tokenizer has ids that the model does not."""
-    if tokenizer.vocab_size > spec.vocab_size:
-        raise DataError(
-            str(tokenizer.path),
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {spec.vocab_size}",
-            expected=f"at most {spec.vocab_size} ids",
-            fix="use the model's own tokenizer (leave data.tokenizer out)",
-        )
-
-
 def check_lengths(prompts: Sequence[Prompt], sampling: SamplingConfig, spec: ModelSpec) -> None:
     """Raise DataError, naming the prompt, if prompt and candidate together exceed the model's positions."""
     for prompt in prompts:
         total = len(prompt.ids) + sampling.max_new_tokens
         if total > spec.max_positions:
             raise DataError(
-                f"prompt {prompt.id}",
+                f"prompt {prompt.id!r}",
                 f"{len(prompt.ids)} tokens + sampling.max_new_tokens {sampling.max_new_tokens} = {total}",
                 expected=f"at most the model's {spec.max_positions} positions",
                 fix="lower sampling.max_new_tokens or data.max_prompt_tokens, or drop the prompt",

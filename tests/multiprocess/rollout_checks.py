@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from exo_megatron.cli.convert import run_import
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
+from exo_megatron.config.stages import ImportConfig, RolloutConfig
 from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
+from exo_megatron.errors import ExoError
 from exo_megatron.models.build import build_policy
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
@@ -23,6 +26,7 @@ from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.rollout.scoring import candidate_logprobs
+from exo_megatron.rollout.stage import run_rollout
 
 
 class NumberTokenizer:
@@ -132,3 +136,19 @@ def score(
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
         model, spec = policy_from_hf(weights, topology, compute)
         return candidate_logprobs(model, spec, topology, groups, compute, temperature=temperature)
+
+
+def run_stage(
+    runtime: Runtime, *, hf: Path, output: Path, config: dict[str, Any], failing: list[dict[str, Any]]
+) -> list[str]:
+    """Import `hf`, run the stage, then once more for each of the settings that must fail: their messages."""
+    run_import(ImportConfig(output=output / "model", hf=hf), runtime)
+    common = {**config, "model": {"checkpoint": output / "model"}}
+    run_rollout(RolloutConfig.model_validate({**common, "output": output / "rollout"}), runtime)
+    messages = []
+    for settings in failing:
+        try:
+            run_rollout(RolloutConfig.model_validate({**common, "output": output / "failed", **settings}), runtime)
+        except ExoError as error:
+            messages.append(str(error))
+    return messages

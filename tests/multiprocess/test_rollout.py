@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from exo_megatron.checkpoint.directory import read_fingerprint
+from exo_megatron.data.candidates import read_candidates
 from exo_megatron.data.groups import Group
 from exo_megatron.rollout.sampling import uniforms
+from exo_megatron.utils.files import read_json
 from tests.multiprocess.harness import Check, Outcome, run_checks
-from tests.reference.tiny_llama import VOCAB_SIZE, tiny_config, tiny_llama
+from tests.reference.tiny_llama import EOS_ID, VOCAB_SIZE, save_hf, text, tiny_config, tiny_llama, word
 
 HERE = "tests.multiprocess.rollout_checks"
 SEED = 11
@@ -120,7 +125,34 @@ def scored_groups(reference: Reference) -> list[Group]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def stage_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stage")
+
+
+def stage_arguments(reference: Reference, directory: Path) -> dict[str, Any]:
+    """The stage on the same prompts, as text; settings that must be refused, and the first words of why."""
+    data = directory / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"id": name, "prompt": text(ids)}) + "\n" for name, ids in prompts()))
+    config = {
+        "seed": SEED,
+        "data": {"path": str(data)},
+        "parallel": TOPOLOGIES["tp2pp2"],
+        "compute": {"precision": "fp32"},
+        "sampling": SAMPLINGS["some slots"],
+    }
+    failing = [
+        {"sampling": {"max_new_tokens": 226}},
+        {"parallel": {"tensor": 4}},
+        {"data": {"path": str(data), "max_prompt_tokens": 30}},
+    ]
+    hf = save_hf(reference.model, directory / "hf")
+    return {"hf": hf, "output": directory / "output", "config": config, "failing": failing}
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    reference: Reference, stage_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
     checks = []
     for name, parallel in TOPOLOGIES.items():
         common = {"weights": reference.weights, "parallel": parallel}
@@ -130,6 +162,7 @@ def outcomes(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> 
         checks.append(Check(f"{name} score", f"{HERE}:score", {**common, **scoring}))
     bf16 = {"samplings": [SAMPLINGS["some slots"]], "precision": "bf16", "parallel": TOPOLOGIES["tp2pp2"]}
     checks.append(Check("bf16", f"{HERE}:generate", {"weights": reference.weights, **drawing, **bf16}))
+    checks.append(Check("stage", f"{HERE}:run_stage", stage_arguments(reference, stage_directory)))
     return run_checks(4, checks, tmp_path_factory.mktemp("rollout"))
 
 
@@ -204,3 +237,33 @@ def test_bf16_generates_likely_tokens(reference: Reference, outcomes: dict[str, 
         for candidate, expected in zip(group.candidates, expected_group, strict=True):
             same += candidate.token_ids[0] == expected[0][0]
     assert same >= 0.8 * len(LENGTHS) * K
+
+
+def test_stage_writes_candidates_and_how_they_were_drawn(
+    reference: Reference, outcomes: dict[str, Outcome], stage_directory: Path
+) -> None:
+    messages = outcomes["stage"].values()[0]
+    output = stage_directory / "output"
+    records = read_candidates(output / "rollout")
+    for record, (name, ids), expected_group in zip(records, prompts(), reference.drawn[1.0], strict=True):
+        assert (record.id, record.prompt, record.prompt_ids) == (name, text(ids), ids)
+        for candidate, (tokens, logprobs) in zip(record.candidates, expected_group, strict=True):
+            length = tokens.index(EOS_ID) + 1 if EOS_ID in tokens else STEPS
+            assert candidate.token_ids == tuple(tokens[:length])
+            assert candidate.finished == (EOS_ID in tokens)
+            assert candidate.logprob == pytest.approx(sum(logprobs[:length]), abs=1e-4)
+            assert candidate.text.split() == [word(token) for token in tokens[:length] if token > EOS_ID]
+    settings = SAMPLINGS["some slots"]
+    assert read_json(output / "rollout" / "rollout.json") == {
+        "fingerprint": read_fingerprint(output / "model"),
+        "temperature": settings["temperature"],
+        "top_p": 1.0,
+        "candidates": K,
+        "max_new_tokens": STEPS,
+        "seed": SEED,
+        "prompts": len(LENGTHS),
+    }
+    assert "prompt 'prompt-2'" in messages[0] and "31 tokens + sampling.max_new_tokens 226 = 257" in messages[0]
+    assert messages[1].startswith("parallel.tensor: 4 does not divide")
+    assert len(messages) == 3 and "30" in messages[2]
+    assert not (output / "failed").exists()
