@@ -43,6 +43,12 @@ def report(error: BaseException) -> int:
     return exit_code(error)
 
 
+def leave_mpi(code: int) -> None:
+    """End the process if MPI is up: the regular end waits in MPI_Finalize for ranks that may never come there."""
+    if "mpi4py.MPI" in sys.modules:
+        _exit_now(code)
+
+
 def environment_rank(env: Mapping[str, str]) -> int:
     """Rank of this process as its launcher tells it, without starting anything; 0 without a launcher."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -72,7 +78,12 @@ def _leave(error: BaseException, runtime: Runtime) -> NoReturn:
     except Exception:
         # The store went with rank 0. What failed here then most likely failed because of that.
         _write(_text(error) if isinstance(error, ExoError) else _consequence(error, runtime.rank, "rank 0 is gone"))
-    with suppress(Exception):
+    _exit_now(code)
+
+
+def _exit_now(code: int) -> NoReturn:
+    """Exit without the interpreter's clean-up, which may wait for peers."""
+    with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 

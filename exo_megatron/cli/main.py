@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from exo_megatron import __version__
 from exo_megatron.cli import help as texts
 from exo_megatron.cli.arguments import Arguments, parse_arguments
-from exo_megatron.cli.failure import report
+from exo_megatron.cli.failure import leave_mpi, report
 from exo_megatron.cli.run import run_pipeline
 from exo_megatron.cli.stages import run_stage
 from exo_megatron.config.describe import nearest
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except (Exception, KeyboardInterrupt) as error:
-        return report(error)
+        code = report(error)
+        leave_mpi(code)
+        return code
 
 
 def _dispatch(words: list[str]) -> int:

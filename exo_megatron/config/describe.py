@@ -54,6 +54,8 @@ def describe_key(section: type[Section], key: Key) -> str:
     info = None
     current: type[Section] | None = section
     for part in key:
+        if current is not None and isinstance(part, int):
+            continue
         if current is None or part not in current.model_fields:
             return _describe_item(info, key)
         info = current.model_fields[str(part)]

@@ -115,17 +115,20 @@ def read_document(file: Path) -> Document:
     return Document(value, origins)
 
 
-def parse_value(text: str, name: str, source: Callable[[int], str]) -> tuple[Any, dict[Key, Origin]]:
-    """A YAML text as plain values, and the origins of its entries.
+def parse_value(
+    text: str, name: str, source: Callable[[int], str], *, above: Key = ()
+) -> tuple[Any, dict[Key, Origin]]:
+    """A YAML text as plain values, and the origins of its entries (keys without `above`).
 
     name: what the text is called in messages about syntax. source: the origin's name for a line number (from 1).
+    above: where the value stands in its document.
     """
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         origins: dict[Key, Origin] = {}
-        value = None if node is None else _Reader(loader, source, origins).value(node, ())
+        value = None if node is None else _Reader(loader, source, origins, above).value(node, ())
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from None
     except RecursionError:
@@ -159,10 +162,14 @@ class _Reader:
     loader: _Loader
     source: Callable[[int], str]
     origins: dict[Key, Origin]
+    above: Key
+
+    def _name(self, key: Key) -> str:
+        return dotted((*self.above, *key))
 
     def value(self, node: yaml.Node, key: Key) -> Any:
         if key:
-            self.origins[key] = Origin(self.source(_line(node)), dotted(key))
+            self.origins[key] = Origin(self.source(_line(node)), self._name(key))
         match node.tag.removeprefix(_TAG), node:
             case "map", yaml.MappingNode():
                 return self._mapping(node, key)
@@ -179,7 +186,7 @@ class _Reader:
         for name_node, value_node in node.value:
             inner = (*key, str(name_node.value))
             values[str(name_node.value)] = self.value(value_node, inner)
-            self.origins[inner] = Origin(self.source(_line(name_node)), dotted(inner))
+            self.origins[inner] = Origin(self.source(_line(name_node)), self._name(inner))
         return values
 
     def _refuse_duplicates(self, node: yaml.MappingNode, key: Key) -> None:
@@ -192,7 +199,7 @@ class _Reader:
             name, line = str(name_node.value), _line(name_node)
             if name in lines:
                 raise ConfigError(
-                    f"{self.source(line)}: {dotted((*key, name))}",
+                    f"{self.source(line)}: {self._name((*key, name))}",
                     f"the key stands twice, first on line {lines[name]}",
                     expected="every key once",
                     fix="remove one of them",
@@ -218,7 +225,7 @@ class _Reader:
         raise self._bad_tag(node, key)
 
     def _bad_tag(self, node: yaml.Node, key: Key) -> ConfigError:
-        where = ": ".join(part for part in (self.source(_line(node)), dotted(key)) if part)
+        where = ": ".join(part for part in (self.source(_line(node)), self._name(key)) if part)
         seen = repr(node.value) if isinstance(node, yaml.ScalarNode) else "the value"
         return ConfigError(
             where, f"{seen} has the tag {node.tag}", expected="a plain value", fix="remove or correct the tag"

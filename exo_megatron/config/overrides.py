@@ -26,10 +26,8 @@ def parse_override(text: str) -> Override:
         raise ConfigError(
             COMMAND_LINE, f"got {text!r}", expected="key.path=value", fix="write for example optimizer.lr=1e-5"
         )
-    value, inner = parse_value(value_text, f"{COMMAND_LINE}: {dotted(key)}", lambda line: COMMAND_LINE)
-    origins: dict[Key, Origin] = {(): Origin(COMMAND_LINE, dotted(key))}
-    origins.update({path: Origin(COMMAND_LINE, dotted((*key, *path))) for path in inner})
-    return Override(key, value, origins)
+    value, inner = parse_value(value_text, f"{COMMAND_LINE}: {dotted(key)}", lambda line: COMMAND_LINE, above=key)
+    return Override(key, value, {(): Origin(COMMAND_LINE, dotted(key)), **inner})
 
 
 def apply_override(document: Document, override: Override) -> None:
@@ -40,8 +38,8 @@ def apply_override(document: Document, override: Override) -> None:
         inner = section.get(part)
         if inner is None:
             inner = section[part] = {}
-            above = override.key[:depth]
-            document.origins[above] = Origin(COMMAND_LINE, document.name(above))
+            above = shown.rsplit(".", len(override.key) - depth)[0]
+            document.origins[override.key[:depth]] = Origin(COMMAND_LINE, above)
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"{COMMAND_LINE}: {shown}",

@@ -1,0 +1,228 @@
+"""One stage: files and settings into frozen classes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from exo_megatron.config.load import config_digest, dump_config, load_stage_config
+from exo_megatron.config.stages import AlignConfig, SftConfig
+from exo_megatron.errors import ConfigError
+
+ALIGN = """\
+output: out/align
+model: {checkpoint: out/sft}
+data:
+  path: d.jsonl
+optimizer:
+  lr: 1e-6
+  eps: 1
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "align.yaml"
+    path.write_text(ALIGN, encoding="utf-8")
+    return path
+
+
+def error_of(stage: str, file: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_stage_config(stage, file, overrides)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    return text
+
+
+def test_file_and_overrides(file):
+    config = load_stage_config("align", file, ["optimizer.lr=2e-5", "loss={kind: dpo_rw, beta_pi: 2}", "candidates=4"])
+    assert isinstance(config, AlignConfig)
+    assert config.optimizer.lr == 2e-5
+    assert config.optimizer.eps == 1.0
+    assert (config.loss.kind, config.loss.beta_pi) == ("dpo_rw", 2.0)
+    assert config.candidates == 4
+    assert config.model.checkpoint == Path("out/sft")
+    with pytest.raises(ValidationError):
+        config.seed = 3
+
+
+def test_later_overrides_win_and_null_is_a_value(file):
+    config = load_stage_config("align", file, ["candidates=3", "candidates=null", "seed=1", "seed=2"])
+    assert isinstance(config, AlignConfig)
+    assert config.candidates is None
+    assert config.seed == 2
+
+
+def test_partial_section_keeps_the_defaults_of_the_stage():
+    given = ["output=o", "model.checkpoint=m", "data.path=d", "optimizer.weight_decay=0.1"]
+    config = load_stage_config("sft", None, given)
+    assert isinstance(config, SftConfig)
+    assert config.optimizer.lr == SftConfig.model_fields["optimizer"].default.lr == 1e-5
+    assert config.optimizer.weight_decay == 0.1
+
+
+def test_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_stage_config("sft", None, ["output=~/o", "model.checkpoint=~/m", "data.path=~/d.jsonl"])
+    assert isinstance(config, SftConfig)
+    assert (config.output, config.model.checkpoint) == (Path("/home/me/o"), Path("/home/me/m"))
+    assert config.data.path == "/home/me/d.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lrr=1", ["command line: optimizer.lrr:", "unknown key 'lrr'", "fix: write lr"]),
+        ("lr=1", ["command line: lr:", "fix: write optimizer.lr"]),
+        ("optimizer.lr='1e-5'", ["got '1e-5'", "number > 0", "remove the quotes"]),
+        ("optimizer.lr=-1", ["got -1", "number > 0"]),
+        ("optimizer.lr=0", ["got 0", "number > 0"]),
+        ("optimizer.lr=.nan", ["got nan", "number > 0"]),
+        ("optimizer.lr=.inf", ["got inf", "number > 0"]),
+        ("optimizer.min_lr_ratio=.nan", ["got nan"]),
+        ("optimizer.beta1=1", ["got 1", "< 1"]),
+        ("batch.groups=1e3", ["got 1000.0", "integer > 0", "write 1000"]),
+        ("batch.groups=1.5", ["got 1.5", "integer > 0"]),
+        ("batch.groups=true", ["got true", "integer > 0"]),
+        ("batch.groups='8'", ["got '8'", "remove the quotes"]),
+        ("log.tensorboard=yes", ["got 'yes'", "true or false", "write true"]),
+        ("log.tensorboard=1", ["got 1", "true or false"]),
+        ("model=null", ["model: got null", "section (checkpoint)"]),
+        ("model={}", ["model.checkpoint: missing", "path", "pass model.checkpoint=VALUE"]),
+        ("loss.kind=exo_rv", ["got 'exo_rv'", "exo_rw, exo_pref, dpo_rw, dpo_pref", "write exo_rw"]),
+        ("loss.label_smoothing=0.5", ["got 0.5", "< 0.5"]),
+        ("loss.temperature=0", ["got 0", "number > 0"]),
+        ("candidates=1", ["got 1", "integer >= 2 or null"]),
+        ("optimizer=[1]", ["optimizer: got [1]", "section (lr,"]),
+        ("output=3", ["output: got 3", "path", "put it in quotes"]),
+        ("data.path=''", ["got ''", "non-empty text"]),
+        ("seed=-1", ["got -1", "integer >= 0"]),
+        ("output.x=3", ["output is 'out/align', not a section"]),
+        ("modle.checkpoint=x", ["command line: modle: unknown key 'modle'", "write model"]),
+        ("=3", ["got '=3'", "key.path=value"]),
+        ("a..b=3", ["got 'a..b=3'"]),
+        ("lr", ["got 'lr'", "key.path=value"]),
+        ("save.interval=[", ["command line: save.interval", "expected YAML"]),
+        ("optimizer={lr: 1, lr: 2}", ["optimizer", "stands twice"]),
+    ],
+)
+def test_mistakes(file, override, words):
+    text = error_of("align", file, override)
+    assert all(word in text for word in words), text
+    assert "expected" in text
+    assert "fix: " in text
+
+
+def test_mistakes_in_the_file_name_file_and_line(file):
+    file.write_text(ALIGN.replace("eps: 1", "esp: 1"), encoding="utf-8")
+    assert error_of("align", file).startswith(f"{file}:7: optimizer.esp: unknown key 'esp'")
+    file.write_text(ALIGN.replace("1e-6", "-1e-6"), encoding="utf-8")
+    assert error_of("align", file).startswith(f"{file}:6: optimizer.lr: got -1e-06;")
+
+
+def test_unknown_key_is_told_before_the_missing_one_it_stands_for(file):
+    file.write_text(ALIGN.replace("model:", "modle:"), encoding="utf-8")
+    text = error_of("align", file)
+    assert "unknown key 'modle' (and 1 more)" in text
+
+
+def test_unknown_stage():
+    assert "fix: write rollout" in error_of("rolout", None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["save.interval=20", "batch.max_steps=10"], ["save.interval: got 20", "10 steps"]),
+        (["optimizer.warmup_steps=20", "batch.max_steps=10"], ["optimizer.warmup_steps: got 20"]),
+        (["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"], ["min_lr_ratio", "no effect"]),
+        (["save.all_steps=true"], ["save.all_steps", "set save.interval"]),
+        (["save.all_steps=true", "save.interval=5", "save.keep=3"], ["save.keep", "no effect"]),
+        (["loss.kind=exo_pref", "candidates=4"], ["candidates: got 4", "2 or null"]),
+        (["loss.kind=dpo_pref", "loss.beta_r=0.3"], ["loss.beta_r", "no effect"]),
+        (["loss.kind=dpo_pref", "loss.label_smoothing=0.01"], ["loss.label_smoothing", "no effect"]),
+        (["output=out/sft"], ["output: got 'out/sft', which is also model.checkpoint"]),
+        (["data.path=out/align/"], ["which is also data.path"]),
+    ],
+)
+def test_contradictions_of_align(file, overrides, words):
+    text = error_of("align", file, *overrides)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["save.interval=10", "batch.max_steps=10"],
+        ["optimizer.schedule=cosine", "optimizer.min_lr_ratio=0.1"],
+        ["save.all_steps=true", "save.interval=5"],
+        ["loss.kind=exo_pref", "candidates=2", "loss.label_smoothing=0.01"],
+        ["loss.kind=dpo_rw", "loss.beta_r=0.3", "candidates=8"],
+    ],
+)
+def test_what_the_contradictions_leave_allowed(file, overrides):
+    load_stage_config("align", file, overrides)
+
+
+SCORE = ["output=o", "candidates=c"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["reward.kind=function"], ["reward.function: missing", "package.module:name"]),
+        (["reward.function=module.name"], ["got 'module.name'", "package.module:name"]),
+        (["reward.function=a:b:c"], ["got 'a:b:c'"]),
+        (["reward.function=a.1b:c"], ["got 'a.1b:c'"]),
+        (["reward.function=a:b", "reward.path=x"], ["reward.path", "no effect"]),
+        (["reward.function=a:b", "reward.label=1"], ["reward.label", "no effect"]),
+        (["reward.kind=hf_classifier"], ["reward.path: missing", "classifier"]),
+        (["reward.kind=hf_classifier", "reward.path=x", "reward.function=a:b"], ["reward.function", "no effect"]),
+    ],
+)
+def test_contradictions_of_rewards(overrides, words):
+    text = error_of("score", None, *SCORE, *overrides)
+    assert all(word in text for word in words), text
+
+
+def test_evaluate_models():
+    base = ["output=o", "reference.checkpoint=r", "data.path=d", "reward.function=a:b"]
+    load_stage_config("evaluate", None, [*base, "models={exo: a, dpo-1.5: b}"])
+    assert "models: got {}" in error_of("evaluate", None, *base, "models={}")
+    assert "the name 'a/b'" in error_of("evaluate", None, *base, "models={a/b: x}")
+    assert "models.exo: got 3" in error_of("evaluate", None, *base, "models.exo=3")
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["data.path=1e-6"], ["output='no'", "data.path='2024-01-01'", "model.checkpoint=é x"]]
+)
+def test_dumped_configuration_loads_as_equal(file, tmp_path, overrides):
+    config = load_stage_config("align", file, [each.replace("=1e-6", "='1e-6'") for each in overrides])
+    dump_config(config, tmp_path / "resolved.yaml")
+    again = load_stage_config("align", tmp_path / "resolved.yaml", [])
+    assert again == config
+    assert config_digest(again) == config_digest(config)
+
+
+def test_digest_depends_on_every_value_and_not_on_spelling(file, tmp_path):
+    config = load_stage_config("align", file, [])
+    assert config_digest(load_stage_config("align", file, ["seed=0", "optimizer.lr=0.000001"])) == config_digest(config)
+    others = [["seed=1"], ["optimizer.lr=2e-6"], ["output=elsewhere"], ["log.interval=2"]]
+    digests = {config_digest(load_stage_config("align", file, each)) for each in others}
+    assert len(digests | {config_digest(config)}) == 5
+    assert config_digest(config, {"sft": "a"}) != config_digest(config, {"sft": "b"})
+    assert config_digest(config, {}) == config_digest(config)
+
+
+def test_loading_imports_no_torch():
+    code = (
+        "import sys, exo_megatron.config.load, exo_megatron.cli.main, exo_megatron.errors;"
+        "print([m for m in ('torch', 'numpy', 'transformers', 'datasets', 'megatron') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
