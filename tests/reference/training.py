@@ -14,7 +14,7 @@ from tests.reference.objective import Objective, ReferenceGroup, batch_losses
 
 @dataclass(frozen=True)
 class Adam:
-    """Optimizer settings. `learning_rates` holds one value per step."""
+    """Optimizer settings. `learning_rates` holds one value per step. Norm weights and biases are not decayed."""
 
     learning_rates: tuple[float, ...]
     beta1: float
@@ -34,14 +34,13 @@ class StepResult:
 
 
 def warmup_linear_rates(lr: float, *, steps: int, warmup: int, min_ratio: float) -> tuple[float, ...]:
-    """Learning rate of each step: rising to `lr` in `warmup` steps, then linearly to min_ratio * lr at the last one."""
-    rates = []
-    for step in range(1, steps + 1):
-        if step <= warmup:
-            rates.append(lr * step / warmup)
-        else:
-            rates.append(lr * (1.0 - (1.0 - min_ratio) * (step - warmup) / (steps - warmup)))
-    return tuple(rates)
+    """Learning rate of each step: `warmup` equal rises to `lr`, then falling on the straight line from lr at the first
+    step after them to min_ratio * lr at the step that would follow the last one.
+    """
+    rises = [lr * step / warmup for step in range(1, warmup + 1)]
+    count = steps - warmup
+    falls = [lr * (min_ratio + (1.0 - min_ratio) * (count - step) / count) for step in range(count)]
+    return tuple((rises + falls)[:steps])
 
 
 def train(
@@ -51,13 +50,13 @@ def train(
     objective: Objective,
     adam: Adam,
 ) -> list[StepResult]:
-    """One optimizer step per batch; changes `policy` in place."""
+    """One optimizer step per batch, on the mean loss of all its groups; changes `policy` in place."""
+    matrices = [p for p in policy.parameters() if p.ndim > 1]
+    vectors = [p for p in policy.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=adam.learning_rates[0],
+        [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(adam.beta1, adam.beta2),
         eps=adam.eps,
-        weight_decay=adam.weight_decay,
     )
     results = []
     for learning_rate, groups in zip(adam.learning_rates, batches, strict=True):
@@ -67,7 +66,8 @@ def train(
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
         largest = adam.clip_grad if adam.clip_grad > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), largest)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate
         optimizer.step()
         results.append(StepResult(loss.item(), gradients, norm.item()))
     return results
