@@ -10,6 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
@@ -32,14 +33,23 @@ class Trainee:
     spec: ModelSpec
     topology: Topology
     compute: ComputeConfig
+    weight_decay: float
+
+    @property
+    def uses_torch_adam(self) -> bool:
+        """Whether Adam is torch's: neither Transformer Engine nor apex is installed."""
+        return all(isinstance(part.optimizer, torch.optim.Adam) for part in _parts(self.optimizer))
 
     def set_learning_rate(self, lr: float) -> None:
-        """Give every parameter group this learning rate."""
+        """Give every parameter group this learning rate, and weight decay where megatron-core marked it for decay."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core sharded tensors. Saving gathers optimizer state over DP."""
+        if loading and self.uses_torch_adam:
+            _allocate_torch_adam(*_parts(self.optimizer))
         state: dict[str, Any] = self.policy.sharded_state_dict()
         state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA)
         return state
@@ -47,7 +57,10 @@ class Trainee:
     def load_state(self, state: dict[str, Any], where: str) -> None:
         """Take over what `load_sharded` filled into `sharded_state(loading=True)`; `where` names it in errors."""
         load_module(self.policy, {key: value for key, value in state.items() if key != "optimizer"}, where)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.uses_torch_adam:
+            _load_torch_adam(*_parts(self.optimizer), state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
 
 
 def make_trainee(
@@ -71,7 +84,40 @@ def make_trainee(
     policy.config.grad_scale_func = optimizer.scale_loss
     policy.config.finalize_model_grads_func = finalize_model_grads
     policy.config.no_sync_func = model.no_sync
-    return Trainee(policy, model, optimizer, spec, topology, compute)
+    return Trainee(policy, model, optimizer, spec, topology, compute, config.weight_decay)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers of which megatron-core's chained optimizer consists."""
+    return list(optimizer.chained_optimizers)
+
+
+def _allocate_torch_adam(part: DistributedOptimizer) -> None:
+    """Give torch's Adam, which allocates its state in the first step, a state to load into.
+
+    megatron-core does so itself for the fused Adams of Transformer Engine and apex only.
+    """
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            if not part.optimizer.state[parameter]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _load_torch_adam(part: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """Load the state of torch's Adam: groups and step count first, then the moments without the step count.
+
+    megatron-core 0.16 looks for a step count of every parameter among the moments and fails. And it gives all
+    parameters one shared step tensor, which a step would then advance once for each of them.
+    """
+    part.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
+    steps = {parameter: moments.pop("step") for parameter, moments in part.optimizer.state.items()}
+    part.load_parameter_state_from_fully_reshardable(state["param_state"])
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _megatron_config(config: OptimizerConfig, compute: ComputeConfig) -> MegatronOptimizerConfig:
