@@ -8,7 +8,9 @@ again) and copy everything to host memory first; torch's synchronous writer, use
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,10 +30,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from exo_megatron.checkpoint.unpickling import COMMON_FILE
+from exo_megatron.errors import ExoError
 
 Producer = Callable[[str, tuple[int, ...]], Tensor]
 """Makes the data of a shard from its key and global offset."""
@@ -55,6 +61,10 @@ class PlannedShard:
 logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
 
 
+class ProducerError(Exception):
+    """An ExoError of a producer, in a form that can be sent to other ranks: where, problem, expected, fix."""
+
+
 class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no types
     """Gets the data of shards on the meta device from a producer when their turn to be written comes."""
 
@@ -67,13 +77,65 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no 
         if self._produce is None or not isinstance(object, Tensor) or object.device.type != "meta":
             return object
         index = write_item.index
-        data = self._produce(index.fqn, tuple(index.offset))
+        try:
+            data = self._produce(index.fqn, tuple(index.offset))
+        except ExoError as error:
+            raise ProducerError(error.where, error.problem, error.expected, error.fix) from None
         if data.shape != object.shape or data.dtype != object.dtype:
             raise ValueError(
                 f"{index.fqn} at {tuple(index.offset)}: produced {tuple(data.shape)} {data.dtype}, "
                 f"planned {tuple(object.shape)} {object.dtype}"
             )
         return data.contiguous()
+
+
+class _RecordingFile(io.BufferedWriter):
+    """A file that tells of a failed write: torch's zip writer hides the OSError behind one about file positions."""
+
+    def __init__(self, path: Path, failures: list[OSError]) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self._failures = failures
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failures.append(error)
+            raise
+
+
+class _RecordingFileSystem(FileSystem):
+    """Local files, and the first failures to write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[OSError] = []
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _RecordingFile(Path(path), self.failures) as file:
+            yield file
+
+
+class _Writer(FileSystemWriter):
+    """torch's synchronous writer, which fails with the OSError that made it fail."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, thread_count=1, sync_files=True)
+        self._files = _RecordingFileSystem()
+        self.fs = self._files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if self._files.failures:
+                raise self._files.failures[0] from error
+            raise
 
 
 class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
@@ -88,7 +150,7 @@ class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # m
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=_Writer(checkpoint_dir),
             planner=_Planner(self._produce),
         )
 

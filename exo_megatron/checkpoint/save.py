@@ -18,7 +18,7 @@ from exo_megatron.checkpoint.directory import (
     list_steps,
     weights_path,
 )
-from exo_megatron.checkpoint.dist_format import Producer, local_bytes, write_sharded
+from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
 from exo_megatron.checkpoint.hf_files import copy_hf_files
 from exo_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -113,11 +113,13 @@ def _write_weights(sharded_state: dict[str, Any], staging: Path, produce: Produc
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
         for cause in causes:
-            if isinstance(cause, CheckpointError):
-                raise cause from None
+            if isinstance(cause, ProducerError):
+                where, problem, expected, fix = cause.args
+                raise CheckpointError(where, problem, expected=expected, fix=fix) from None
             if isinstance(cause, OSError):
                 raise write_failure(staging, cause, needed=needed) from error
-        raise
+        # torch's exception is a BaseException, which no handler of ordinary failures would see.
+        raise RuntimeError(f"saving {staging} failed") from error
 
 
 def _write_small_files(staging: Path, spec: ModelSpec, hf_files: Path, trainer_state: dict[str, Any] | None) -> None:
