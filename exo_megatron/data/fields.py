@@ -32,7 +32,7 @@ def text(where: str, fields: Fields, name: str) -> str:
     value = require(where, fields, name)
     if not isinstance(value, str):
         raise wrong_type(where, name, value, "a string")
-    return value
+    return _unicode(where, name, value)
 
 
 def boolean(where: str, fields: Fields, name: str) -> bool:
@@ -131,7 +131,7 @@ def _completion(where: str, name: str, value: object, prompt: Text) -> Text:
 
 def _text_or_messages(where: str, name: str, value: object) -> Text:
     if isinstance(value, str):
-        return value
+        return _unicode(where, name, value)
     if not isinstance(value, Sequence) or not value:
         raise wrong_type(where, name, value, "a string or a non-empty list of chat messages")
     return [_message(where, f"{name}[{k}]", item) for k, item in enumerate(value)]
@@ -144,7 +144,21 @@ def _message(where: str, name: str, value: object) -> Message:
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise wrong_type(where, name, value, expected)
-    return {"role": role, "content": content}
+    return {"role": role, "content": _unicode(where, name, content)}
+
+
+def _unicode(where: str, name: str, value: str) -> str:
+    """The text, unless it holds half of a surrogate pair: JSON can write that, no tokenizer can read it."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            where,
+            f"{name!r} has an unpaired surrogate ({error.object[error.start]!a}) at character {error.start}",
+            expected="Unicode text",
+            fix="correct the record: a character above U+FFFF was cut in two",
+        ) from None
+    return value
 
 
 def _list(where: str, fields: Fields, name: str, expected: str) -> list[Any]:
@@ -155,6 +169,12 @@ def _list(where: str, fields: Fields, name: str, expected: str) -> list[Any]:
 
 
 def _finite(where: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(where, name, value, "a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the range of float
+        number = math.inf
+    if not math.isfinite(number):
+        raise wrong_type(where, name, value, "a finite number")
+    return number

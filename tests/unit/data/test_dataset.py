@@ -1,0 +1,272 @@
+"""Prompts and groups from every format, and the refusal of every record that cannot be trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exo_megatron
+from exo_megatron.config.sections import DataConfig
+from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
+from exo_megatron.data.dataset import Purpose, load_groups, load_prompts
+from exo_megatron.data.groups import Group
+from exo_megatron.data.tokenizer import Tokenizer
+from exo_megatron.errors import DataError
+
+GOOD, BAD, DULL = " was good .", " was bad .", " is not so dull ."
+PAIR = {"id": "p", "prompt": "The movie", "chosen": GOOD, "rejected": BAD}
+REWARDED = {"id": "r", "prompt": "The movie", "completions": [GOOD, BAD, DULL], "rewards": [0.5, -1, 2]}
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "data.jsonl"
+
+
+def config(file: Path, *rows: dict[str, Any], **settings: Any) -> DataConfig:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return DataConfig(path=str(file), **settings)
+
+
+def groups(
+    file: Path, tokenizer: Tokenizer, purpose: Purpose, *rows: dict[str, Any], k: int | None = None, **settings: Any
+) -> list[Group]:
+    return load_groups(config(file, *rows, **settings), tokenizer, purpose=purpose, candidates=k)
+
+
+def refused(
+    file: Path, tokenizer: Tokenizer, purpose: Purpose, row: dict[str, Any], k: int | None = None, **settings: Any
+) -> str:
+    """The message for a bad record on line 2, behind a good one."""
+    good = {"sft": PAIR, "preference": PAIR, "rewards": {**REWARDED, "id": "ok"}}[purpose]
+    good = good if k is None or purpose != "rewards" else {**good, "completions": [GOOD] * k, "rewards": [0] * k}
+    with pytest.raises(DataError) as error:
+        groups(file, tokenizer, purpose, good, row, k=k, **settings)
+    message = str(error.value)
+    assert message.startswith(f"{file}:2"), message
+    assert "\n" not in message
+    return message
+
+
+class TestPrompts:
+    def test_text_and_ids(self, file: Path, spm: Tokenizer) -> None:
+        prompts = load_prompts(config(file, {"prompt": "The movie"}, {"id": 5, "prompt": "It", "label": 1}), spm)
+        assert [(p.id, p.text) for p in prompts] == [("line-1", "The movie"), ("5", "It")]
+        assert prompts[0].ids == tuple(spm.encode_prompt("The movie"))
+
+    def test_chat_messages_are_rendered(self, file: Path, chat: Tokenizer) -> None:
+        (prompt,) = load_prompts(config(file, {"prompt": [user("The movie?")]}), chat)
+        assert prompt.text == "<|user|>The movie?</s>\n<|assistant|>"
+        assert prompt.ids == tuple(chat.encode_prompt([user("The movie?")]))
+
+    def test_prompts_of_a_candidates_file_keep_their_ids(self, tmp_path: Path, spm: Tokenizer) -> None:
+        record = CandidateRecord("a", "The movie", (1, 9, 9), (Candidate("", (2,), True, 0.0),))
+        write_candidates(tmp_path / "candidates.jsonl", [record])
+        (prompt,) = load_prompts(DataConfig(path=str(tmp_path)), spm)
+        assert (prompt.id, prompt.text, prompt.ids) == ("a", "The movie", (1, 9, 9))
+
+    def test_limit(self, file: Path, spm: Tokenizer) -> None:
+        rows = [{"prompt": "It"}, {"prompt": "The movie"}, {"nothing": 1}]
+        assert len(load_prompts(config(file, *rows, limit=2), spm)) == 2
+
+    def test_too_long(self, file: Path, spm: Tokenizer) -> None:
+        length = len(spm.encode_prompt("The movie was good ."))
+        row = {"id": "long-one", "prompt": "The movie was good ."}
+        assert load_prompts(config(file, row, max_prompt_tokens=length), spm)
+        with pytest.raises(DataError) as error:
+            load_prompts(config(file, row, max_prompt_tokens=length - 1), spm)
+        for part in (f"{file}:1", "'long-one'", f"{length} tokens", f"at most {length - 1}", "data.max_prompt_tokens"):
+            assert part in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("row", "expected"),
+        [
+            ({"Prompt": "x", "text": "y"}, "rename 'Prompt' to 'prompt'"),
+            ({"question": "x"}, "no field 'prompt' (fields: question)"),
+            ({"prompt": 3}, "'prompt' is 3; expected a string or a non-empty list of chat messages"),
+            ({"prompt": []}, "non-empty list of chat messages"),
+            ({"prompt": "\ud83d"}, "unpaired surrogate"),
+            ({"prompt": [user("\udc00")]}, "'prompt[0]' has an unpaired surrogate"),
+            ({"prompt": ["x"]}, "'prompt[0]' is 'x'; expected a message"),
+            ({"prompt": [{"role": "user"}]}, "'prompt[0]' is {'role': 'user'}; expected a message"),
+            ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a message"),
+            ({"prompt": [user("x"), assistant("y")]}, "ends with a message of the assistant"),
+            ({"prompt": [{"role": "critic", "content": "x"}]}, "unknown role critic"),
+        ],
+    )
+    def test_bad_prompts(self, file: Path, chat: Tokenizer, row: dict[str, Any], expected: str) -> None:
+        with pytest.raises(DataError) as error:
+            load_prompts(config(file, row), chat)
+        assert str(error.value).startswith(f"{file}:1") and expected in str(error.value)
+
+    def test_messages_for_a_tokenizer_without_template(self, file: Path, spm: Tokenizer) -> None:
+        with pytest.raises(DataError, match=r"data\.jsonl:1: .*no chat template"):
+            load_prompts(config(file, {"prompt": [user("x")]}), spm)
+
+
+class TestSft:
+    def test_the_chosen_completion_is_the_one_candidate(self, file: Path, spm: Tokenizer) -> None:
+        plain = {"prompt": "It", "chosen": GOOD}
+        first, second = groups(file, spm, "sft", PAIR, plain)
+        assert first == Group("p", tuple(spm.encode_prompt("The movie")), (tuple(spm.encode_completion(GOOD)),))
+        assert first.candidates[0][-1] == spm.eos_id
+        assert second.id == "line-2"
+
+    def test_chat(self, file: Path, chat: Tokenizer) -> None:
+        (group,) = groups(file, chat, "sft", {"prompt": [user("Well?")], "chosen": [assistant("good")]})
+        assert chat.decode([*group.prompt, *group.candidates[0]]) == "Well?\ngood"
+        assert group.candidates[0][-1] == chat.eos_id
+
+    @pytest.mark.parametrize(
+        ("row", "expected"),
+        [
+            ({"prompt": "x", "chose": "y"}, "rename 'chose' to 'chosen'"),
+            ({"prompt": "x", "chosen": ""}, "'chosen' is an empty completion"),
+            ({"prompt": "x", "chosen": " \n"}, "'chosen' is an empty completion"),
+            ({"prompt": "x", "chosen": 1}, "'chosen' is 1"),
+            ({"prompt": "x", "chosen": [assistant("y")]}, "'prompt' is a string, 'chosen' is a list of messages"),
+            ({"prompt": [user("x")], "chosen": "y"}, "'prompt' is a list of messages, 'chosen' is a string"),
+            ({"prompt": [user("x")], "chosen": [assistant(" ")]}, "'chosen' is an empty completion"),
+            ({"prompt": [user("x")], "chosen": [user("y")]}, "exactly one message, of the assistant"),
+            ({"prompt": [user("x")], "chosen": [user("x"), assistant("y")]}, "messages of user, assistant"),
+            ({"chosen": "y"}, "no field 'prompt'"),
+        ],
+    )
+    def test_bad_records(self, file: Path, chat: Tokenizer, row: dict[str, Any], expected: str) -> None:
+        assert expected in refused(file, chat, "sft", row)
+
+    def test_completion_too_long(self, file: Path, spm: Tokenizer) -> None:
+        length = len(spm.encode_completion(DULL))
+        row = {"id": "x1", "prompt": "It", "chosen": DULL}
+        assert groups(file, spm, "sft", row, max_completion_tokens=length)
+        with pytest.raises(DataError) as error:
+            groups(file, spm, "sft", row, max_completion_tokens=length - 1)
+        for part in (":1", "'x1'", f"{length} tokens", f"at most {length - 1}", "data.max_completion_tokens"):
+            assert part in str(error.value)
+
+
+class TestPreference:
+    def test_pairs(self, file: Path, spm: Tokenizer) -> None:
+        (group,) = groups(file, spm, "preference", PAIR, k=2)
+        assert group.candidates == (tuple(spm.encode_completion(GOOD)), tuple(spm.encode_completion(BAD)))
+        assert group.rewards is None
+
+    def test_best_and_worst_of_rewarded_completions(self, file: Path, spm: Tokenizer) -> None:
+        tied = {**REWARDED, "id": "t", "rewards": [2, -1, 2]}
+        first, second = groups(file, spm, "preference", REWARDED, tied)
+        assert first.candidates == (tuple(spm.encode_completion(DULL)), tuple(spm.encode_completion(BAD)))
+        assert first.rewards == (2.0, -1.0)
+        assert second.candidates == (tuple(spm.encode_completion(GOOD)), tuple(spm.encode_completion(BAD)))
+
+    def test_errors(self, file: Path, spm: Tokenizer) -> None:
+        tie = {**REWARDED, "rewards": [1, 1, 1]}
+        assert "all candidates of record 'r' have reward 1.0" in refused(file, spm, "preference", tie)
+        assert "the same text" in refused(file, spm, "preference", {**PAIR, "id": "q", "rejected": GOOD})
+        same = {**REWARDED, "completions": [GOOD, GOOD], "rewards": [0, 1]}
+        assert "the same text" in refused(file, spm, "preference", same)
+        assert "rename 'reject' to 'rejected'" in refused(
+            file, spm, "preference", {"prompt": "x", "chosen": "y", "reject": "z"}
+        )
+        with pytest.raises(DataError, match=r"data\.jsonl:1: record 'p' has 2 candidates; expected 4"):
+            groups(file, spm, "preference", PAIR, k=4)
+
+    @pytest.mark.parametrize("purpose", ["sft", "preference"])
+    def test_whole_dialogues_are_not_guessed_apart(self, file: Path, spm: Tokenizer, purpose: Purpose) -> None:
+        row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+        message = refused(file, spm, purpose, row)
+        assert "whole dialogues" in message and "split both" in message and "Assistant:" in message
+
+
+class TestRewards:
+    def test_all_completions_with_their_rewards(self, file: Path, spm: Tokenizer) -> None:
+        two = {"prompt": "It", "completions": [GOOD, BAD], "rewards": [3, 3.0]}
+        first, second = groups(file, spm, "rewards", REWARDED, two)
+        assert first.candidates == tuple(tuple(spm.encode_completion(text)) for text in (GOOD, BAD, DULL))
+        assert first.rewards == (0.5, -1.0, 2.0)
+        assert second.rewards == (3.0, 3.0), "equal rewards are legitimate"
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"rewards": [1, 2]}, "has 2 rewards for 3 completions"),
+            ({"rewards": [1, math.nan, 2]}, "'rewards[1]' is nan; expected a finite number"),
+            ({"rewards": [1, math.inf, 2]}, "'rewards[1]' is inf"),
+            ({"rewards": [1, "2", 3]}, "'rewards[1]' is '2'"),
+            ({"rewards": None}, "no field 'rewards'"),
+            ({"completions": [GOOD], "rewards": [1]}, "has 1 candidate; expected at least 2"),
+            ({"completions": []}, "'completions' is empty"),
+            ({"completions": "abc"}, "expected a list of completions"),
+            ({"completions": [GOOD, "", BAD]}, "'completions[1]' is an empty completion"),
+        ],
+    )
+    def test_bad_records(self, file: Path, spm: Tokenizer, change: dict[str, Any], expected: str) -> None:
+        assert expected in refused(file, spm, "rewards", {**REWARDED, **change})
+
+    def test_number_of_candidates(self, file: Path, spm: Tokenizer) -> None:
+        assert groups(file, spm, "rewards", REWARDED, k=3)
+        message = refused(file, spm, "rewards", REWARDED, k=4)
+        assert "record 'r' has 3 candidates; expected 4" in message
+
+    def test_preference_pairs_are_not_rewards(self, file: Path, spm: Tokenizer) -> None:
+        assert "exo_pref" in refused(file, spm, "rewards", PAIR)
+
+
+class TestScoredCandidates:
+    RECORD = CandidateRecord(
+        id="a",
+        prompt="The movie",
+        prompt_ids=(1, 300, 301),
+        candidates=(Candidate("x", (9, 9, 2), True, -1.0), Candidate("y", (8,), False, -2.0)),
+        rewards=(0.0, 1.0),
+    )
+
+    def test_ids_are_used_as_they_are(self, tmp_path: Path, spm: Tokenizer) -> None:
+        """Neither re-encoded from the text nor ended where generation stopped at the length limit."""
+        write_candidates(tmp_path / "candidates.jsonl", [self.RECORD])
+        (group,) = load_groups(DataConfig(path=str(tmp_path)), spm, purpose="rewards", candidates=2)
+        assert group == Group("a", (1, 300, 301), ((9, 9, 2), (8,)), rewards=(0.0, 1.0))
+        (pair,) = load_groups(DataConfig(path=str(tmp_path)), spm, purpose="preference")
+        assert pair == Group("a", (1, 300, 301), ((8,), (9, 9, 2)), rewards=(1.0, 0.0))
+
+    @pytest.mark.parametrize(
+        ("changes", "settings", "expected"),
+        [
+            ({"rewards": None}, {}, "exo-megatron score"),
+            ({"prompt_ids": (1, 10**6)}, {}, "token id 1000000; expected ids below"),
+            ({}, {"max_prompt_tokens": 2}, "has 3 tokens; expected at most 2 (data.max_prompt_tokens"),
+            ({}, {"max_completion_tokens": 2}, "'candidates[0]' of record 'a' has 3 tokens"),
+        ],
+    )
+    def test_errors(
+        self, tmp_path: Path, spm: Tokenizer, changes: dict[str, Any], settings: dict[str, int], expected: str
+    ) -> None:
+        path = tmp_path / "candidates.jsonl"
+        write_candidates(path, [CandidateRecord(**{**self.RECORD.__dict__, **changes})])
+        with pytest.raises(DataError) as error:
+            load_groups(DataConfig(path=str(path), **settings), spm, purpose="rewards")
+        assert str(error.value).startswith(f"{path}:1") and expected in str(error.value)
+
+
+def test_reading_imports_no_heavy_library() -> None:
+    """Bad data is told in a second, not after torch and transformers have been loaded."""
+    code = (
+        "import sys, exo_megatron.data.dataset, exo_megatron.data.candidates, exo_megatron.data.sampling\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'megatron'} & set(sys.modules)))"
+    )
+    root = Path(exo_megatron.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout == "[]\n"
