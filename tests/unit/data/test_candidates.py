@@ -85,7 +85,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path, bad: float)
         ({"rewards": [math.inf]}, "'rewards[0]' is inf"),
         ({"rewards": ["1"]}, "'rewards[0]' is '1'"),
         ({"rewards": [10**400]}, "expected a finite number"),
-        ({"prompt": "half \ud83d"}, "unpaired surrogate ('\\\\ud83d') at character 5"),
+        ({"prompt": "half \ud83d"}, "unpaired surrogate ('\\ud83d') at character 5"),
         ({"rewards": [True]}, "'rewards[0]' is True"),
         ({"rewards": 0.5}, "expected a list of numbers"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def visible_pairs(layout: GroupLayout) -> set[tuple[int, int]]:
     """(query row, key row) of the two attention passes that the layout describes."""
     pairs = set()
     bounds = layout.segment_cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         pairs |= {(query, key) for query in range(start, stop) for key in range(start, query + 1)}
     queries, keys = layout.response_rows.tolist(), layout.prompt_rows.tolist()
     query_bounds, key_bounds = layout.response_cu_seqlens.tolist(), layout.prompt_cu_seqlens.tolist()

@@ -139,7 +139,7 @@ class TestChat:
         bare = load_tokenizer(hf_directory(tmp_path / "bare", "bytes", chat_template=None))
         with pytest.raises(DataError, match=r"no chat template.*fix: add chat_template"):
             bare.encode_prompt(messages)
-        with pytest.raises(DataError, match="refuses the messages.*unknown role critic"):
+        with pytest.raises(DataError, match=r"refuses the messages.*unknown role critic"):
             chat.encode_prompt([{"role": "critic", "content": "x"}])
         reversing = load_tokenizer(
             hf_directory(tmp_path / "odd", "bytes", chat_template="{{ messages[-1]['content'] }}: answer")
