@@ -7,23 +7,23 @@
 # Shape of the job: options of sbatch on the command line win over the #SBATCH lines, e.g. --nodes=8,
 # --gres=gpu:4 --ntasks-per-node=4, --gres=none (CPU nodes), --time=2:00:00, --partition=NAME.
 #
-# Environment (all optional but what the configuration file leaves open):
-#   STAGE            sft, rollout, score, align, evaluate, import, export                 [align]
-#   CONFIG           configuration file of the stage                                     [examples/configs/align_6b.yaml]
-#   OUTPUT           output directory, on a file system that all nodes share             [outputs/STAGE-JOBID]
-#   MODEL, DATA      checkpoint and data: model.checkpoint and data.path                 [the file's]
-#   TP, PP           tensor- and pipeline-parallel size                                  [the file's]
+# Environment, with [defaults]; what is not set comes from the configuration file:
+#   STAGE            sft, rollout, score, align, evaluate, import, export, or run for a file of stages [align]
+#   CONFIG           configuration file of the stage [for align: examples/configs/align_6b.yaml]
+#   OUTPUT           output directory, on a file system that all nodes share [outputs/STAGE-JOBID]
+#   MODEL, DATA      checkpoint and data of the stage (align: model.checkpoint and data.path)
+#   TP, PP           tensor- and pipeline-parallel size
 #   EXTRA            more key=value settings, separated by blanks
 #   GPUS_PER_NODE    tasks per node, where it differs from sbatch's --ntasks-per-node
-#   VENV, PYTHON     virtual environment to use, or the Python to run                    [python3]
+#   VENV, PYTHON     virtual environment to use, or the Python to run [python3]
 #   CONTAINER_IMAGE  run in this image with pyxis; CONTAINER_MOUNTS adds mounts (SRC:DST,...) to the checkout, the
-#                    working directory and OUTPUT's parent; CONTAINER_WORKDIR            [the working directory]
+#                    working directory and OUTPUT's parent; CONTAINER_WORKDIR [the working directory]
 #   SRUN_ARGS        more options of srun, separated by blanks
-#   MAX_RESTARTS     requeues after the time limit or a preemption                       [50]
-#   MAX_CRASHES      restarts in place after a crash, per start of the job               [3]
-#   RETRY_DELAY      seconds before such a restart                                       [10]
-#   EXIT_WAIT        seconds that tasks may go on after the first has ended               [600]
-#   EXO_ROOT         checkout of exo-megatron                                            [the one of this script]
+#   MAX_RESTARTS     requeues after the time limit or a preemption [50]
+#   MAX_CRASHES      restarts in place after a crash, per start of the job [3]
+#   RETRY_DELAY      seconds before such a restart [10]
+#   EXIT_WAIT        seconds that tasks may go on after the first has ended [600]
+#   EXO_ROOT         checkout of exo-megatron [the one of this script]
 #
 # 120 s before the time limit, and on preemption, the stage saves and exits 75; the job requeues itself and goes on
 # from that checkpoint. Wrong input (exit 2) is never retried. NCCL variables are left to the site.
@@ -74,21 +74,23 @@ settings() {
     echo "output=$OUTPUT"
     [ -z "${MODEL:-}" ] || echo "$MODEL_KEY=$MODEL"
     [ -z "${DATA:-}" ] || echo "$DATA_KEY=$DATA"
-    [ -z "${TP:-}" ] || echo "parallel.tensor=$TP"
-    [ -z "${PP:-}" ] || echo "parallel.pipeline=$PP"
+    [ -z "${TP:-}" ] || echo "$PARALLEL_KEY.tensor=$TP"
+    [ -z "${PP:-}" ] || echo "$PARALLEL_KEY.pipeline=$PP"
     local word
     for word in ${EXTRA:-}; do echo "$word"; done
 }
 
 # What MODEL and DATA mean differs by stage; a variable that a stage has no use for is a mistake.
 choose_keys() {
+    PARALLEL_KEY=parallel
     case $STAGE in
         sft | rollout | align) MODEL_KEY=model.checkpoint DATA_KEY=data.path ;;
         evaluate) MODEL_KEY=reference.checkpoint DATA_KEY=data.path ;;
         score) MODEL_KEY='' DATA_KEY=candidates ;;
         import) MODEL_KEY=hf DATA_KEY='' ;;
         export) MODEL_KEY=model.checkpoint DATA_KEY='' ;;
-        *) refuse "STAGE=$STAGE: expected sft, rollout, score, align, evaluate, import or export" ;;
+        run) MODEL_KEY='' DATA_KEY='' PARALLEL_KEY=defaults.parallel ;;
+        *) refuse "STAGE=$STAGE: expected sft, rollout, score, align, evaluate, import, export or run" ;;
     esac
     [ -n "$MODEL_KEY" ] || [ -z "${MODEL:-}" ] || refuse "MODEL has no meaning for STAGE=$STAGE; use EXTRA"
     [ -n "$DATA_KEY" ] || [ -z "${DATA:-}" ] || refuse "DATA has no meaning for STAGE=$STAGE; use EXTRA"
@@ -99,7 +101,8 @@ prepare() {
     choose_keys
     ROOT=${EXO_ROOT:-$(checkout)}
     [ -d "$ROOT/exo_megatron" ] || refuse "no exo_megatron in $ROOT; set EXO_ROOT to the checkout"
-    CONFIG=${CONFIG:-$ROOT/examples/configs/align_6b.yaml}
+    [ "$STAGE" != align ] || CONFIG=${CONFIG:-$ROOT/examples/configs/align_6b.yaml}
+    [ -n "${CONFIG:-}" ] || refuse "STAGE=$STAGE needs CONFIG, its configuration file"
     [ -f "$CONFIG" ] || refuse "CONFIG=$CONFIG does not exist"
     OUTPUT=${OUTPUT:-outputs/$STAGE-$SLURM_JOB_ID}
     [ -z "${VENV:-}" ] || PYTHON=$VENV/bin/python

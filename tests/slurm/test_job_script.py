@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,17 +93,17 @@ for _ in {{1..600}}; do sleep 0.1; done
 """
 
 
-def wait_for_tasks(folder: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not all((folder / f"running-{rank}").exists() for rank in range(4)):
-        assert time.monotonic() < deadline, "the tasks did not start"
+def wait_until(condition: Callable[[], bool], *, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s"
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("signal_name", ["USR2", "TERM"])
 def test_stopped_job_saves_requeues_and_completes(cluster: Cluster, tmp_path: Path, signal_name: str) -> None:
     job_id = submit(cluster, tmp_path, SAVES_ON_SIGNAL.format(folder=tmp_path))
-    wait_for_tasks(tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("running-*"))) == 4, timeout=30)
     cluster.command("scancel", f"--signal={signal_name}", "--batch", str(job_id))
     cluster.wait(job_id, {"PENDING"}, timeout=30)
     # Although task 0 was ready first, the others could finish.
@@ -135,6 +136,7 @@ def test_completed_stage_is_done_although_a_task_failed_at_its_end(cluster: Clus
     [
         ({"STAGE": "aling"}, "STAGE=aling: expected sft, rollout"),
         ({"STAGE": "score", "MODEL": "m"}, "MODEL has no meaning for STAGE=score"),
+        ({"STAGE": "sft"}, "STAGE=sft needs CONFIG"),
         ({"CONFIG": "missing.yaml"}, "CONFIG=missing.yaml does not exist"),
         ({"VENV": "/nowhere"}, "there is no /nowhere/bin/python"),
     ],
