@@ -197,7 +197,25 @@ class Worlds:
 
 @pytest.fixture(scope="module")
 def worlds(root: Path) -> Iterator[Worlds]:
-    yield Worlds(root)
+    worlds = Worlds(root)
+    yield worlds
+    if "PARITY_REPORT" in os.environ:  # run with -s; for docs/numerics.md
+        print_margins(worlds)
+
+
+def print_margins(worlds: Worlds) -> None:
+    """How far from the tolerances the agreement is."""
+    for case in CASES:
+        records = worlds.records(case)
+        reference = expected_for(case)
+        loss = max(abs(a["loss"] / b.loss - 1) for a, b in zip(records[0].metrics, reference.steps, strict=True))
+        ours = in_hf_names(records, case, lambda record: record.gradients[0])
+        theirs = reference_names(case, reference.steps[0].gradients)
+        gradient = max(relative_error(ours[name], theirs[name]) for name in theirs)
+        ours = in_hf_names(records, case, lambda record: record.weights)
+        theirs = reference_names(case, reference.after)
+        weight = max((ours[name] - theirs[name]).abs().max().item() for name in theirs) / LR
+        print(f"{case.name}: loss {loss:.1e}, gradients {gradient:.1e}, weights {weight:.1e} lr")
 
 
 def in_hf_names(records: Sequence[RankRecord], case: Case, tensors_of: Any, *, data_rank: int = 0) -> dict[str, Tensor]:
@@ -241,22 +259,6 @@ def test_every_gradient(case: Case, worlds: Worlds) -> None:
     errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]:.2e}"
-
-
-@pytest.mark.skipif("PARITY_REPORT" not in os.environ, reason="prints a table; set PARITY_REPORT to see it")
-def test_report(worlds: Worlds) -> None:
-    """How far from the tolerances the agreement is: for docs/numerics.md."""
-    for case in CASES:
-        records = worlds.records(case)
-        reference = expected_for(case)
-        loss = max(abs(a["loss"] / b.loss - 1) for a, b in zip(records[0].metrics, reference.steps, strict=True))
-        ours = in_hf_names(records, case, lambda record: record.gradients[0])
-        theirs = reference_names(case, reference.steps[0].gradients)
-        gradient = max(relative_error(ours[name], theirs[name]) for name in theirs)
-        ours = in_hf_names(records, case, lambda record: record.weights)
-        theirs = reference_names(case, reference.after)
-        weight = max((ours[name] - theirs[name]).abs().max().item() for name in theirs) / LR
-        print(f"{case.name}: loss {loss:.1e}, gradients {gradient:.1e}, weights {weight:.1e} lr")
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

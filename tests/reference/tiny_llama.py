@@ -53,19 +53,26 @@ def tiny_llama(config: LlamaConfig, *, seed: int, dtype: torch.dtype = torch.flo
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.12, generator=generator)
-    return model.to(dtype)
+    return _with_parameters_in(model, dtype)
+
+
+def _with_parameters_in(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """As from_pretrained does it: parameters change type, rotary frequencies stay in fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def perturbed(model: LlamaForCausalLM, *, seed: int, scale: float) -> LlamaForCausalLM:
     """A copy of `model` with every parameter p multiplied by (1 + scale * normal): a policy near its reference."""
-    copy = LlamaForCausalLM._from_config(model.config, attn_implementation="eager").to(model.dtype)
+    copy = LlamaForCausalLM._from_config(model.config, attn_implementation="eager").to(torch.float32)
     copy.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in copy.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.mul_((1.0 + scale * noise).to(parameter.dtype))
-    return copy
+            parameter.mul_(1.0 + scale * noise)
+    return _with_parameters_in(copy, model.dtype)
 
 
 def word(token_id: int) -> str:
