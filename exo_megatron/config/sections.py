@@ -89,7 +89,9 @@ class OptimizerConfig(Section):
         default="linear", description="decay of the learning rate after the warm-up"
     )
     warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear rise from 0 to lr")
-    min_lr_ratio: Fraction = Field(default=0.0, description="share of lr that the schedule falls towards; it would be reached one step after the last")
+    min_lr_ratio: Fraction = Field(
+        default=0.0, description="share of lr that the schedule falls towards and would reach one step after the last"
+    )
 
 
 class BatchConfig(Section):

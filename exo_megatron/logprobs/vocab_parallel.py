@@ -7,7 +7,7 @@ backward pass; the only communication is one all-gather of M + N floats per rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ def sharded_logprobs(
     rank's partial sum over its vocabulary; the caller's region function reduces it over the group (models/policy.py).
     The inputs are not modified.
     """
-    result: Tensor = _ShardedLogProbs.apply(hidden, weight, token_row, token_target, shard, temperature, chunk_rows)
-    return result
+    apply: Callable[..., Tensor] = _ShardedLogProbs.apply
+    return apply(hidden, weight, token_row, token_target, shard, temperature, chunk_rows)
 
 
 class _ShardedLogProbs(torch.autograd.Function):

@@ -10,6 +10,7 @@ that pass's share of the whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ class GroupAttention(torch.nn.Module):
 
 def group_attention(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, scale: float) -> Tensor:
     """Attention of one packed row. query [S, hq, d], key and value [S, hkv, d] -> [S, hq, d]; differentiable."""
-    output: Tensor = _GroupAttention.apply(query, key, value, layout, scale)
-    return output
+    apply: Callable[..., Tensor] = _GroupAttention.apply
+    return apply(query, key, value, layout, scale)
 
 
 class _GroupAttention(torch.autograd.Function):

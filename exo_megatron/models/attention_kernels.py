@@ -226,8 +226,8 @@ class BatchedKernels:
         """See AttentionKernels."""
         result = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for rows in _equal_segments(layout.segment_lengths, query.device):
-            inputs = (_heads(tensor[rows]) for tensor in (grad, query, key, value, output))
-            parts = self.backward(*inputs, lse[:, rows].transpose(0, 1), True, scale)
+            d_out, q, k, v, out = (_heads(tensor[rows]) for tensor in (grad, query, key, value, output))
+            parts = self.backward(d_out, q, k, v, out, lse[:, rows].transpose(0, 1), True, scale)
             for whole, part in zip(result, parts, strict=True):
                 whole[rows] = part.transpose(1, 2)
         return result
@@ -237,10 +237,11 @@ class BatchedKernels:
     ) -> tuple[Tensor, Tensor]:
         """See AttentionKernels."""
         output, lse = _empty_result(query)
-        for q, k in _group_slices(layout):
-            out, part = self.forward(_heads(query[q][None]), _heads(key[k][None]), _heads(value[k][None]), False, scale)
-            output[q] = out[0].transpose(0, 1)
-            lse[:, q] = part[0]
+        for own, prompt in _group_slices(layout):
+            q, k, v = (_heads(tensor[None]) for tensor in (query[own], key[prompt], value[prompt]))
+            out, part = self.forward(q, k, v, False, scale)
+            output[own] = out[0].transpose(0, 1)
+            lse[:, own] = part[0]
         return output, lse
 
     def prompts_backward(
@@ -256,10 +257,11 @@ class BatchedKernels:
     ) -> Triple:
         """See AttentionKernels."""
         result = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for q, k in _group_slices(layout):
-            slices = (grad[q], query[q], key[k], value[k], output[q])
-            parts = self.backward(*(_heads(tensor[None]) for tensor in slices), lse[None, :, q], False, scale)
-            for whole, part, rows in zip(result, parts, (q, k, k), strict=True):
+        for own, prompt in _group_slices(layout):
+            slices = (grad[own], query[own], key[prompt], value[prompt], output[own])
+            d_out, q, k, v, out = (_heads(tensor[None]) for tensor in slices)
+            parts = self.backward(d_out, q, k, v, out, lse[None, :, own], False, scale)
+            for whole, part, rows in zip(result, parts, (own, prompt, prompt), strict=True):
                 whole[rows] = part[0].transpose(0, 1)
         return result
 
@@ -293,17 +295,13 @@ def _group_slices(layout: GroupLayout) -> list[tuple[slice, slice]]:
     slices: list[tuple[slice, slice]] = []
     response = prompt = 0
     for group in layout.groups:
-        slices.append(
-            (slice(response, response + group.response_total), slice(prompt, prompt + group.prompt_length))
-        )
+        slices.append((slice(response, response + group.response_total), slice(prompt, prompt + group.prompt_length)))
         response += group.response_total
         prompt += group.prompt_length
     return slices
 
 
-def _cpu_flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _cpu_flash_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, scale=scale
     )
@@ -321,8 +319,8 @@ def _cpu_flash_backward(
 
 def _plain_scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
     """[b, hkv, group, q, k]: scaled scores, heads of one key group together, -inf above the diagonal if causal."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scale
+    grouped: Tensor = query.unflatten(1, (key.shape[1], -1))
+    scores: Tensor = grouped @ key.unsqueeze(2).transpose(-1, -2) * scale
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))

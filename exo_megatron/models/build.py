@@ -28,6 +28,11 @@ from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def check_topology(spec: ModelSpec, *, tensor: int, pipeline: int) -> None:
@@ -82,11 +87,6 @@ def _mark_tensor_parallel(policy: PolicyModel) -> None:
 def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> TransformerConfig:
     """megatron-core's configuration of the Llama family at this topology."""
     dtype = DTYPES[compute.precision]
-    recompute: dict[str, object] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[compute.recompute]
     settings: dict[str, object] = {
         "num_layers": spec.layers,
         "hidden_size": spec.hidden_size,
@@ -120,9 +120,9 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        **recompute,
+        **_RECOMPUTE[compute.recompute],
     }
-    return TransformerConfig(**settings)  # type: ignore[arg-type]  # one dict for over 20 fields of different types
+    return TransformerConfig(**settings)
 
 
 def layer_spec(linear: LinearBackend) -> ModuleSpec:

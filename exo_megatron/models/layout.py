@@ -9,8 +9,9 @@ in flight and every recomputation has its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,12 +92,12 @@ class GroupLayout:
 
     def to(self, device: torch.device) -> GroupLayout:
         """The same layout with its tensors on `device`."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := self.__dict__[field.name], Tensor)
+        values: dict[str, Any] = {field.name: vars(self)[field.name] for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in values.items()
         }
-        return replace(self, **moved)
+        return GroupLayout(**moved)
 
 
 def build_layout(

@@ -47,7 +47,7 @@ class PolicyModel(GPTModel):
         """Uninitialised parameters on this process's device: weights always come from a checkpoint."""
         super().__init__(
             config=config,
-            transformer_layer_spec=block,  # type: ignore[arg-type]  # megatron annotates only one of what it takes
+            transformer_layer_spec=block,
             vocab_size=spec.padded_vocab_size,
             max_sequence_length=spec.max_positions,
             pre_process=is_first_stage,
@@ -67,7 +67,7 @@ class PolicyModel(GPTModel):
         return weight
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """megatron-core's sharded tensors of this stage, without `_extra_state` (fp8 state, pickled), which is empty."""
+        """megatron-core's sharded tensors of this stage, without `_extra_state` (pickled fp8 state: empty)."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if not key.endswith("._extra_state")}
 
@@ -84,10 +84,8 @@ class PolicyModel(GPTModel):
         angles = rotary_angles(packed_seq_params.position_ids, self.rotary_frequencies)
         return hidden, angles, None, None, None, None
 
-    def _postprocess(
-        self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any
-    ) -> Tensor:
-        """Other stages: hidden states as they are. Last stage: [M, H] of the predicting rows, or [S, 1, H] to decode."""
+    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any) -> Tensor:
+        """Other stages: hidden states as they are. Last: [M, H] of the predicting rows; [S, 1, H] to decode."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:

@@ -49,7 +49,8 @@ class Trainee:
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core sharded tensors. Saving gathers optimizer state over DP."""
         if loading and self.uses_torch_adam:
-            _allocate_torch_adam(*_parts(self.optimizer))
+            (part,) = _parts(self.optimizer)
+            _allocate_torch_adam(part)
         state: dict[str, Any] = self.policy.sharded_state_dict()
         state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA)
         return state
@@ -58,7 +59,8 @@ class Trainee:
         """Take over what `load_sharded` filled into `sharded_state(loading=True)`; `where` names it in errors."""
         load_module(self.policy, {key: value for key, value in state.items() if key != "optimizer"}, where)
         if self.uses_torch_adam:
-            _load_torch_adam(*_parts(self.optimizer), state["optimizer"])
+            (part,) = _parts(self.optimizer)
+            _load_torch_adam(part, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
 

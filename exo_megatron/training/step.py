@@ -42,19 +42,18 @@ def train_step(
     micro-batch over the tensor group, reduce-scatter of gradients and all-gather of weights over the data group,
     one all-reduce of the statistics over the world.
     """
-    forward_gradients(trainee, batches, objective, reports := [])
+    reports = forward_gradients(trainee, batches, objective)
     trainee.set_learning_rate(learning_rate)
     _, grad_norm, _ = trainee.optimizer.step()
     return _reduce(trainee, reports, objective, float(grad_norm or 0.0), stop_requested)
 
 
-def forward_gradients(
-    trainee: Trainee, batches: Sequence[RowBatch], objective: MicroBatchObjective, reports: list[UnitSum]
-) -> None:
+def forward_gradients(trainee: Trainee, batches: Sequence[RowBatch], objective: MicroBatchObjective) -> list[UnitSum]:
     """Leave the gradient of the global mean loss in the model's gradient buffers, reduced over all groups.
 
-    Appends each micro-batch's detached sums to `reports` on the last pipeline stage.
+    Returns each micro-batch's detached sums on the last pipeline stage, nothing on the others.
     """
+    reports: list[UnitSum] = []
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     run_schedule = get_forward_backward_func()
@@ -67,6 +66,7 @@ def forward_gradients(
         micro_batch_size=1,
         forward_only=False,
     )
+    return reports
 
 
 def _forward_step(

@@ -56,9 +56,10 @@ def align(runtime: Runtime, *, config: dict[str, Any]) -> RankRecord:
     watcher = _Watcher()
     original = step_module.forward_gradients
 
-    def watched(trainee: Trainee, batches: list[RowBatch], *rest: Any) -> None:
-        original(trainee, batches, *rest)
+    def watched(trainee: Trainee, batches: list[RowBatch], *rest: Any) -> Any:
+        reports = original(trainee, batches, *rest)
         watcher.look(trainee, batches)
+        return reports
 
     step_module.forward_gradients = watched
     try:
