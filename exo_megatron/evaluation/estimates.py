@@ -10,6 +10,10 @@ from statistics import fmean, stdev
 from exo_megatron.data.candidates import CandidateRecord
 
 
+REFERENCE_NAME = "reference"
+"""Name of the reference policy among the models of an evaluation."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What the samples of one checkpoint say.

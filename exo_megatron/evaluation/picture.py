@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exo_megatron.evaluation.estimates import Estimate
-from exo_megatron.evaluation.targets import REFERENCE_NAME
+from exo_megatron.evaluation.estimates import REFERENCE_NAME, Estimate
 from exo_megatron.utils.files import atomic_open
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from exo_megatron.data.candidates import CandidateRecord
-from exo_megatron.evaluation.estimates import Estimate
-from exo_megatron.evaluation.targets import REFERENCE_NAME
+from exo_megatron.evaluation.estimates import REFERENCE_NAME, Estimate
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }

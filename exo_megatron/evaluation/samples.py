@@ -18,7 +18,6 @@ from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.rollout.scoring import candidate_logprobs
-from exo_megatron.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Sampler:
         own = self._draw(self.plan.reference, model, spec)
         yield Compared(own, own.logprobs)
         for each in drawn:
-            label = f"{each.target.label}: under the reference"
-            yield Compared(each, self._logprobs(model, spec, each.records, label))
+            yield Compared(each, self._logprobs(model, spec, each.records))
 
     def _draw_from(self, target: Target) -> Drawn:
         gc.collect()  # the model before this one; modules and their hooks refer to each other in cycles
@@ -76,33 +74,28 @@ class Sampler:
             seed=self.config.seed,
             topology=self.topology,
             runtime=self.runtime,
-            label=f"{target.label}: samples",
+            label=target.label,
         )
         shared = self.runtime.broadcast_object(records)
         if shared is None:
             raise RuntimeError("rank 0 broadcast no records")
-        return Drawn(target, shared, self._logprobs(model, spec, shared, f"{target.label}: log-probs"))
+        return Drawn(target, shared, self._logprobs(model, spec, shared))
 
-    def _logprobs(
-        self, model: PolicyModel, spec: ModelSpec, records: Sequence[CandidateRecord], label: str
-    ) -> list[list[float]]:
-        """[P][M], on every rank."""
+    def _logprobs(self, model: PolicyModel, spec: ModelSpec, records: Sequence[CandidateRecord]) -> list[list[float]]:
+        """[P][M], on every rank. Takes much less time than drawing, so there is no progress line."""
         pieces = [
             (index, group)
             for index, record in enumerate(records)
             for group in split_record(record, self.config.compute.max_tokens_per_microbatch)
         ]
-        share = -(-len(pieces) // self.topology.data_size)
-        with Progress(label, share, "groups", enabled=self.runtime.is_main) as progress:
-            found = candidate_logprobs(
-                model,
-                spec,
-                self.topology,
-                [group for _, group in pieces],
-                self.config.compute,
-                temperature=self.config.sampling.temperature,
-                progress=progress,
-            )
+        found = candidate_logprobs(
+            model,
+            spec,
+            self.topology,
+            [group for _, group in pieces],
+            self.config.compute,
+            temperature=self.config.sampling.temperature,
+        )
         values: list[list[float]] = [[] for _ in records]
         for (index, _), part in zip(pieces, found, strict=True):
             values[index] += part

@@ -56,8 +56,7 @@ def _score_all(
 ) -> Iterator[tuple[Compared, list[CandidateRecord]]]:
     """Every checkpoint's samples with rewards: all ranks do the work, rank 0 gets them."""
     for each in compared:
-        label = f"{each.drawn.target.label}: rewards"
-        scored = score_records(each.drawn.records, source, runtime, batch_size=reward.batch_size, label=label)
+        scored = score_records(each.drawn.records, source, runtime, batch_size=reward.batch_size)
         if scored is not None:
             yield each, scored
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.evaluation.targets import REFERENCE_NAME
+from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.utils.files import read_json
 
 SUMMARY_KEYS = ("reward", "reward_stderr", "kl", "prompts")

@@ -11,11 +11,10 @@ from exo_megatron.config.stages import EvaluateConfig
 from exo_megatron.data.dataset import Prompt, load_prompts
 from exo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
+from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.models.build import check_topology
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.rollout.stage import check_lengths
-
-REFERENCE_NAME = "reference"
 
 
 @dataclass(frozen=True)

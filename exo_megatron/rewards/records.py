@@ -14,33 +14,41 @@ from exo_megatron.utils.progress import Progress
 
 
 def score_records(
-    records: Sequence[CandidateRecord], source: RewardSource, runtime: Runtime, *, batch_size: int, label: str
+    records: Sequence[CandidateRecord],
+    source: RewardSource,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    label: str | None = None,
 ) -> list[CandidateRecord] | None:
     """The records with rewards, in order, on rank 0 of the world; None on the others.
 
     Collective over the world: every rank passes all records and judges a consecutive share of them, `batch_size`
-    completions at a time. label: names the progress line. Raises RewardError for a reward that is not finite.
+    completions at a time. label: of a progress line on rank 0, if there is to be one. Raises RewardError for a
+    reward that is not finite.
     """
     begin, end = (len(records) * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
-    scored = score_share(records[begin:end], source, batch_size=batch_size, label=label, enabled=runtime.is_main)
+    share = records[begin:end]
+    completions = sum(len(record.candidates) for record in share)
+    with Progress(label or "", completions, "completions", enabled=runtime.is_main and label is not None) as progress:
+        scored = score_share(share, source, batch_size=batch_size, progress=progress)
     parts = runtime.gather_objects(scored)
     return None if parts is None else [record for part in parts for record in part]
 
 
 def score_share(
-    records: Sequence[CandidateRecord], source: RewardSource, *, batch_size: int, label: str, enabled: bool
+    records: Sequence[CandidateRecord], source: RewardSource, *, batch_size: int, progress: Progress
 ) -> list[CandidateRecord]:
     """The records with rewards, computed by this process alone."""
     pairs = [(record, k) for record in records for k in range(len(record.candidates))]
     rewards: list[float] = []
-    with Progress(label, len(pairs), "completions", enabled=enabled) as progress:
-        for start in range(0, len(pairs), batch_size):
-            batch = pairs[start : start + batch_size]
-            found = source.score([r.prompt for r, _ in batch], [r.candidates[k].text for r, k in batch])
-            for (record, k), reward in zip(batch, found, strict=True):
-                check_finite(reward, record, k)
-            rewards += found
-            progress.advance(len(batch))
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        found = source.score([r.prompt for r, _ in batch], [r.candidates[k].text for r, k in batch])
+        for (record, k), reward in zip(batch, found, strict=True):
+            check_finite(reward, record, k)
+        rewards += found
+        progress.advance(len(batch))
     scored = []
     for record in records:
         count = len(record.candidates)
