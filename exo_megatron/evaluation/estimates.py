@@ -9,7 +9,6 @@ from statistics import fmean, stdev
 
 from exo_megatron.data.candidates import CandidateRecord
 
-
 REFERENCE_NAME = "reference"
 """Name of the reference policy among the models of an evaluation."""
 
