@@ -81,13 +81,17 @@ def run_checks(
 
 
 def worker_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun would set, with one thread per process and the repository on the path."""
-    return os.environ | {
+    """What torchrun would set (nothing for a lone process), one thread per process, the repository on the path."""
+    torchrun = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+    }
+    return {
+        **os.environ,
+        **(torchrun if world_size > 1 else {}),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
