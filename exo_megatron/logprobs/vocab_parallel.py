@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from exo_megatron.models.products import multiplicand, product
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -96,27 +98,39 @@ class _ShardedLogProbs(torch.autograd.Function):
             d_logits = projection.logits(hidden[rows]).sub_(lse[rows, None]).exp_().mul_(-row_grad[rows, None])
             projection.add_at(d_logits, token_row[tokens] - rows.start, token_target[tokens], grad[tokens])
             d_logits.div_(ctx.temperature)
-            d_hidden[rows] = (d_logits @ projection.weight).to(hidden.dtype)
-            d_weight.addmm_(d_logits.t(), hidden[rows].to(projection.dtype))
+            d_hidden[rows] = projection.times_weight(d_logits).to(hidden.dtype)
+            projection.accumulate(d_weight, d_logits, hidden[rows])
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
 
 
 class _Projection:
-    """The vocabulary projection of one shard, in fp32 (fp64 for fp64 weights); the weight is cast once a call."""
+    """The vocabulary projection of one shard, accumulated in fp32 (fp64 for fp64); the weight is cast at most once."""
 
     def __init__(self, weight: Tensor, shard: VocabShard, temperature: float) -> None:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.weight = weight.detach().to(self.dtype)
+        self.weight = multiplicand(weight.detach())
         self.temperature = temperature
         self.start = shard.start(weight.shape[0])
         self.valid = shard.valid(weight.shape[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, H] -> [rows, Vp/t] logits over the temperature; padding has -inf."""
-        logits = hidden.to(self.dtype) @ self.weight.t()
+        logits = product(hidden.to(self.weight.dtype), self.weight.t())
         logits.div_(self.temperature)
         logits[:, self.valid :] = float("-inf")
         return logits
+
+    def times_weight(self, d_logits: Tensor) -> Tensor:
+        """[rows, Vp/t] -> [rows, H] in fp32: the gradient of the hidden rows."""
+        return product(d_logits.to(self.weight.dtype), self.weight)
+
+    def accumulate(self, d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+        """Add d_logits^T hidden to d_weight [Vp/t, H], in place."""
+        left, right = d_logits.t().to(self.weight.dtype), hidden.to(self.weight.dtype)
+        if self.weight.dtype == d_weight.dtype:
+            d_weight.addmm_(left, right)
+        else:
+            d_weight.add_(product(left, right))
 
     def pick(self, logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
         """Logit of each token's target where this shard holds it, 0 elsewhere (the ranks' sum is the logit)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from exo_megatron.models.attention_kernels import kernels_for
 from exo_megatron.models.layout import GroupLayout, build_layout
+from exo_megatron.models.products import product
 
 
 class KvCache:
@@ -288,22 +289,13 @@ def _weigh(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: f
     e_j = exp(score_j - maximum).
     """
     lines, heads = queries.shape[:2]
-    scores = _matmul_fp32(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+    scores = product(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
     scores = scores.view(lines, heads, *scores.shape[1:]).mul_(scale).add_(bias[:, None])
     maxima = scores.amax(-1, keepdim=True)
     exponentials = scores.sub_(maxima).exp_()
     weights = exponentials.sum(-1, keepdim=True)
-    sums = _matmul_fp32(exponentials.flatten(0, 1).to(values.dtype), values.flatten(0, 1))
+    sums = product(exponentials.flatten(0, 1).to(values.dtype), values.flatten(0, 1))
     return sums.view(queries.shape), maxima, weights
-
-
-def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """Batched product with an fp32 result: bf16 products are not rounded on the way out."""
-    if left.dtype == torch.float32:
-        return torch.bmm(left, right)
-    if left.is_cuda:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left.float(), right.float())
 
 
 def _attend_prompts(

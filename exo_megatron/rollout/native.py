@@ -16,6 +16,7 @@ from exo_megatron.data.dataset import Prompt
 from exo_megatron.errors import ConfigError
 from exo_megatron.models.decode import DecodeLayout, KvCache, build_decode_layout
 from exo_megatron.models.policy import PolicyModel
+from exo_megatron.models.products import product
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.engine import GeneratedCandidate, GeneratedGroup
@@ -144,11 +145,7 @@ class NativeEngine:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[M, H] -> [M, vocab_size] fp32 on every rank of the tensor group (one all-gather)."""
         topology = self._topology
-        weight = self._model.output_weight()
-        if hidden.dtype == torch.float32 or not hidden.is_cuda:
-            local = hidden.float() @ weight.float().t()
-        else:
-            local = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        local = product(hidden, self._model.output_weight().t())
         if topology.tensor_size > 1:
             shards = local.new_empty(topology.tensor_size, *local.shape)
             dist.all_gather(list(shards.unbind()), local.contiguous(), group=topology.tensor_group)

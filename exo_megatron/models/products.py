@@ -1,0 +1,31 @@
+"""Matrix products whose result is not rounded to half precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def multiplicand(matrix: Tensor) -> Tensor:
+    """The form in which `product` takes this matrix without casting it again.
+
+    Half precision stays as it is on CUDA, whose matrix units accumulate in fp32, and becomes fp32 elsewhere; fp32
+    and fp64 stay.
+    """
+    if matrix.is_cuda or matrix.dtype in (torch.float32, torch.float64):
+        return matrix
+    return matrix.float()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right (both matrices, or both batches of them) in fp32; fp64 for fp64 operands.
+
+    Half-precision operands give the fp32 sums of their exact products: the same as a product of fp32 copies up to
+    the order of summation, on CUDA without making the copies (needs torch >= 2.8).
+    """
+    left, right = multiplicand(left), multiplicand(right)
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.dim() == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left, right, out_dtype=torch.float32)
