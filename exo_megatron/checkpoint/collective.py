@@ -20,8 +20,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def together(work: Callable[[], T]) -> T:
     """Run `work` on this rank and wait for the others. Collective over the world.
 
-    If any rank's work raised, every rank raises: its own exception where it has one, else a CheckpointError with the
-    text of the first failing rank's.
+    If any rank's work raised, every rank raises: the first failing rank its own exception, the others a
+    CheckpointError of the same words, which are then told once. A failure that is not an ExoError keeps its traceback.
     """
     failure: Exception | None = None
     try:
@@ -30,13 +30,13 @@ def together(work: Callable[[], T]) -> T:
         failure = error
     described: list[tuple[str, str, str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(described, None if failure is None else _describe(failure))
-    if failure is not None:
+    first = next((rank for rank, fields in enumerate(described) if fields is not None), None)
+    if first is None:
+        return result
+    if failure is not None and (first == dist.get_rank() or not isinstance(failure, ExoError)):
         raise failure
-    for rank, fields in enumerate(described):
-        if fields is not None:
-            where, problem, expected, fix = fields
-            raise CheckpointError(where, f"{problem} (on rank {rank})", expected=expected, fix=fix)
-    return result
+    where, problem, expected, fix = described[first] or ("", "", "", "")
+    raise CheckpointError(where, problem, expected=expected, fix=fix)
 
 
 def on_main(work: Callable[[], None]) -> None:

@@ -8,13 +8,13 @@ again) and copy everything to host memory first; torch's synchronous writer, use
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +89,28 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no 
         return data.contiguous()
 
 
-class _RecordingFile(io.BufferedWriter):
-    """A file that tells of a failed write: torch's zip writer hides the OSError behind one about file positions."""
+class _RecordingFile(BufferedWriter):
+    """A file whose writes do not fail but are recorded as failed.
+
+    torch's zip writer calls `write` from C++, where an exception is lost (an error about file positions comes
+    instead) and can leave the interpreter damaged.
+    """
 
     def __init__(self, path: Path, failures: list[OSError]) -> None:
-        super().__init__(io.FileIO(path, "wb"))
+        super().__init__(FileIO(path, "wb"))
         self._failures = failures
 
     def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self._failures.append(error)
-            raise
+        if not self._failures:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self._failures.append(error)
+        return memoryview(data).nbytes
 
 
 class _RecordingFileSystem(FileSystem):
-    """Local files, and the first failures to write them."""
+    """Local files, and the failures to write them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +124,8 @@ class _RecordingFileSystem(FileSystem):
             return
         with _RecordingFile(Path(path), self.failures) as file:
             yield file
+            if self.failures:
+                raise self.failures[0]
 
 
 class _Writer(FileSystemWriter):

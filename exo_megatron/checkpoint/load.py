@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from exo_megatron.checkpoint.collective import together
@@ -52,13 +53,10 @@ def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, A
     together(lambda: _check(weights, template_shapes(sharded_state)))
     try:
         loaded = read_sharded(sharded_state, weights)
-    except (CheckpointingException, KeyError, OSError) as error:
-        raise CheckpointError(
-            str(weights),
-            f"cannot be loaded ({' '.join(str(error).split())[:200]})",
-            expected="a checkpoint with all that the model and its optimizer ask for",
-            fix="load it with the version and settings that saved it, or start from another checkpoint",
-        ) from error
+    except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
+        raise _misfit(weights, error) from error
+    except CheckpointException as error:  # torch's: a BaseException with the failures of all ranks
+        raise _misfit(weights, next(iter(error.failures.values()))[0]) from error
     return {key: value for key, value in loaded.items() if key in sharded_state}
 
 
@@ -88,6 +86,15 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
             fix="resume from a checkpoint of a training stage",
         ) from None
     return state
+
+
+def _misfit(weights: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        str(weights),
+        f"cannot be loaded ({' '.join(str(error).split())[:200]})",
+        expected="a checkpoint with all that the model and its optimizer ask for",
+        fix="load it with the version and settings that saved it, or start from another checkpoint",
+    )
 
 
 def _verify(path: Path, manifest: Manifest, names: list[str]) -> None:

@@ -1,0 +1,97 @@
+"""Which checkpoint a path means, and that only whole ones count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exo_megatron.checkpoint.directory import list_steps, read_spec, resolve_checkpoint, step_directory
+from exo_megatron.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    make_manifest,
+    read_manifest,
+    record_files,
+    write_manifest,
+)
+from exo_megatron.checkpoint.save import prune
+from exo_megatron.errors import CheckpointError
+
+
+def complete(directory: Path, step: int | None) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "model.json").write_text("{}")
+    kind = "model" if step is None else "training"
+    write_manifest(directory, make_manifest(record_files(directory, ["model.json"]), step=step, kind=kind))
+    return directory
+
+
+def test_newest_complete_step_by_scanning(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    first, second = (complete(step_directory(root, step), step) for step in (9, 10))
+    (root / "latest").write_text("\0garbage")
+    step_directory(root, 11).mkdir()
+    (complete(root / "tmp-step-00000012", 12) / "manifest.json").touch()
+    (complete(step_directory(root, 13), 13) / "manifest.json").write_text("{")
+    complete(step_directory(root, 14), 4)
+    complete(root / "copy-of-step-00000015", 15)
+    assert list_steps(tmp_path) == list_steps(root) == [(9, first), (10, second)]
+    assert resolve_checkpoint(tmp_path) == resolve_checkpoint(root) == second
+    assert resolve_checkpoint(first) == first
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "holds no complete checkpoint"),
+        (lambda path: path.write_text(""), "is a file"),
+        (lambda path: (path / "checkpoints").mkdir(parents=True), "has no complete checkpoint in checkpoints/"),
+    ],
+)
+def test_nothing_there(tmp_path: Path, make: object, message: str) -> None:
+    assert callable(make)
+    make(tmp_path / "output")
+    with pytest.raises(CheckpointError, match=message):
+        resolve_checkpoint(tmp_path / "output")
+
+
+def test_hf_checkpoint_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"is an HF checkpoint.*convert_hf_to_megatron"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_named_checkpoint_with_a_damaged_manifest(tmp_path: Path) -> None:
+    path = complete(tmp_path / "model", None)
+    (path / "manifest.json").write_text(json.dumps({"fingerprint": "x"}))
+    with pytest.raises(CheckpointError, match=r"manifest.json: is damaged .*files"):
+        resolve_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["../other/secret", "/etc/passwd", "weights/../../x"])
+def test_manifest_stays_inside(tmp_path: Path, name: str) -> None:
+    record = FileRecord(sha256="0" * 64, bytes=1)
+    write_manifest(tmp_path, Manifest(fingerprint="f", files={name: record}, step=None, kind="model"))
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        read_manifest(tmp_path)
+
+
+def test_foreign_model_description(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"family": "llama", "wings": 2}')
+    with pytest.raises(CheckpointError, match="is not the description of a model"):
+        read_spec(tmp_path)
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        complete(step_directory(tmp_path, step), step)
+    (tmp_path / "tmp-step-00000011").mkdir()
+    step_directory(tmp_path, 4).mkdir()
+    prune(tmp_path, 2)
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000010"]
+    prune(tmp_path, 2)
+    assert [step for step, _ in list_steps(tmp_path)] == [3, 10]
