@@ -55,6 +55,14 @@ def test_tasks_get_their_settings_and_one_address(cluster: Cluster, tmp_path: Pa
     assert not (tmp_path / ".exo-slurm").exists()
 
 
+def test_a_file_of_stages(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").touch()
+    job_id = submit(cluster, tmp_path, f'echo "$*" > {tmp_path}/task', STAGE="run", CONFIG="run.yaml", TP="2")
+    assert cluster.wait(job_id, ENDED, timeout=60)["JobState"] == "COMPLETED", log(tmp_path, job_id)
+    wanted = f"-m exo_megatron run --config run.yaml output={tmp_path}/out defaults.parallel.tensor=2\n"
+    assert (tmp_path / "task").read_text() == wanted
+
+
 def test_wrong_input_is_not_retried(cluster: Cluster, tmp_path: Path) -> None:
     # One task fails first: srun itself then reports 143.
     program = f"echo x >> {tmp_path}/starts-$SLURM_PROCID; [ $SLURM_PROCID = 1 ] && exit 2; sleep 60"
