@@ -25,6 +25,14 @@ class ExoError(Exception):
         self.fix = fix
         super().__init__(f"{where}: {problem}; expected {expected}; fix: {fix}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel between ranks pickled; keyword arguments do not fit the default."""
+        return _rebuild, (type(self), self.where, self.problem, self.expected, self.fix)
+
+
+def _rebuild(kind: type[ExoError], where: str, problem: str, expected: str, fix: str) -> ExoError:
+    return kind(where, problem, expected=expected, fix=fix)
+
 
 class ConfigError(ExoError):
     """A configuration key is unknown, missing, of the wrong type or inconsistent with another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ Launcher = Literal["single", "torchrun", "slurm", "mpi"]
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank of this process and where rank 0 listens. Without a launcher: one process, no address."""
+    """Rank of this process and where rank 0 listens.
+
+    Without a launcher: one process, no address. Port 0 under mpirun: rank 0 takes a free one and tells the others.
+    """
 
     launcher: Launcher
     rank: int
@@ -29,7 +33,7 @@ def detect_launch(env: Mapping[str, str] = os.environ) -> Launch:
     """Read the environment that torchrun, srun or mpirun made; without any of them, one process.
 
     torchrun inside an srun step counts as torchrun. A plain `python` in a batch script (no srun step) is one process.
-    Under mpirun the ranks agree on address and port with one broadcast over MPI_COMM_WORLD.
+    Under mpirun the ranks agree on the address with one broadcast over MPI_COMM_WORLD.
     Raises TopologyError when a launcher set only part of what is needed.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -102,22 +106,9 @@ def _mpi(env: Mapping[str, str]) -> Launch:
             expected="mpi4py and the MPI runtime of this mpirun",
             fix="pip install 'exo-megatron[mpi]', or start with torchrun",
         ) from error
-    import socket
-
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address: tuple[str, int] | None = None
-    if world.Get_rank() == 0:
-        host = env.get("MASTER_ADDR") or ("127.0.0.1" if node.Get_size() == world.Get_size() else socket.gethostname())
-        address = (host, int(env["MASTER_PORT"]) if "MASTER_PORT" in env else _free_port())
-    host, port = world.bcast(address, root=0)
+    here = "127.0.0.1" if node.Get_size() == world.Get_size() else socket.gethostname()
+    host = world.bcast(env.get("MASTER_ADDR") or here, root=0)
+    port = int(env.get("MASTER_PORT", "0"))
     return Launch("mpi", world.Get_rank(), world.Get_size(), node.Get_rank(), host, port)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port

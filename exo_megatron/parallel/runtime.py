@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from exo_megatron.errors import TopologyError
 from exo_megatron.parallel import cpu_backend
@@ -51,9 +51,9 @@ class Runtime:
 
     def gather_objects(self, value: T) -> list[T] | None:
         """The values of all ranks in rank order, on rank 0; None elsewhere."""
-        box: list[T | None] | None = [None] * self.world_size if self.is_main else None
+        box: list[T] | None = [value] * self.world_size if self.is_main else None
         dist.gather_object(value, box, dst=0)
-        return None if box is None else [item for item in box if item is not None]
+        return box
 
 
 @contextmanager
@@ -95,16 +95,30 @@ def _choose_device(launch: Launch) -> torch.device:
 
 
 def _join(launch: Launch, device: torch.device) -> None:
+    store: Store | None = None
     if launch.launcher == "single":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-        return
-    os.environ["MASTER_ADDR"] = launch.master_addr
-    os.environ["MASTER_PORT"] = str(launch.master_port)
+        store = HashStore()
+    elif launch.launcher == "mpi":
+        store = _mpi_store(launch)
+    else:
+        os.environ["MASTER_ADDR"] = launch.master_addr
+        os.environ["MASTER_PORT"] = str(launch.master_port)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method="env://",
+        store=store,  # None: from the environment, where torchrun may already keep a store
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+
+
+def _mpi_store(launch: Launch) -> Store:
+    """The store through which ranks meet: rank 0 takes a free port and tells it over MPI."""
+    from mpi4py import MPI
+
+    world, size = MPI.COMM_WORLD, launch.world_size
+    if launch.rank == 0:
+        store = TCPStore(launch.master_addr, launch.master_port, size, is_master=True, wait_for_workers=False)
+        world.bcast(store.port, root=0)
+        return store
+    return TCPStore(launch.master_addr, world.bcast(None, root=0), size, is_master=False)

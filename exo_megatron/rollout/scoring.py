@@ -42,6 +42,7 @@ def candidate_logprobs(
         data_size=topology.data_size,
         max_tokens=compute.max_tokens_per_microbatch,
         multiple=topology.row_multiple,
+        hidden_size=spec.hidden_size,
     )
     starts = [0, *accumulate(len(group.candidates) for group in groups)]
     totals = torch.zeros(starts[-1], dtype=torch.float64, device=topology.device)

@@ -100,7 +100,7 @@ class Trainer:
         rate = tokens / max(time.monotonic() - started, 1e-9)
         if (step + 1) % self.config.log.interval == 0 or step + 1 == sampler.total_steps:
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr, **result.statistics}
-            metrics.write(step + 1, {**values, "epoch": sampler.epoch(step), "tokens_per_second": rate})
+            metrics.write(step + 1, {**values, "epoch": sampler.epoch(step + 1), "tokens_per_second": rate})
         progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{rate:.0f}")
         return result
 
@@ -112,6 +112,7 @@ class Trainer:
             data_size=topology.data_size,
             max_tokens=self.config.compute.max_tokens_per_microbatch,
             multiple=topology.row_multiple,
+            hidden_size=self.trainee.spec.hidden_size,
         )
         return [
             RowBatch.of(make_microbatch([groups[i] for i in row], multiple=topology.row_multiple), topology.device)
