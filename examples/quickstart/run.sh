@@ -12,16 +12,27 @@ usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 OUTPUT=outputs/quickstart
 SEED=0
 DATA=()
+SETTINGS=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
-        --data | --output | --seed) [ $# -ge 2 ] || { echo "quickstart: $1 needs a value" >&2; exit 2; } ;;&
-        --data) DATA=(--data "$2"); shift 2 ;;
-        --output) OUTPUT=$2; shift 2 ;;
-        --seed) SEED=$2; shift 2 ;;
+        --data | --output | --seed) ;;
         *) echo "quickstart: unknown argument $1" >&2; usage >&2; exit 2 ;;
     esac
+    [ $# -ge 2 ] || { echo "quickstart: $1 needs a value" >&2; exit 2; }
+    case $1 in
+        --data) DATA=(--data "$2") ;;
+        --output) OUTPUT=$2 ;;
+        --seed) SEED=$2 ;;
+    esac
+    shift 2
 done
+
+if [ ${#DATA[@]} -gt 0 ]; then
+    [ -r "${DATA[1]}" ] || { echo "quickstart: --data ${DATA[1]}: no such file" >&2; exit 2; }
+    # Real language takes longer to learn than the quickstart's own.
+    SETTINGS+=(stages.sft.batch.epochs=6)
+fi
 
 CHECKOUT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=tools/environment.sh
@@ -31,14 +42,14 @@ prepare_environment
 # Two processes need two GPUs or none.
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 [ "$gpus" -ge 2 ] || export CUDA_VISIBLE_DEVICES=
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more threads only get in the way of so small a model
 export PYTHONPATH="$CHECKOUT/examples${PYTHONPATH:+:$PYTHONPATH}" # for quickstart.oracle
 export QUICKSTART_ORACLE="$OUTPUT/inputs/oracle.json"
 
 began=$SECONDS
-python -m quickstart.prepare --output "$OUTPUT" --seed "$SEED" "${DATA[@]}"
+# The form ${NAME[@]+...} is for bash 3 and 4.3, to which an empty array is an unset variable.
+python -m quickstart.prepare --output "$OUTPUT" --seed "$SEED" ${DATA[@]+"${DATA[@]}"}
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m exo_megatron run \
-    --config "$CHECKOUT/examples/quickstart/pipeline.yaml" output="$OUTPUT" seed="$SEED"
+    --config "$CHECKOUT/examples/quickstart/pipeline.yaml" output="$OUTPUT" seed="$SEED" ${SETTINGS[@]+"${SETTINGS[@]}"}
 python -m quickstart.finish --output "$OUTPUT"
 echo "time        $((SECONDS - began)) s"

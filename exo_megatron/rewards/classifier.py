@@ -115,7 +115,12 @@ def _check_label(label: int | None, classes: int, where: str) -> None:
 
 
 def _set_padding(model: Any, tokenizer: Any, where: str) -> None:
-    """Decoder-only classifiers find the last token by the padding id, which many of them do not set."""
+    """Agree on the padding token, by which decoder-only classifiers find the last token of a text.
+
+    Where the tokenizer names none, the model's is taken, and the end-of-sequence token where there is neither.
+    """
+    if tokenizer.pad_token_id is None and model.config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise RewardError(
@@ -125,5 +130,4 @@ def _set_padding(model: Any, tokenizer: Any, where: str) -> None:
                 fix="name a padding token there",
             )
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
