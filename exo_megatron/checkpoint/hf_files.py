@@ -23,12 +23,16 @@ def hf_file_names(source: Path) -> list[str]:
     return sorted(path.relative_to(source).as_posix() for path in paths if _travels(path))
 
 
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy them to the directory `target`, which is made. Raises CheckpointError if there is no config.json."""
+def check_hf_files(source: Path) -> None:
+    """Raise CheckpointError if there is no config.json."""
     if not (source / "config.json").is_file():
         raise CheckpointError(
             str(source), "has no config.json", expected="an HF checkpoint's files", fix="add the model's config.json"
         )
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Copy them to the directory `target`, which is made."""
     for name in hf_file_names(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)

@@ -19,7 +19,7 @@ from exo_megatron.checkpoint.directory import (
     weights_path,
 )
 from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
-from exo_megatron.checkpoint.hf_files import copy_hf_files
+from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
 from exo_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointKind,
@@ -65,7 +65,7 @@ def save_checkpoint(
     """
     staging = staging_path(target)
     needed = sum(together(lambda: _gather_sizes(runtime, sharded_state))) + _SMALL_FILES
-    on_main(lambda: _prepare(staging, target, kind, needed))
+    on_main(lambda: _prepare(staging, target, hf_files, kind, needed))
     try:
         _write_weights(sharded_state, staging, produce, needed)
         on_main(lambda: _write_small_files(staging, spec, hf_files, trainer_state))
@@ -94,7 +94,8 @@ def _gather_sizes(runtime: Runtime, sharded_state: dict[str, Any]) -> list[int]:
     return runtime.broadcast_object(sizes if sizes is not None else [])
 
 
-def _prepare(staging: Path, target: Path, kind: CheckpointKind, needed: int) -> None:
+def _prepare(staging: Path, target: Path, hf_files: Path, kind: CheckpointKind, needed: int) -> None:
+    check_hf_files(hf_files)
     try:
         if kind == "training":
             remove_tree(staging)

@@ -1,0 +1,198 @@
+"""HF -> distributed checkpoint -> HF gives back every tensor bit for bit, and loads in transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from exo_megatron.checkpoint.directory import read_spec, weights_path
+from exo_megatron.checkpoint.dist_format import template_shapes
+from exo_megatron.checkpoint.load import verify_checkpoint
+from exo_megatron.checkpoint.manifest import list_files, make_manifest, record_files, write_manifest
+from exo_megatron.checkpoint.tensors import StoredTensors
+from exo_megatron.cli import convert as conversion
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
+from exo_megatron.conversion import hf_writer
+from exo_megatron.errors import CheckpointError
+from exo_megatron.models.build import build_policy
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.parallel.topology import model_parallel
+from tests.unit.conversion.conftest import Imports, make_hf, tensors_of
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"rope_scaling": LLAMA3},
+    "linear rope, all heads": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "num_key_value_heads": 4},
+    "one key head, wide heads": {"num_key_value_heads": 1, "head_dim": 24},
+    "shards": {"shard": "60KB"},
+    "fp16 tied": {"tied": True, "dtype": torch.float16},
+    "bf16 shards": {"dtype": torch.bfloat16, "shard": "30KB"},
+    "vocabulary without padding": {"vocab_size": 128},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bit_identical(tmp_path: Path, convert: Imports, export: Imports, kind: str) -> None:
+    hf = make_hf(tmp_path / "hf", **KINDS[kind])
+    checkpoint = convert(hf, tmp_path / "checkpoint")
+    verify_checkpoint(checkpoint)
+    exported = export(checkpoint, tmp_path / "exported")
+    before, after = tensors_of(hf), tensors_of(exported)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+    config = json.loads((hf / "config.json").read_text())
+    assert json.loads((exported / "config.json").read_text()) == config
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (exported / file).read_bytes() == (hf / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "biases"])
+def test_keys_and_shapes_are_those_of_the_model(tmp_path: Path, convert: Imports, runtime: Runtime, kind: str) -> None:
+    checkpoint = convert(make_hf(tmp_path / "hf", **KINDS[kind]), tmp_path / "checkpoint")
+    stored = StoredTensors(weights_path(checkpoint))
+    with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
+        model = build_policy(read_spec(checkpoint), topology, ComputeConfig(precision="fp32"))
+        wanted = template_shapes(model.sharded_state_dict())
+    assert {key: stored.shape(key) for key in stored.keys()} == wanted  # noqa: SIM118 - not a dict
+
+
+def test_padding_of_the_vocabulary_is_zero(tmp_path: Path, hf: Path, convert: Imports) -> None:
+    stored = StoredTensors(weights_path(convert(hf, tmp_path / "checkpoint")))
+    original = tensors_of(hf)
+    for key, name in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        assert stored.shape(key) == (128, 64)
+        assert torch.equal(stored.read(key)[:101], original[name])
+        assert not stored.read(key)[101:].any()
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked_import", "asked_export", "result"),
+    [
+        (torch.float32, "bf16", "keep", torch.bfloat16),
+        (torch.bfloat16, "fp32", "keep", torch.float32),
+        (torch.float32, "keep", "bf16", torch.bfloat16),
+        (torch.float16, "keep", "fp32", torch.float32),
+    ],
+)
+def test_types(
+    tmp_path: Path,
+    convert: Imports,
+    export: Imports,
+    stored: torch.dtype,
+    asked_import: str,
+    asked_export: str,
+    result: torch.dtype,
+) -> None:
+    hf = make_hf(tmp_path / "hf", dtype=stored)
+    exported = export(convert(hf, tmp_path / "c", asked_import), tmp_path / "e", asked_export)
+    before, after = tensors_of(hf), tensors_of(exported)
+    for name, tensor in before.items():
+        assert torch.equal(tensor.to(result), after[name]), name
+    assert json.loads((exported / "config.json").read_text())["dtype"] == str(result).removeprefix("torch.")
+
+
+def test_config_of_transformers_4_keeps_its_layout(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    del config["dtype"], config["rope_parameters"]
+    config |= {"torch_dtype": "float32", "rope_theta": 10000.0, "rope_scaling": None}
+    (hf / "config.json").write_text(json.dumps(config))
+    exported = export(convert(hf, tmp_path / "c"), tmp_path / "e", "bf16")
+    assert json.loads((exported / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+
+
+def test_export_loads_in_transformers(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
+    exported = export(convert(hf, tmp_path / "c"), tmp_path / "e")
+    ids = torch.tensor([[5, 17, 99]])
+    logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (hf, exported)]
+    assert torch.equal(logits[0], logits[1])
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False, generation_config=GenerationConfig())
+    assert len(AutoTokenizer.from_pretrained(exported).decode(generated[0]).split()) == 7
+
+
+def test_export_in_shards(
+    tmp_path: Path, hf: Path, convert: Imports, export: Imports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_writer.plan_shards, "__defaults__", (100_000,))
+    exported = export(convert(hf, tmp_path / "c"), tmp_path / "e")
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in exported.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((exported / name).stat().st_size <= 110_000 for name in files)
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(exported / file)[name], tensors_of(hf)[name])
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(hf).values())
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(exported).lm_head.weight, tensors_of(hf)["lm_head.weight"])
+
+
+def test_tied_model_that_stores_its_output_layer(tmp_path: Path, convert: Imports, export: Imports) -> None:
+    hf = make_hf(tmp_path / "hf", tied=True)
+    tensors = tensors_of(hf)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    # Buffers that old versions of transformers saved.
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    exported = tensors_of(export(convert(hf, tmp_path / "c"), tmp_path / "e"))
+    assert exported.keys() == tensors.keys() - {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+
+
+def test_progress_counts_all_bytes(
+    tmp_path: Path, hf: Path, convert: Imports, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "_MEGABYTE", 1000)
+    convert(hf, tmp_path / "c")
+    padded = sum(tensor.nbytes for tensor in tensors_of(hf).values()) + 2 * 27 * 64 * 4
+    total = -(-padded // 1000)
+    assert f"import: {total}/{total} MB  100%" in capsys.readouterr().err
+
+
+def flip_bit(checkpoint: Path) -> None:
+    path = checkpoint / "weights" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def other_config(checkpoint: Path) -> None:
+    """A checkpoint whose config.json was exchanged before its manifest was written."""
+    path = checkpoint / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 5.0
+    path.write_text(json.dumps(config))
+    files = record_files(checkpoint, list_files(checkpoint))
+    write_manifest(checkpoint, make_manifest(files, step=None, kind="model"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(flip_bit, r"__0_0\.distcp: is corrupt"), (other_config, r"config\.json: describes another model")],
+)
+def test_damaged_checkpoint_is_not_exported(
+    tmp_path: Path, hf: Path, convert: Imports, export: Imports, damage: Callable[[Path], None], message: str
+) -> None:
+    checkpoint = convert(hf, tmp_path / "checkpoint")
+    damage(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        export(checkpoint, tmp_path / "exported")
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["checkpoint", "hf"]
