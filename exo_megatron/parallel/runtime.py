@@ -66,6 +66,8 @@ def distributed_runtime() -> Iterator[Runtime]:
     """
     # Said once by `exo-megatron doctor`, not by every process of every run.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*(not installed|Falling back).*")
+    # megatron-core's distributed optimizer keeps gradients on views of its buffers, on purpose.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # About a default of megatron-core 0.16's own, on every construction of a model.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # torch 2.13 renames collectives that megatron-core and older torch versions know by these names only.

@@ -32,12 +32,18 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     reference_path = resolve_checkpoint(config.reference.checkpoint) if config.reference else start.checkpoint
     reference_fingerprint = read_fingerprint(reference_path)
     identity = run_identity(
-        groups, start.fingerprint + reference_fingerprint, config.seed, config.loss, config.optimizer, config.batch
+        groups,
+        start.fingerprint + reference_fingerprint,
+        config.seed,
+        config.compute.precision,
+        config.loss,
+        config.optimizer,
+        config.batch,
     )
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy, spec = load_policy(start.checkpoint, topology, config.compute)
         complete: GroupsOfStep = _unchanged
-        key = StoredKey(reference_fingerprint, data_digest(groups), config.loss.temperature)
+        key = StoredKey(reference_fingerprint, data_digest(groups), config.loss.temperature, config.compute.precision)
         stored = read_stored(config.output, key, groups) if config.reference_logprobs == "stored" else None
         if stored is not None:
             groups = stored

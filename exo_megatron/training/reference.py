@@ -50,6 +50,7 @@ class StoredKey:
     fingerprint: str
     data: str
     temperature: float
+    precision: str
 
 
 def read_stored(directory: Path, key: StoredKey, groups: Sequence[Group]) -> list[Group] | None:

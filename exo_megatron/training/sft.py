@@ -27,7 +27,9 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
             objective=SftObjective(),
             groups=groups,
             config=config,
-            identity=run_identity(groups, start.fingerprint, config.seed, config.optimizer, config.batch),
+            identity=run_identity(
+                groups, start.fingerprint, config.seed, config.compute.precision, config.optimizer, config.batch
+            ),
             hf_files=tokenizer_path(start.checkpoint),
             runtime=runtime,
             label="sft",
