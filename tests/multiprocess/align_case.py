@@ -31,18 +31,19 @@ SEED = 1  # of the order of groups; see test_align_parity.py::test_packing_is_as
 
 @dataclass(frozen=True)
 class Case:
-    """One run of `align`."""
+    """One run of `align`, or of `sft`."""
 
     tensor: int
     pipeline: int
     data: int
-    kind: LossKind = "exo_rw"
+    kind: LossKind | Literal["sft"] = "exo_rw"
     tied: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     reference: Literal["stored", "live"] = "stored"
     sequence: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
     weight_decay: float = 0.0
+    clip_grad: float = 1.0
     groups_per_step: int = 5  # of 9: steps of 5, 4, 5
 
     @property
@@ -56,6 +57,7 @@ class Case:
         parts = [f"tp{self.tensor}pp{self.pipeline}dp{self.data}", self.kind, "tied" if self.tied else "untied"]
         parts += [f"recompute-{self.recompute}", self.reference, "sp" if self.sequence else "nosp", self.precision]
         parts += [f"decay{self.weight_decay}"] if self.weight_decay else []
+        parts += [f"clip{self.clip_grad}"] if self.clip_grad != 1.0 else []
         parts += [f"groups{self.groups_per_step}"] if self.groups_per_step != 5 else []
         return "_".join(parts)
 
@@ -87,15 +89,24 @@ def preference_groups(*, seed: int = 1) -> list[ReferenceGroup]:
     return [ReferenceGroup(g.prompt, g.candidates[:2], (0.0, 0.0)) for g in reward_groups(seed=seed)]
 
 
-def write_records(path: Path, groups: list[ReferenceGroup], *, preference: bool) -> Path:
-    """JSONL in the formats that users have: {prompt, completions, rewards} or {prompt, chosen, rejected}."""
+def demonstrations(*, seed: int = 2) -> list[ReferenceGroup]:
+    """The first candidate of every group. No rewards."""
+    return [ReferenceGroup(g.prompt, g.candidates[:1], (0.0,)) for g in reward_groups(seed=seed)]
+
+
+def write_records(path: Path, groups: list[ReferenceGroup], *, fields: Literal["rewards", "pair", "chosen"]) -> Path:
+    """JSONL in the formats that users have: {prompt, completions, rewards}, {prompt, chosen, rejected}, or
+    {prompt, chosen}.
+    """
     with path.open("w", encoding="utf-8") as file:
         for group in groups:
             completions = [text(candidate[:-1]) for candidate in group.candidates]  # EOS is added at ingestion
             record: dict[str, Any] = {"prompt": text(group.prompt)}
-            if preference:
+            if fields == "rewards":
+                record |= {"completions": completions, "rewards": list(group.rewards)}
+            elif fields == "pair":
                 record |= {"chosen": completions[0], "rejected": completions[1]}
             else:
-                record |= {"completions": completions, "rewards": list(group.rewards)}
+                record |= {"chosen": completions[0]}
             file.write(json.dumps(record) + "\n")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from exo_megatron.cli.convert import run_export, run_import
 from exo_megatron.config.sections import ModelConfig
-from exo_megatron.config.stages import AlignConfig, ExportConfig, ImportConfig
+from exo_megatron.config.stages import AlignConfig, ExportConfig, ImportConfig, SftConfig
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training import step as step_module
 from exo_megatron.training.align import run_align
-from exo_megatron.training.objectives import RowBatch
+from exo_megatron.training.objectives import RowBatch, UnitSum
 from exo_megatron.training.optimizer import Trainee
+from exo_megatron.training.sft import run_sft
 from tests.reference.hf_names import local_tensors
 
 
@@ -53,20 +55,30 @@ def export_checkpoint(runtime: Runtime, *, checkpoint: Path, output: Path) -> No
 def align(runtime: Runtime, *, config: dict[str, Any]) -> RankRecord:
     """`run_align` as it is, with a look at the gradient buffers between the backward passes and Adam."""
     settings = AlignConfig(**config)
+    return _watched(settings.output, lambda: run_align(settings, runtime))
+
+
+def sft(runtime: Runtime, *, config: dict[str, Any]) -> RankRecord:
+    """The same for `run_sft`."""
+    settings = SftConfig(**config)
+    return _watched(settings.output, lambda: run_sft(settings, runtime))
+
+
+def _watched(output: Path, run: Callable[[], None]) -> RankRecord:
     watcher = _Watcher()
     original = step_module.forward_gradients
 
-    def watched(trainee: Trainee, batches: list[RowBatch], *rest: Any) -> Any:
+    def watched(trainee: Trainee, batches: list[RowBatch], *rest: Any) -> list[UnitSum]:
         reports = original(trainee, batches, *rest)
         watcher.look(trainee, batches)
         return reports
 
     step_module.forward_gradients = watched
     try:
-        run_align(settings, runtime)
+        run()
     finally:
         step_module.forward_gradients = original
-    return watcher.record(settings.output)
+    return watcher.record(output)
 
 
 class _Watcher:

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from exo_megatron.config.stages import AlignConfig
+from exo_megatron.errors import ExoError
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training import trainer as trainer_module
 from exo_megatron.training.align import run_align
+from exo_megatron.training.objectives import AlignObjective, RowBatch, UnitSum
 from exo_megatron.training.step import StepResult
 
 
 class _Crash(Exception):
     pass
+
+
+def error_of(runtime: Runtime, *, config: dict[str, Any], nan_step: int | None = None) -> tuple[str, str, int]:
+    """Class, message and exit code of the error that a run ends with. nan_step: a NaN on the last rank in that step."""
+    calls = 0
+    original = AlignObjective.__call__
+
+    def poisoned(self: AlignObjective, token_logps: Tensor, batch: RowBatch) -> UnitSum:
+        nonlocal calls
+        calls += 1  # one micro-batch per step
+        result = original(self, token_logps, batch)
+        if calls == nan_step and runtime.rank == runtime.world_size - 1:
+            return UnitSum(result.total * float("nan"), result.count, result.statistics)
+        return result
+
+    AlignObjective.__call__ = poisoned
+    try:
+        run_align(AlignConfig(**config), runtime)
+    except ExoError as error:
+        return type(error).__name__, str(error), error.exit_code
+    finally:
+        AlignObjective.__call__ = original
+    raise RuntimeError("the run ended without an error")
 
 
 def align_in_pieces(runtime: Runtime, *, pieces: list[tuple[dict[str, Any], int]], last: dict[str, Any]) -> None:

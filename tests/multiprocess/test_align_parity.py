@@ -1,4 +1,4 @@
-"""`align` against plain PyTorch on HF models: loss, every gradient, and the weights after three optimizer steps.
+"""`align` and `sft` against plain PyTorch on HF models: loss, every gradient, weights after three optimizer steps.
 
 The reference (tests/reference) runs every prompt + candidate as a row of its own, without packing, parallelism or
 megatron-core. Tolerances: 1e-5 of the loss, 1e-4 of each gradient tensor's largest entry.
@@ -7,7 +7,8 @@ Weights after Adam: a step moves a weight by lr * m / (sqrt(v) + eps), about lr 
 Where a gradient is far below eps the move is proportional to it, where it is far above the move is lr; in between
 an absolute error d of the gradient becomes at most an error of lr * d / eps of the weight. With the usual eps = 1e-8
 the rounding of entries that are zero up to cancellation (d about 1e-8 after clipping) would become errors of lr.
-With EPS = 1e-4 they stay below 1e-3 * lr, while most entries (1e-4 to 1e-1) still get Adam's normalised step.
+With eps = 1e-4 they stay below 1e-3 * lr, while most entries (1e-4 to 1e-1) still get Adam's normalised step.
+Without clipping gradients are about ten times larger, and so is eps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from tests.multiprocess.align_case import (
     SEED,
     STEPS,
     Case,
+    demonstrations,
     objective,
     preference_groups,
     reward_groups,
@@ -39,13 +41,11 @@ from tests.multiprocess.align_case import (
 from tests.multiprocess.align_checks import RankRecord
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.hf_names import to_hf
-from tests.reference.objective import LossKind, ReferenceGroup
+from tests.reference.objective import LossKind, ReferenceGroup, align_loss, sft_loss
 from tests.reference.tiny_llama import perturbed, save_hf, tiny_config, tiny_llama
 from tests.reference.training import Adam, StepResult, train, warmup_linear_rates
 
 LR, WARMUP, MIN_RATIO = 2e-3, 1, 0.1
-EPS = 1e-4
-CLIP = 1.0
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4, 2e-3 * LR
 
 CASES = [
@@ -56,7 +56,7 @@ CASES = [
     Case(1, 2, 1, recompute="full", reference="live"),
     Case(1, 2, 1, tied=True),
     Case(1, 1, 2),
-    Case(1, 1, 2, groups_per_step=1),  # one rank has nothing to do
+    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1),  # one rank has nothing to do
     Case(2, 2, 1),
     Case(2, 2, 1, tied=True, recompute="full"),
     Case(2, 1, 2),
@@ -67,6 +67,9 @@ CASES = [
     Case(1, 2, 2, recompute="selective"),
     Case(1, 2, 2, tied=True, reference="live"),
     Case(1, 2, 2, groups_per_step=1),
+    Case(2, 1, 2, "sft"),
+    Case(1, 2, 2, "sft", tied=True),
+    Case(2, 2, 1, "sft", recompute="selective"),
 ]
 ROUGH_CASES = [Case(2, 1, 2, precision="bf16"), Case(1, 2, 2, tied=True, recompute="full", precision="bf16")]
 EXPORTED = [Case(2, 2, 1), Case(1, 2, 1, tied=True)]
@@ -87,7 +90,9 @@ def models(*, tied: bool) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     return perturbed(reference, seed=12, scale=0.1), reference
 
 
-def data(kind: LossKind) -> list[ReferenceGroup]:
+def data(kind: str) -> list[ReferenceGroup]:
+    if kind == "sft":
+        return demonstrations()
     return preference_groups() if kind.endswith("pref") else reward_groups()
 
 
@@ -97,38 +102,45 @@ def steps_of(groups: Sequence[ReferenceGroup], groups_per_step: int) -> list[lis
     return [[groups[i] for i in sampler.indices(step)] for step in range(STEPS)]
 
 
+def expected_for(case: Case) -> Expected:
+    """Of everything that distinguishes cases, only this decides the result."""
+    return expected(case.kind, case.tied, case.weight_decay, case.clip_grad, case.groups_per_step)
+
+
 @cache
-def expected(kind: LossKind, tied: bool, weight_decay: float, groups_per_step: int) -> Expected:
+def expected(
+    kind: LossKind | Literal["sft"], tied: bool, weight_decay: float, clip_grad: float, groups_per_step: int
+) -> Expected:
     policy, reference = models(tied=tied)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    rates = warmup_linear_rates(LR, steps=STEPS, warmup=WARMUP, min_ratio=MIN_RATIO)
-    adam = Adam(rates, beta1=0.9, beta2=0.95, eps=EPS, clip_grad=CLIP, weight_decay=weight_decay)
-    steps = train(policy, reference, steps_of(data(kind), groups_per_step), objective(kind), adam)
+    adam = Adam(
+        warmup_linear_rates(LR, steps=STEPS, warmup=WARMUP, min_ratio=MIN_RATIO),
+        beta1=0.9,
+        beta2=0.95,
+        eps=eps_for(clip_grad),
+        clip_grad=clip_grad,
+        weight_decay=weight_decay,
+    )
+
+    def batch_loss(model: LlamaForCausalLM, groups: Sequence[ReferenceGroup]) -> Tensor:
+        return sft_loss(model, groups) if kind == "sft" else align_loss(model, reference, groups, objective(kind))
+
+    steps = train(policy, steps_of(data(kind), groups_per_step), batch_loss, adam)
     return Expected(steps, before, {name: p.detach().clone() for name, p in policy.named_parameters()})
 
 
-def expected_for(case: Case) -> Expected:
-    return expected(case.kind, case.tied, case.weight_decay, case.groups_per_step)
+def eps_for(clip_grad: float) -> float:
+    return 1e-4 if clip_grad else 1e-3
 
 
-def align_config(case: Case, root: Path) -> dict[str, Any]:
+def stage_config(case: Case, root: Path) -> dict[str, Any]:
     """The settings of one run, as a user would write them."""
-    loss = objective(case.kind)
     embeddings = "tied" if case.tied else "untied"
-    return {
+    settings: dict[str, Any] = {
         "output": root / "runs" / case.name,
         "seed": SEED,
         "model": {"checkpoint": root / f"policy-{embeddings}"},
-        "reference": {"checkpoint": root / f"reference-{embeddings}"},
-        "reference_logprobs": case.reference,
-        "data": {"path": str(root / ("preference.jsonl" if case.kind.endswith("pref") else "rewards.jsonl"))},
-        "loss": {
-            "kind": loss.kind,
-            "beta_pi": loss.beta_pi,
-            "beta_r": loss.beta_r,
-            "label_smoothing": loss.label_smoothing,
-            "temperature": loss.temperature,
-        },
+        "data": {"path": str(root / data_file(case.kind))},
         "parallel": {"tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence},
         "compute": {
             "precision": case.precision,
@@ -138,8 +150,8 @@ def align_config(case: Case, root: Path) -> dict[str, Any]:
         },
         "optimizer": {
             "lr": LR,
-            "eps": EPS,
-            "clip_grad": CLIP,
+            "eps": eps_for(case.clip_grad),
+            "clip_grad": case.clip_grad,
             "weight_decay": case.weight_decay,
             "schedule": "linear",
             "warmup_steps": WARMUP,
@@ -148,6 +160,19 @@ def align_config(case: Case, root: Path) -> dict[str, Any]:
         "batch": {"groups": case.groups_per_step, "epochs": 2, "max_steps": STEPS},
         "log": {"tensorboard": False},
     }
+    if case.kind != "sft":
+        settings |= {
+            "reference": {"checkpoint": root / f"reference-{embeddings}"},
+            "reference_logprobs": case.reference,
+            "loss": vars(objective(case.kind)),
+        }
+    return settings
+
+
+def data_file(kind: str) -> str:
+    if kind == "sft":
+        return "demonstrations.jsonl"
+    return "preference.jsonl" if kind.endswith("pref") else "rewards.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +182,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tied in (False, True):
         for name, model in zip(("policy", "reference"), models(tied=tied), strict=True):
             save_hf(model, directory / f"hf-{name}-{'tied' if tied else 'untied'}")
-    write_records(directory / "rewards.jsonl", reward_groups(), preference=False)
-    write_records(directory / "preference.jsonl", preference_groups(), preference=True)
+    write_records(directory / "rewards.jsonl", reward_groups(), fields="rewards")
+    write_records(directory / "preference.jsonl", preference_groups(), fields="pair")
+    write_records(directory / "demonstrations.jsonl", demonstrations(), fields="chosen")
     return directory
 
 
@@ -187,8 +213,9 @@ class Worlds:
                 checks.append(Check(f"import-{name}", f"{here}:import_checkpoint", arguments))
         for case in CASES + ROUGH_CASES:
             if case.world_size == size:
-                config = align_config(case, self.root)
-                checks.append(Check(case.name, f"{here}:align", {"config": config}))
+                config = stage_config(case, self.root)
+                stage = "sft" if case.kind == "sft" else "align"
+                checks.append(Check(case.name, f"{here}:{stage}", {"config": config}))
                 if case in EXPORTED:
                     arguments = {"checkpoint": config["output"], "output": self.root / f"exported-{case.name}"}
                     checks.append(Check(f"export-{case.name}", f"{here}:export_checkpoint", arguments))

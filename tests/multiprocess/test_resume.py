@@ -27,6 +27,7 @@ STEPS = 15  # 9 groups, 2 per step: three epochs of 5 steps, the last of each wi
 INTERVAL = 3
 START_SECONDS = 180.0
 TRY_AGAIN = 75
+CHECKS = "tests.multiprocess.resume_checks"
 
 Topology = dict[str, int]
 SINGLE: Topology = {}
@@ -58,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = tiny_llama(tiny_config(), seed=31)
     save_hf(reference, directory / "hf-reference")
     save_hf(perturbed(reference, seed=32, scale=0.05), directory / "hf-policy")
-    write_records(directory / "rewards.jsonl", reward_groups(seed=7), preference=False)
+    write_records(directory / "rewards.jsonl", reward_groups(seed=7), fields="rewards")
     return directory
 
 
@@ -81,6 +82,9 @@ def undisturbed(root: Path) -> dict[str, Outcome]:
         in_pieces(root, "tensor-pieces", TENSOR, [(TENSOR, 5), (TENSOR, 1), (TENSOR, 7)]),
         in_pieces(root, "pipeline-pieces", PIPELINE, [(PIPELINE, 4)]),
         in_pieces(root, "moved", PIPELINE, [(TENSOR, 4), (SINGLE, 5)]),
+        Check("diverging", f"{CHECKS}:error_of", {"config": config(root, "diverged", SINGLE), "nan_step": 5}),
+        in_pieces(root, "diverged", SINGLE, []),
+        Check("other-lr", f"{CHECKS}:error_of", {"config": other_lr(root, "diverged")}),
     ]
     return outcomes | run_checks(2, checks, root / "workers")
 
@@ -91,7 +95,13 @@ def in_pieces(root: Path, output: str, parallel: Topology, pieces: list[tuple[To
         "pieces": [(config(root, output, topology), steps) for topology, steps in pieces],
         "last": config(root, output, parallel),
     }
-    return Check(output, "tests.multiprocess.resume_checks:align_in_pieces", arguments)
+    return Check(output, f"{CHECKS}:align_in_pieces", arguments)
+
+
+def other_lr(root: Path, output: str) -> dict[str, Any]:
+    settings = config(root, output, SINGLE)
+    settings["optimizer"]["lr"] = 2e-3
+    return settings
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -218,3 +228,19 @@ def test_moved_to_other_topologies(root: Path, undisturbed: dict[str, Outcome]) 
         assert ours["step"] == theirs["step"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert list_steps(root / "moved")[-1][0] == STEPS
+
+
+def test_nan_on_one_rank_stops_all_on_the_same_step(root: Path, undisturbed: dict[str, Outcome]) -> None:
+    """Nothing is saved from that step, and the run goes on from the checkpoint before it as if nothing had been."""
+    first, second = undisturbed["diverging"].values()
+    assert first == second
+    kind, message, code = first
+    assert kind == "TrainingDiverged" and message.startswith("step 5: loss nan") and code == 1
+    undisturbed["diverged"].values()
+    assert_same_run(root / "diverged", root / "data")
+
+
+def test_resuming_with_other_settings_is_refused(root: Path, undisturbed: dict[str, Outcome]) -> None:
+    for kind, message, code in undisturbed["other-lr"].values():
+        assert kind == "CheckpointError" and code == 2
+        assert "other data, loss, optimizer or batch settings" in message

@@ -67,14 +67,19 @@ def group_loss(policy: Tensor, reference: Tensor, rewards: Tensor, objective: Ob
     return (log_p.exp() * (log_p - target.log())).sum()  # Eq. 15
 
 
-def batch_losses(
+def align_loss(
     model: LlamaForCausalLM, reference: LlamaForCausalLM, groups: Sequence[ReferenceGroup], objective: Objective
 ) -> Tensor:
-    """[G] losses, differentiable with respect to `model`."""
+    """Mean over the groups of their losses, differentiable with respect to `model`."""
     losses = []
     for group in groups:
         with torch.no_grad():
             ref = candidate_logprobs(reference, group, objective.temperature)
         policy = candidate_logprobs(model, group, objective.temperature)
         losses.append(group_loss(policy, ref, torch.tensor(group.rewards), objective))
-    return torch.stack(losses)
+    return torch.stack(losses).mean()
+
+
+def sft_loss(model: LlamaForCausalLM, groups: Sequence[ReferenceGroup]) -> Tensor:
+    """Mean over all tokens of the groups' first candidates of the negative log-likelihood, at temperature 1."""
+    return -torch.cat([token_logprobs(model, group.prompt, group.candidates[0], 1.0) for group in groups]).mean()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from tests.reference.objective import Objective, ReferenceGroup, batch_losses
+from tests.reference.objective import ReferenceGroup
+
+BatchLoss = Callable[[LlamaForCausalLM, Sequence[ReferenceGroup]], Tensor]
+"""The scalar that a step descends on, from the model and the groups of its global batch."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,9 @@ def warmup_linear_rates(lr: float, *, steps: int, warmup: int, min_ratio: float)
 
 
 def train(
-    policy: LlamaForCausalLM,
-    reference: LlamaForCausalLM,
-    batches: Sequence[Sequence[ReferenceGroup]],
-    objective: Objective,
-    adam: Adam,
+    policy: LlamaForCausalLM, batches: Sequence[Sequence[ReferenceGroup]], batch_loss: BatchLoss, adam: Adam
 ) -> list[StepResult]:
-    """One optimizer step per batch, on the mean loss of all its groups; changes `policy` in place."""
+    """One optimizer step per batch; changes `policy` in place."""
     matrices = [p for p in policy.parameters() if p.ndim > 1]
     vectors = [p for p in policy.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -61,7 +60,7 @@ def train(
     results = []
     for learning_rate, groups in zip(adam.learning_rates, batches, strict=True):
         optimizer.zero_grad()
-        loss = batch_losses(policy, reference, groups, objective).mean()
+        loss = batch_loss(policy, groups)
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
         largest = adam.clip_grad if adam.clip_grad > 0 else float("inf")

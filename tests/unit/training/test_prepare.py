@@ -1,0 +1,41 @@
+"""Groups that cannot be trained on are refused by name before a model is built."""
+
+from __future__ import annotations
+
+import pytest
+
+from exo_megatron.data.groups import Group
+from exo_megatron.errors import DataError
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.training.prepare import check_groups
+
+SPEC = ModelSpec(
+    family="llama",
+    layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab_size=101,
+    max_positions=8,
+    norm_epsilon=1e-5,
+    rotary_base=10000.0,
+)
+FITS = Group("fits", (3, 4, 5), ((6, 7, 8, 9, 2), (6, 2)))  # 8 positions, 10 tokens
+
+
+def test_a_group_at_both_limits_passes() -> None:
+    check_groups([FITS], SPEC, max_tokens=10)
+
+
+def test_too_many_positions() -> None:
+    """The longest candidate counts, not their sum."""
+    long = Group("long", (3, 4, 5), ((6, 2), (6, 7, 8, 9, 4, 2)))
+    with pytest.raises(DataError, match=r"group long.* 9 positions.* 8"):
+        check_groups([FITS, long], SPEC, max_tokens=100)
+
+
+def test_too_many_tokens_for_a_row() -> None:
+    with pytest.raises(DataError, match=r"group fits.*10 tokens.*max_tokens_per_microbatch = 9"):
+        check_groups([FITS], SPEC, max_tokens=9)
