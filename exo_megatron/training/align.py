@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from exo_megatron.checkpoint.directory import read_fingerprint, resolve_checkpoint, tokenizer_path
+from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resolve_checkpoint, tokenizer_path
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.data.dataset import load_groups
 from exo_megatron.data.groups import Group
+from exo_megatron.errors import CheckpointError
+from exo_megatron.models.build import check_topology
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.training.identity import data_digest, run_identity
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import make_trainee
-from exo_megatron.training.prepare import check_groups, read_start
+from exo_megatron.training.prepare import Start, check_groups, read_start
 from exo_megatron.training.reference import ReferenceModel, StoredKey, read_stored, store_logprobs
 from exo_megatron.training.trainer import GroupsOfStep, Trainer
 
@@ -22,18 +28,17 @@ from exo_megatron.training.trainer import GroupsOfStep, Trainer
 def run_align(config: AlignConfig, runtime: Runtime) -> None:
     """Align a policy; leaves checkpoints, metrics.jsonl, TensorBoard events and reference log-probs in the output."""
     start = read_start(config)
-    groups: Sequence[Group] = load_groups(
+    groups = load_groups(
         config.data,
         start.tokenizer,
         purpose="rewards" if config.loss.kind in ("exo_rw", "dpo_rw") else "preference",
         candidates=config.candidates,
     )
     check_groups(groups, start.spec, config.compute.max_tokens_per_microbatch)
-    reference_path = resolve_checkpoint(config.reference.checkpoint) if config.reference else start.checkpoint
-    reference_fingerprint = read_fingerprint(reference_path)
+    reference = _find_reference(config, start)
     identity = run_identity(
         groups,
-        start.fingerprint + reference_fingerprint,
+        start.fingerprint + reference.fingerprint,
         config.seed,
         config.compute.precision,
         config.loss,
@@ -42,33 +47,69 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     )
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy, spec = load_policy(start.checkpoint, topology, config.compute)
-        complete: GroupsOfStep = _unchanged
-        key = StoredKey(reference_fingerprint, data_digest(groups), config.loss.temperature, config.compute.precision)
-        stored = read_stored(config.output, key, groups) if config.reference_logprobs == "stored" else None
-        if stored is not None:
-            groups = stored
-        else:
-            live = config.reference_logprobs == "live"
-            # Training changes the policy: only log-probs that are computed before it starts can come from it.
-            shared = not live and reference_fingerprint == start.fingerprint
-            model = policy if shared else load_policy(reference_path, topology, config.compute)[0]
-            reference = ReferenceModel(model, spec, topology, config.compute, config.loss.temperature)
-            if live:
-                complete = reference.complete
-            else:
-                groups = store_logprobs(config.output, key, reference, groups, runtime)
-            del model, reference
+        completed, complete_step = _prepare_reference(config, reference, policy, groups, topology, runtime)
         Trainer(
             trainee=make_trainee(policy, spec, topology, config.compute, config.optimizer),
             objective=AlignObjective(config.loss),
-            groups=groups,
+            groups=completed,
             config=config,
             identity=identity,
             hf_files=tokenizer_path(start.checkpoint),
             runtime=runtime,
             label="align",
-            complete_groups=complete,
+            complete_groups=complete_step,
         ).run()
+
+
+@dataclass(frozen=True)
+class _Reference:
+    checkpoint: Path
+    spec: ModelSpec
+    fingerprint: str
+    is_start: bool
+
+
+def _find_reference(config: AlignConfig, start: Start) -> _Reference:
+    """The reference checkpoint. Raises CheckpointError if it has another vocabulary than the policy."""
+    if config.reference is None:
+        return _Reference(start.checkpoint, start.spec, start.fingerprint, True)
+    checkpoint = resolve_checkpoint(config.reference.checkpoint)
+    spec, fingerprint = read_spec(checkpoint), read_fingerprint(checkpoint)
+    if spec.vocab_size != start.spec.vocab_size:
+        raise CheckpointError(
+            f"reference.checkpoint {checkpoint}",
+            f"has a vocabulary of {spec.vocab_size}",
+            expected=f"{start.spec.vocab_size}, as the policy's",
+            fix="take a reference with the policy's tokenizer",
+        )
+    check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    return _Reference(checkpoint, spec, fingerprint, fingerprint == start.fingerprint)
+
+
+def _prepare_reference(
+    config: AlignConfig,
+    reference: _Reference,
+    policy: PolicyModel,
+    groups: Sequence[Group],
+    topology: Topology,
+    runtime: Runtime,
+) -> tuple[Sequence[Group], GroupsOfStep]:
+    """Reference log-probs, stored or to come: the groups as far as they are complete, and what completes a step's.
+
+    `policy` is untrained still: where it is the reference itself, no second model is loaded.
+    """
+
+    def wrapped(model: PolicyModel) -> ReferenceModel:
+        return ReferenceModel(model, reference.spec, topology, config.compute, config.loss.temperature)
+
+    if config.reference_logprobs == "live":
+        return groups, wrapped(load_policy(reference.checkpoint, topology, config.compute)[0]).complete
+    key = StoredKey(reference.fingerprint, data_digest(groups), config.loss.temperature, config.compute.precision)
+    stored = read_stored(config.output, key, groups)
+    if stored is None:
+        model = policy if reference.is_start else load_policy(reference.checkpoint, topology, config.compute)[0]
+        stored = store_logprobs(config.output, key, wrapped(model), groups, runtime)
+    return stored, _unchanged
 
 
 def _unchanged(groups: Sequence[Group]) -> Sequence[Group]:
