@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,9 @@ class HfConfig:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
+        """A positive finite number."""
         value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.unsupported(key, value, "a positive number")
         return float(value)
 

@@ -102,6 +102,8 @@ def test_rotary_of_transformers_4_and_5(rope: dict[str, Any], base: float, scali
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected num_hidden_layers: a positive whole number"),
         ({"vocab_size": "101"}, "vocab_size is '101'"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected tie_word_embeddings: true or false"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling: type is 'dynamic'"),
