@@ -73,7 +73,7 @@ class RolloutConfig(StageConfig):
 class ScoreConfig(StageConfig):
     """One reward per candidate."""
 
-    candidates: FilePath = Field(description="output directory of `rollout`, or a candidates JSONL file")
+    candidates: FilePath = Field(description="output directory of `rollout`, a candidates JSONL file, or prompts with completions")
     reward: RewardConfig
     log: LogConfig = LogConfig()
 

@@ -41,6 +41,11 @@ class CandidateRecord:
     candidates: tuple[Candidate, ...]
     rewards: tuple[float, ...] | None = None
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a reward source reads."""
+        return tuple(candidate.text for candidate in self.candidates)
+
 
 def read_candidates(path: Path) -> list[CandidateRecord]:
     """Read a candidates file, or the one in a stage's output directory.

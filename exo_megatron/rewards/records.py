@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from exo_megatron.data.candidates import CandidateRecord
+from exo_megatron.data.completions import ScorableRecord
 from exo_megatron.errors import RewardError
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.source import RewardSource
 from exo_megatron.utils.progress import Progress
 
+Record = TypeVar("Record", bound=ScorableRecord)
+
 
 def score_records(
-    records: Sequence[CandidateRecord],
+    records: Sequence[Record],
     source: RewardSource,
     runtime: Runtime,
     *,
     batch_size: int,
     label: str | None = None,
-) -> list[CandidateRecord] | None:
+) -> list[Record] | None:
     """The records with rewards, in order, on rank 0 of the world; None on the others.
 
     Collective over the world: every rank passes all records and judges a consecutive share of them, `batch_size`
@@ -29,7 +32,7 @@ def score_records(
     """
     begin, end = (len(records) * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
     share = records[begin:end]
-    completions = sum(len(record.candidates) for record in share)
+    completions = sum(len(record.texts) for record in share)
     with Progress(label or "", completions, "completions", enabled=runtime.is_main and label is not None) as progress:
         scored = score_share(share, source, batch_size=batch_size, progress=progress)
     parts = runtime.gather_objects(scored)
@@ -37,27 +40,27 @@ def score_records(
 
 
 def score_share(
-    records: Sequence[CandidateRecord], source: RewardSource, *, batch_size: int, progress: Progress
-) -> list[CandidateRecord]:
+    records: Sequence[Record], source: RewardSource, *, batch_size: int, progress: Progress
+) -> list[Record]:
     """The records with rewards, computed by this process alone."""
-    pairs = [(record, k) for record in records for k in range(len(record.candidates))]
+    pairs = [(record, k) for record in records for k in range(len(record.texts))]
     rewards: list[float] = []
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
-        found = source.score([r.prompt for r, _ in batch], [r.candidates[k].text for r, k in batch])
+        found = source.score([r.prompt for r, _ in batch], [r.texts[k] for r, k in batch])
         for (record, k), reward in zip(batch, found, strict=True):
             check_finite(reward, record, k)
         rewards += found
         progress.advance(len(batch))
     scored = []
     for record in records:
-        count = len(record.candidates)
+        count = len(record.texts)
         scored.append(replace(record, rewards=tuple(rewards[:count])))
         del rewards[:count]
     return scored
 
 
-def check_finite(reward: float, record: CandidateRecord, k: int) -> None:
+def check_finite(reward: float, record: ScorableRecord, k: int) -> None:
     """Raise RewardError, naming record, candidate and value, for NaN and infinities."""
     if not math.isfinite(reward):
         raise RewardError(

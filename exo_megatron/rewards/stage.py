@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from exo_megatron.config.stages import ScoreConfig
-from exo_megatron.data.candidates import CANDIDATES_FILE, CandidateRecord, read_candidates, write_candidates
+from exo_megatron.data.candidates import CANDIDATES_FILE
+from exo_megatron.data.completions import ScorableRecord, read_scorable, write_scored
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.build import build_reward
 from exo_megatron.rewards.records import score_records
@@ -24,11 +25,11 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
 
     Raises DataError for malformed candidates before the reward source is loaded, and RewardError.
     """
-    records = read_candidates(config.candidates)
+    records = read_scorable(config.candidates)
     source = build_reward(config.reward, runtime.device)
     scored = score_records(records, source, runtime, batch_size=config.reward.batch_size, label="score")
     if scored is not None:
-        write_candidates(config.output / CANDIDATES_FILE, scored)
+        write_scored(config.output / CANDIDATES_FILE, scored)
         _carry_rollout(config.candidates, config.output)
         summary = summarize_rewards(scored)
         write_json(config.output / SUMMARY_FILE, summary)
@@ -40,7 +41,7 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
         )
 
 
-def summarize_rewards(records: Sequence[CandidateRecord]) -> dict[str, float]:
+def summarize_rewards(records: Sequence[ScorableRecord]) -> dict[str, float]:
     """Mean and standard deviation over all candidates, and the share of groups that teach nothing."""
     groups = [record.rewards or () for record in records]
     rewards = list(chain.from_iterable(groups))

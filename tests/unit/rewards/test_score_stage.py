@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, read_candidates, write_candidates
-from exo_megatron.errors import RewardError
+from exo_megatron.errors import DataError, RewardError
 from exo_megatron.rewards.records import score_records
 from exo_megatron.rewards.stage import run_score, summarize_rewards
 from exo_megatron.utils.files import read_json, write_json
@@ -141,3 +142,30 @@ def test_summary_by_hand() -> None:
         "reward_std": pytest.approx(math.sqrt(20 / 8)),
         "equal_share": 0.5,
     }
+
+
+def test_written_completions_are_scored_and_ready_for_align(tmp_path: Path) -> None:
+    """Completions of the user's own making, in the format that `load_groups` reads with rewards."""
+    lines = [{"prompt": "a b", "completions": [" c d e", " f"]}, {"id": "x", "prompt": "g", "completions": [" h i"]}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reward = RewardConfig(kind="function", function=f"{__name__}:word_count")
+    runtime: Any = FakeRuntime(0, 1, {})
+    run_score(ScoreConfig(output=tmp_path / "out", candidates=tmp_path / "mine.jsonl", reward=reward), runtime)
+    stored = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
+    assert stored == [
+        {"id": "line-1", "prompt": "a b", "completions": [" c d e", " f"], "rewards": [5.0, 3.0]},
+        {"id": "x", "prompt": "g", "completions": [" h i"], "rewards": [3.0]},
+    ]
+
+
+def test_chat_messages_cannot_be_scored_as_text(tmp_path: Path) -> None:
+    line = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completions": [[{"role": "assistant", "content": "b"}]],
+    }
+    (tmp_path / "chat.jsonl").write_text(json.dumps(line) + "\n")
+    reward = RewardConfig(kind="function", function=f"{__name__}:word_count")
+    runtime: Any = FakeRuntime(0, 1, {})
+    config = ScoreConfig(output=tmp_path / "out", candidates=tmp_path / "chat.jsonl", reward=reward)
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: prompt and completions are chat messages"):
+        run_score(config, runtime)

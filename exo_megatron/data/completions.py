@@ -1,0 +1,70 @@
+"""Completions that did not come from `rollout`: texts under `prompt` and `completions`, before and after scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from exo_megatron.data.candidates import CANDIDATES_FILE, CandidateRecord, parse_candidate_record, write_candidates
+from exo_megatron.data.fields import completion_texts, prompt_text
+from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.errors import DataError
+from exo_megatron.utils.files import write_jsonl
+
+
+@dataclass(frozen=True)
+class CompletionsRecord:
+    """One prompt, its K >= 1 completions as strings and, once scored, their K rewards."""
+
+    id: str
+    prompt: str
+    completions: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a reward source reads."""
+        return self.completions
+
+
+ScorableRecord = CandidateRecord | CompletionsRecord
+
+
+def read_scorable(path: Path) -> list[ScorableRecord]:
+    """Read what `score` can judge: a rollout's output, a file of its records, or a file of prompts and completions.
+
+    The first record decides which. Rewards that are there already are not kept.
+    Raises DataError naming file and line for anything malformed.
+    """
+    records = read_jsonl_records(path / CANDIDATES_FILE if path.is_dir() else path)
+    if "completions" in records[0].fields:
+        return [_parse(record) for record in records]
+    return [parse_candidate_record(record) for record in records]
+
+
+def write_scored(path: Path, records: Sequence[ScorableRecord]) -> None:
+    """Write records to the file `path`, all or nothing, in the format they were read in."""
+    candidates = [record for record in records if isinstance(record, CandidateRecord)]
+    if candidates:
+        write_candidates(path, candidates)
+    else:
+        write_jsonl(path, _stored(record for record in records if isinstance(record, CompletionsRecord)))
+
+
+def _stored(records: Iterable[CompletionsRecord]) -> Iterable[dict[str, object]]:
+    return (asdict(record) for record in records)
+
+
+def _parse(record: SourceRecord) -> CompletionsRecord:
+    prompt = prompt_text(record.where, record.fields)
+    completions = completion_texts(record.where, record.fields, "completions", prompt=prompt)
+    texts = tuple(completion for completion in completions if isinstance(completion, str))
+    if not isinstance(prompt, str) or len(texts) != len(completions):
+        raise DataError(
+            record.where,
+            "prompt and completions are chat messages",
+            expected="strings: a reward source reads text",
+            fix="render the messages, or draw candidates with `exo-megatron rollout`, which does",
+        )
+    return CompletionsRecord(record.id, prompt, texts)
