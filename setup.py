@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 # NVIDIA Apex is detected when it is there and never asked for: the package of that name on the index is another one.
 REQUIRES = [
     "megatron-core>=0.16.1,<0.20",
-    "torch>=2.6",
+    "torch>=2.8",
     "transformers>=4.51",
     "tokenizers>=0.21",
     "datasets>=3",
