@@ -12,7 +12,7 @@ from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.training.reference import StoredKey, read_stored, store_logprobs
 from exo_megatron.utils.progress import Progress
 
-KEY = StoredKey(fingerprint="f", data="d", temperature=0.8)
+KEY = StoredKey(fingerprint="f", data="d", temperature=0.8, precision="fp32")
 BARE = [Group("a", (3,), ((4, 2), (5, 2))), Group("b", (6,), ((7, 2), (8, 2), (9, 2)))]
 LOGPS = [(-1.0 / 3.0, -123.456789012345678), (-0.1, -1e-17, -800.0000000001)]
 COMPLETE = [replace(group, reference_logprobs=row) for group, row in zip(BARE, LOGPS, strict=True)]
@@ -38,8 +38,8 @@ def test_written_and_read_again(tmp_path: Path, runtime: Runtime) -> None:
     assert read_stored(tmp_path, KEY, BARE) == COMPLETE
 
 
-@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"data": "e"}, {"temperature": 1.0}])
-def test_another_reference_data_set_or_temperature_is_computed_again(
+@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"data": "e"}, {"temperature": 1.0}, {"precision": "bf16"}])
+def test_another_reference_data_set_temperature_or_precision_is_computed_again(
     other: dict[str, object], tmp_path: Path, runtime: Runtime
 ) -> None:
     store_logprobs(tmp_path, KEY, KnownReference(), BARE, runtime)
