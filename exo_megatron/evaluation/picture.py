@@ -56,11 +56,13 @@ def _draw_line(axes: Axes, name: str, line: Sequence[Estimate], colour: str, mar
         [each.reward for each in own],
         xerr=[each.kl_stderr for each in own],
         yerr=[each.reward_stderr for each in own],
-        color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, elinewidth=0.9, label=name, zorder=3,
+        color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, elinewidth=0.9, label=_legend(name, own), zorder=3,
     )  # fmt: skip
-    if own[-1].step is not None:
-        last = own[-1]
-        axes.annotate(
-            f"step {last.step}", (last.kl, last.reward), xytext=(6, -11), textcoords="offset points", fontsize=8,
-            color=colour,
-        )  # fmt: skip
+
+
+def _legend(name: str, own: Sequence[Estimate]) -> str:
+    """Name and steps: ``exo, steps 24 to 96``."""
+    steps = [each.step for each in own if each.step is not None]
+    if not steps:
+        return name
+    return f"{name}, step {steps[0]}" if len(steps) == 1 else f"{name}, steps {steps[0]} to {steps[-1]}"
