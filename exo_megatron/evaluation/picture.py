@@ -56,7 +56,8 @@ def _draw_line(axes: Axes, name: str, line: Sequence[Estimate], colour: str, mar
         [each.reward for each in own],
         xerr=[each.kl_stderr for each in own],
         yerr=[each.reward_stderr for each in own],
-        color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, elinewidth=0.9, label=_legend(name, own), zorder=3,
+        color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, elinewidth=0.9, zorder=3,
+        label=_legend(name, own),
     )  # fmt: skip
 
 
