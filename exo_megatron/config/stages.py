@@ -73,7 +73,9 @@ class RolloutConfig(StageConfig):
 class ScoreConfig(StageConfig):
     """One reward per candidate."""
 
-    candidates: FilePath = Field(description="output directory of `rollout`, a candidates JSONL file, or prompts with completions")
+    candidates: FilePath = Field(
+        description="output directory of `rollout`, a candidates JSONL file, or prompts with completions"
+    )
     reward: RewardConfig
     log: LogConfig = LogConfig()
 
