@@ -72,6 +72,8 @@ def distributed_runtime() -> Iterator[Runtime]:
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # torch 2.13 renames collectives that megatron-core and older torch versions know by these names only.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
+    # One hardware queue keeps tensor-parallel communication in order with the products it overlaps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     launch = detect_launch()
     device = _choose_device(launch)
     cpu_backend.install()
