@@ -22,7 +22,7 @@ from typing import Literal
 
 PYTHON_MINIMUM = (3, 11)
 ESSENTIALS = {
-    "torch": ("torch", ">=2.6"),
+    "torch": ("torch", ">=2.8"),
     "megatron-core": ("megatron.core", ">=0.16.1,<0.20"),
     "transformers": ("transformers", ">=4.51"),
     "datasets": ("datasets", ">=3"),
