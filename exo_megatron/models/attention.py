@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import AttentionKernels, kernels_for
+from exo_megatron.models.attention_kernels import AttentionPass, kernels_for, segment_pass
 from exo_megatron.models.decode import DecodeLayout
 from exo_megatron.models.layout import GroupLayout
 
@@ -78,9 +78,11 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, scale: float) -> Tensor:
         kernels = kernels_for(query)
-        output, lse = kernels.segments_forward(query, key, value, layout, scale)
+        output, lse = kernels.forward(query, key, value, segment_pass(layout), scale)
         if layout.groups:
-            _merge_prompt_pass(kernels, query, key, value, layout, scale, output, lse)
+            rows, keys = layout.response_rows, layout.prompt_rows
+            part = kernels.forward(query[rows], key[keys], value[keys], _prompt_pass(layout), scale)
+            _merge(output, lse, rows, *part)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scale = layout, scale
         return output
@@ -89,36 +91,37 @@ class _GroupAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, lse = ctx.saved_tensors
         layout: GroupLayout = ctx.layout
+        scale: float = ctx.scale
         grad = grads[0].contiguous()
         kernels = kernels_for(query)
-        d_query, d_key, d_value = kernels.segments_backward(grad, query, key, value, output, lse, layout, ctx.scale)
+        segments = segment_pass(layout)
+        d_query, d_key, d_value = kernels.backward(grad, query, key, value, output, lse, segments, scale)
         if layout.groups:
             rows, keys = layout.response_rows, layout.prompt_rows
-            dq, dk, dv = kernels.prompts_backward(
-                grad[rows], query[rows], key[keys], value[keys], output[rows], lse[:, rows], layout, ctx.scale
-            )
+            own = (grad[rows], query[rows], key[keys], value[keys], output[rows], lse[:, rows])
+            dq, dk, dv = kernels.backward(*own, _prompt_pass(layout), scale)
             d_query.index_add_(0, rows, dq)
             d_key.index_add_(0, keys, dk)
             d_value.index_add_(0, keys, dv)
         return d_query, d_key, d_value, None, None
 
 
-def _merge_prompt_pass(
-    kernels: AttentionKernels,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: GroupLayout,
-    scale: float,
-    output: Tensor,
-    lse: Tensor,
-) -> None:
-    """Run the second pass and merge it into `output` [S, hq, d] and `lse` [hq, S], in place, on response rows."""
-    rows, keys = layout.response_rows, layout.prompt_rows
-    prompt_output, prompt_lse = kernels.prompts_forward(query[rows], key[keys], value[keys], layout, scale)
+def _prompt_pass(layout: GroupLayout) -> AttentionPass:
+    """The second pass: the responses of each group, one block of queries, over their prompt."""
+    return AttentionPass(
+        causal=False,
+        query_lengths=tuple(group.response_total for group in layout.groups),
+        key_lengths=tuple(group.prompt_length for group in layout.groups),
+        query_bounds=layout.response_cu_seqlens,
+        key_bounds=layout.prompt_cu_seqlens,
+    )
+
+
+def _merge(output: Tensor, lse: Tensor, rows: Tensor, other_output: Tensor, other_lse: Tensor) -> None:
+    """Merge a pass over other keys into `output` [S, hq, d] and `lse` [hq, S], in place, on these rows."""
     own_lse = lse[:, rows]
-    merged_lse = torch.logaddexp(own_lse, prompt_lse)
+    merged_lse = torch.logaddexp(own_lse, other_lse)
     own_share = (own_lse - merged_lse).exp().t().unsqueeze(-1)
-    prompt_share = (prompt_lse - merged_lse).exp().t().unsqueeze(-1)
-    output[rows] = (output[rows] * own_share + prompt_output * prompt_share).to(output.dtype)
+    other_share = (other_lse - merged_lse).exp().t().unsqueeze(-1)
+    output[rows] = (output[rows] * own_share + other_output * other_share).to(output.dtype)
     lse[:, rows] = merged_lse

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import kernels_for
+from exo_megatron.models.attention_kernels import kernels_for, segment_pass
 from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.models.products import product
 
@@ -304,5 +304,5 @@ def _attend_prompts(
     """Causal attention inside each admitted prompt, and its keys and values into the cache: [p, hq, d]."""
     cache.prompt_keys[layer][prefill.slots, :, prefill.places] = k
     cache.prompt_values[layer][prefill.slots, :, prefill.places] = v
-    output, _ = kernels_for(q).segments_forward(q, k, v, prefill.prompts, scale)
+    output, _ = kernels_for(q).forward(q, k, v, segment_pass(prefill.prompts), scale)
     return output

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.models.attention import group_attention
-from exo_megatron.models.attention_kernels import BatchedKernels, _plain_backward, _plain_forward
+from exo_megatron.models.attention_kernels import BatchedKernels, plain_backward, plain_forward
 from exo_megatron.models.layout import GroupLayout, build_layout
 
 SCALE = 0.37  # not 1/sqrt(d), so that an ignored scale is seen
@@ -136,7 +136,7 @@ def test_other_groups_and_candidates_do_not_leak() -> None:
 
 def test_plain_kernels_equal_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix-product kernels that fp32 uses on CUDA."""
-    kernels = BatchedKernels(_plain_forward, _plain_backward)
+    kernels = BatchedKernels(plain_forward, plain_backward)
     monkeypatch.setattr("exo_megatron.models.attention.kernels_for", lambda query: kernels)
     layout = make_layout(*RAGGED)
     compare(RAGGED[0], layout, random_qkv(layout.row_length, 6, 2, torch.float64), 1e-13)
