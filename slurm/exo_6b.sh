@@ -121,8 +121,6 @@ prepare() {
     export MASTER_ADDR
     export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
-    # One hardware queue keeps tensor-parallel communication in order with the matrix products it overlaps.
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     export PYTHONUNBUFFERED=1
 }
 
