@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Trainer:
         enabled = self.runtime.is_main
         metrics = MetricsWriter(self.config.output, tensorboard=self.config.log.tensorboard, enabled=enabled)
         progress = Progress(self.label, sampler.total_steps, "steps", enabled=enabled, initial=first_step)
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, progress, closing(metrics):
             for step in range(first_step, sampler.total_steps):
                 result = self._step(step, sampler, metrics, progress, stop)
                 done = step + 1
@@ -77,8 +78,6 @@ class Trainer:
                         expected="the run to go on later",
                         fix="start the same command again",
                     )
-        progress.close()
-        metrics.close()
 
     def _step(
         self, step: int, sampler: StepSampler, metrics: MetricsWriter, progress: Progress, stop: StopRequest
