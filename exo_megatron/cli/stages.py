@@ -72,16 +72,15 @@ def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
     The result is pickled.
     """
     result: T | None = None
-    failure: tuple[type[ExoError], tuple[str, str, str, str]] | None = None
+    failure: ExoError | None = None
     if runtime.is_main:
         try:
             result = work()
         except ExoError as error:
-            failure = (type(error), (error.where, error.problem, error.expected, error.fix))
+            failure = error
     result, failure = runtime.broadcast_object((result, failure))
     if failure is not None:
-        kind, (where, problem, expected, fix) = failure
-        raise kind(where, problem, expected=expected, fix=fix)
+        raise failure
     return result  # type: ignore[return-value]
 
 

@@ -14,6 +14,8 @@ from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl
 
 CANDIDATES_FILE = "candidates.jsonl"
+ROLLOUT_FILE = "rollout.json"
+"""How the candidates beside it were drawn."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from exo_megatron.config.stages import ScoreConfig
-from exo_megatron.data.candidates import CANDIDATES_FILE
+from exo_megatron.data.candidates import CANDIDATES_FILE, ROLLOUT_FILE
 from exo_megatron.data.completions import ScorableRecord, read_scorable, write_scored
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.build import build_reward
 from exo_megatron.rewards.records import score_records
 from exo_megatron.utils.files import write_json
 
-ROLLOUT_FILE = "rollout.json"
 SUMMARY_FILE = "score.json"
 
 

@@ -8,7 +8,7 @@ from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resol
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.config.stages import RolloutConfig
-from exo_megatron.data.candidates import CANDIDATES_FILE, write_candidates
+from exo_megatron.data.candidates import CANDIDATES_FILE, ROLLOUT_FILE, write_candidates
 from exo_megatron.data.dataset import Prompt, load_prompts
 from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
 from exo_megatron.errors import DataError
@@ -19,9 +19,6 @@ from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.utils.files import write_json
-
-ROLLOUT_FILE = "rollout.json"
-"""How the candidates beside it were drawn."""
 
 
 def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:

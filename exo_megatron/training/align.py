@@ -36,8 +36,9 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     )
     check_groups(groups, start.spec, config.compute.max_tokens_per_microbatch)
     reference = _find_reference(config, start)
+    data = data_digest(groups)
     identity = run_identity(
-        groups,
+        data,
         start.fingerprint + reference.fingerprint,
         config.seed,
         config.compute.precision,
@@ -47,7 +48,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     )
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy, spec = load_policy(start.checkpoint, topology, config.compute)
-        completed, complete_step = _prepare_reference(config, reference, policy, groups, topology, runtime)
+        completed, complete_step = _prepare_reference(config, reference, policy, groups, data, topology, runtime)
         Trainer(
             trainee=make_trainee(policy, spec, topology, config.compute, config.optimizer),
             objective=AlignObjective(config.loss),
@@ -91,12 +92,14 @@ def _prepare_reference(
     reference: _Reference,
     policy: PolicyModel,
     groups: Sequence[Group],
+    data: str,
     topology: Topology,
     runtime: Runtime,
 ) -> tuple[Sequence[Group], GroupsOfStep]:
     """Reference log-probs, stored or to come: the groups as far as they are complete, and what completes a step's.
 
-    `policy` is untrained still: where it is the reference itself, no second model is loaded.
+    data: digest of the groups. `policy` is untrained still: where it is the reference itself, no second model is
+    loaded.
     """
 
     def wrapped(model: PolicyModel) -> ReferenceModel:
@@ -104,7 +107,7 @@ def _prepare_reference(
 
     if config.reference_logprobs == "live":
         return groups, wrapped(load_policy(reference.checkpoint, topology, config.compute)[0]).complete
-    key = StoredKey(reference.fingerprint, data_digest(groups), config.loss.temperature, config.compute.precision)
+    key = StoredKey(reference.fingerprint, data, config.loss.temperature, config.compute.precision)
     stored = read_stored(config.output, key, groups)
     if stored is None:
         model = policy if reference.is_start else load_policy(reference.checkpoint, topology, config.compute)[0]

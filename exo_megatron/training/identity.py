@@ -18,11 +18,12 @@ def data_digest(groups: Sequence[Group]) -> str:
     return digest.hexdigest()
 
 
-def run_identity(groups: Sequence[Group], fingerprint: str, seed: int, precision: str, *sections: BaseModel) -> str:
+def run_identity(data: str, fingerprint: str, seed: int, precision: str, *sections: BaseModel) -> str:
     """SHA-256 over the data, the starting weights, the seed and the settings that decide the result.
 
-    Topology, recomputation and packing are not among them: a run may go on with others.
+    data: the `data_digest` of the groups. Topology, recomputation and packing are not among the settings: a run may
+    go on with others.
     """
     settings = [section.model_dump_json() for section in sections]
-    parts = [data_digest(groups), fingerprint, str(seed), precision, *settings]
+    parts = [data, fingerprint, str(seed), precision, *settings]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

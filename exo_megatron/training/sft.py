@@ -8,7 +8,7 @@ from exo_megatron.config.stages import SftConfig
 from exo_megatron.data.dataset import load_groups
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
-from exo_megatron.training.identity import run_identity
+from exo_megatron.training.identity import data_digest, run_identity
 from exo_megatron.training.objectives import SftObjective
 from exo_megatron.training.optimizer import make_trainee
 from exo_megatron.training.prepare import check_groups, read_start
@@ -28,7 +28,12 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
             groups=groups,
             config=config,
             identity=run_identity(
-                groups, start.fingerprint, config.seed, config.compute.precision, config.optimizer, config.batch
+                data_digest(groups),
+                start.fingerprint,
+                config.seed,
+                config.compute.precision,
+                config.optimizer,
+                config.batch,
             ),
             hf_files=tokenizer_path(start.checkpoint),
             runtime=runtime,

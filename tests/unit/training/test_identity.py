@@ -35,15 +35,17 @@ def test_reference_logprobs_are_not_part_of_the_data() -> None:
 
 def test_run_identity_sees_weights_seed_and_settings() -> None:
     loss, optimizer, batch = LossConfig(), OptimizerConfig(), BatchConfig()
-    identity = run_identity([GROUP], "weights", 0, "fp32", loss, optimizer, batch)
-    assert identity == run_identity([GROUP], "weights", 0, "fp32", LossConfig(), OptimizerConfig(), BatchConfig())
+    identity = run_identity(data_digest([GROUP]), "weights", 0, "fp32", loss, optimizer, batch)
+    assert identity == run_identity(
+        data_digest([GROUP]), "weights", 0, "fp32", LossConfig(), OptimizerConfig(), BatchConfig()
+    )
     others = [
-        run_identity([GROUP], "weights", 0, "bf16", loss, optimizer, batch),
-        run_identity([OTHER], "weights", 0, "fp32", loss, optimizer, batch),
-        run_identity([GROUP], "others", 0, "fp32", loss, optimizer, batch),
-        run_identity([GROUP], "weights", 1, "fp32", loss, optimizer, batch),
-        run_identity([GROUP], "weights", 0, "fp32", LossConfig(beta_pi=0.25), optimizer, batch),
-        run_identity([GROUP], "weights", 0, "fp32", loss, OptimizerConfig(lr=2e-6), batch),
-        run_identity([GROUP], "weights", 0, "fp32", loss, optimizer, BatchConfig(groups=8)),
+        run_identity(data_digest([GROUP]), "weights", 0, "bf16", loss, optimizer, batch),
+        run_identity(data_digest([OTHER]), "weights", 0, "fp32", loss, optimizer, batch),
+        run_identity(data_digest([GROUP]), "others", 0, "fp32", loss, optimizer, batch),
+        run_identity(data_digest([GROUP]), "weights", 1, "fp32", loss, optimizer, batch),
+        run_identity(data_digest([GROUP]), "weights", 0, "fp32", LossConfig(beta_pi=0.25), optimizer, batch),
+        run_identity(data_digest([GROUP]), "weights", 0, "fp32", loss, OptimizerConfig(lr=2e-6), batch),
+        run_identity(data_digest([GROUP]), "weights", 0, "fp32", loss, optimizer, BatchConfig(groups=8)),
     ]
     assert len({identity, *others}) == 1 + len(others)
