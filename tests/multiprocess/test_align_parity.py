@@ -42,7 +42,7 @@ from tests.multiprocess.align_checks import RankRecord
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.hf_names import to_hf
 from tests.reference.objective import LossKind, ReferenceGroup, align_loss, sft_loss
-from tests.reference.tiny_llama import perturbed, save_hf, tiny_config, tiny_llama
+from tests.reference.tiny_llama import save_hf, tiny_config, tiny_llama
 from tests.reference.training import Adam, StepResult, train, warmup_linear_rates
 
 LR, WARMUP, MIN_RATIO = 2e-3, 1, 0.1

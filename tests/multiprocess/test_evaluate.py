@@ -15,7 +15,7 @@ from exo_megatron.data.candidates import CandidateRecord, read_candidates
 from exo_megatron.utils.files import read_json
 from tests.multiprocess.evaluate_checks import score
 from tests.multiprocess.harness import Check, Outcome, run_checks
-from tests.reference.tiny_llama import EOS_ID, VOCAB_SIZE, perturbed, save_hf, text, tiny_config, tiny_llama
+from tests.reference.tiny_llama import EOS_ID, VOCAB_SIZE, save_hf, text, tiny_config, tiny_llama
 
 HERE = "tests.multiprocess.evaluate_checks"
 TEMPERATURE = 0.8

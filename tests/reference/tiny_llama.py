@@ -1,8 +1,4 @@
-"""A tiny random Llama checkpoint directory, complete with a tokenizer, as Hugging Face's tools would write it.
-
-Weights are far from their usual initial values (norm weights differ from one, logits spread over several nats), so
-that a transposed, misplaced or forgotten tensor changes the results by much more than any tolerance.
-"""
+"""A tiny random Llama checkpoint directory, complete with a tokenizer, as Hugging Face's tools would write it."""
 
 from __future__ import annotations
 
@@ -13,7 +9,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.reference.weights import draw_weights
 
 VOCAB_SIZE = 101
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -42,37 +40,10 @@ def tiny_config(*, tied: bool = False, rope_scaling: dict[str, Any] | None = Non
 
 
 def tiny_llama(config: LlamaConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A model whose every parameter is drawn from `seed`: matrices and embeddings normal(0, 0.12), norm
-    weights uniform(0.5, 1.5). Attention is the eager one: plain matrix products, no kernel of its own.
+    """A model whose every parameter is drawn from `seed`. Attention is the eager one: plain matrix products, no kernel
+    of its own.
     """
-    model = LlamaForCausalLM._from_config(config, attn_implementation="eager").to(torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # tied embeddings appear once
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.12, generator=generator)
-    return _with_parameters_in(model, dtype)
-
-
-def _with_parameters_in(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
-    """As from_pretrained does it: parameters change type, rotary frequencies stay in fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def perturbed(model: LlamaForCausalLM, *, seed: int, scale: float) -> LlamaForCausalLM:
-    """A copy of `model` with every parameter p multiplied by (1 + scale * normal): a policy near its reference."""
-    copy = LlamaForCausalLM._from_config(model.config, attn_implementation="eager").to(torch.float32)
-    copy.load_state_dict(model.state_dict())
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in copy.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.mul_(1.0 + scale * noise)
-    return _with_parameters_in(copy, model.dtype)
+    return draw_weights(LlamaForCausalLM._from_config(config, attn_implementation="eager"), seed=seed, dtype=dtype)
 
 
 def word(token_id: int) -> str:
@@ -96,7 +67,7 @@ def tiny_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     )
 
 
-def save_hf(model: LlamaForCausalLM, directory: Path) -> Path:
+def save_hf(model: PreTrainedModel, directory: Path) -> Path:
     """Write config, safetensors weights, generation config and tokenizer to `directory`."""
     model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=True)
     model.save_pretrained(directory)
