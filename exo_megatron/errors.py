@@ -54,6 +54,12 @@ class CheckpointError(ExoError):
     """A checkpoint is missing, incomplete, corrupt, or belongs to another model."""
 
 
+class VerificationFailed(CheckpointError):
+    """A conversion is not what it was made from. Raised on every rank; the output is not put into its place."""
+
+    exit_code = 1
+
+
 class TrainingDiverged(ExoError):
     """Loss or gradient stopped being finite. Raised on every rank on the same step; nothing is saved from it."""
 

@@ -1,0 +1,192 @@
+"""Verification of a conversion: the description of the model, every tensor, and the logits, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exo_megatron.cli.verification import Check, Verification, render
+from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.errors import TopologyError, VerificationFailed
+from exo_megatron.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from exo_megatron.conversion.rules import Entry
+    from exo_megatron.conversion.verifying import Comparison, Direction, TensorDifference
+    from exo_megatron.evaluation.logits import Rounding
+    from exo_megatron.models.spec import ModelSpec
+    from exo_megatron.parallel.runtime import Runtime
+
+EXPORT_MARKER = "exo_export.json"
+
+
+def verify(wanted: Verification) -> int:
+    """Verify as a program of its own (`tools/`): print the table and give the exit code.
+
+    0: all that can be compared agrees. 1: something differs, or logits could not be compared for want of memory.
+    2: wrong input.
+    """
+    from exo_megatron.cli.failure import leaving_together, report
+    from exo_megatron.cli.stages import say
+    from exo_megatron.parallel.runtime import distributed_runtime
+
+    try:
+        with distributed_runtime() as runtime, leaving_together(runtime):
+            checks = run_checks(wanted, runtime)
+            say(runtime, render(checks))
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)
+    return 0 if all(check.verdict in ("pass", "not comparable") for check in checks) else 1
+
+
+def check_conversion(hf: Path, checkpoint: Path, output: Path, runtime: Runtime) -> None:
+    """Verify what a conversion has just written, with all ranks of the world. Collective over the world.
+
+    hf, checkpoint: the two sides, one of which is the new one, not yet in its place `output`. Prints the table.
+    Raises VerificationFailed if anything differs. Logits that do not fit into memory are left out, which the table
+    says.
+    """
+    from exo_megatron.checkpoint.collective import together
+    from exo_megatron.checkpoint.directory import read_spec
+    from exo_megatron.cli.stages import say
+
+    spec = together(lambda: read_spec(checkpoint))
+    checks = run_checks(Verification(hf, checkpoint, _fitting_cut(spec, runtime.world_size)), runtime)
+    say(runtime, render(checks))
+    failed = [check for check in checks if check.verdict == "FAIL"]
+    if failed:
+        raise VerificationFailed(
+            str(output),
+            f"the conversion differs from its source ({failed[0].name}: {failed[0].details[0]})",
+            expected="the same model on both sides",
+            fix="see the table above; nothing was written to the output",
+        )
+
+
+def run_checks(wanted: Verification, runtime: Runtime) -> list[Check]:
+    """All checks, the same on every rank. Collective over the world.
+
+    Raises CheckpointError for what cannot be read or fails the checksums of its manifest, TopologyError where the
+    model cannot be cut as asked, DataError for prompts that cannot be used.
+    """
+    from exo_megatron.checkpoint.collective import together
+    from exo_megatron.checkpoint.directory import read_spec, resolve_checkpoint
+    from exo_megatron.checkpoint.load import verify_together
+    from exo_megatron.cli.verify_logits import check_logits
+    from exo_megatron.models.build import check_topology
+
+    checkpoint = together(lambda: resolve_checkpoint(wanted.checkpoint))
+    spec = together(lambda: read_spec(checkpoint))
+    together(lambda: check_topology(spec, tensor=wanted.parallel.tensor, pipeline=wanted.parallel.pipeline))
+    verify_together(checkpoint)
+    made = together(lambda: _direction(wanted.hf, checkpoint))
+    comparison = together(lambda: _compare_headers(wanted.hf, checkpoint, made))
+    description = together(lambda: _check_description(comparison, checkpoint, spec))
+    tensors = _check_tensors(comparison, checkpoint, runtime)
+    if comparison.problems:
+        logits = Check("logits", "-", "-", "not compared", ("tensors are missing or of another shape, see above",))
+    else:
+        rounding = _rounding(comparison, made)
+        logits = check_logits(
+            wanted, checkpoint, spec, parameters=comparison.parameters, rounding=rounding, runtime=runtime
+        )
+    return [description, tensors, logits]
+
+
+def _fitting_cut(spec: ModelSpec, world_size: int) -> ParallelConfig:
+    """The finest cut of the model that `world_size` ranks can have, tensor-parallel where possible."""
+    from exo_megatron.models.build import check_topology
+
+    sizes = [size for size in range(world_size, 0, -1) if world_size % size == 0]
+    for size in sizes:
+        for tensor in (each for each in sizes if size % each == 0):
+            try:
+                check_topology(spec, tensor=tensor, pipeline=size // tensor)
+            except TopologyError:
+                continue
+            return ParallelConfig(tensor=tensor, pipeline=size // tensor)
+    return ParallelConfig()
+
+
+def _direction(hf: Path, checkpoint: Path) -> Direction:
+    """Whether the HF checkpoint says of itself that it was exported from this one."""
+    from exo_megatron.checkpoint.directory import read_fingerprint
+    from exo_megatron.utils.files import read_json
+
+    marker = hf / EXPORT_MARKER
+    record = read_json(marker) if marker.is_file() else None
+    exported = isinstance(record, dict) and record.get("fingerprint") == read_fingerprint(checkpoint)
+    return "export" if exported else "import"
+
+
+def _compare_headers(hf: Path, checkpoint: Path, made: Direction) -> Comparison:
+    from exo_megatron.checkpoint.directory import weights_path
+    from exo_megatron.checkpoint.policy import OPTIMIZER_PREFIX
+    from exo_megatron.checkpoint.tensors import StoredTensors
+    from exo_megatron.conversion.verifying import Comparison
+
+    tensors = StoredTensors(weights_path(checkpoint))
+    keys = [key for key in tensors.keys() if not key.startswith(OPTIMIZER_PREFIX)]  # noqa: SIM118 - not a dict
+    return Comparison(hf, {key: (tensors.shape(key), tensors.dtype(key)) for key in keys}, made)
+
+
+def _check_description(comparison: Comparison, checkpoint: Path, spec: ModelSpec) -> Check:
+    """model.json, and the config.json that is kept with it for the way back, against the HF checkpoint's."""
+    from exo_megatron.checkpoint.directory import HF_DIRECTORY, SPEC_FILE, tokenizer_path
+    from exo_megatron.conversion.hf_reader import CONFIG_FILE
+    from exo_megatron.conversion.verifying import hf_spec, spec_differences
+
+    details = [f"{SPEC_FILE}: {line}" for line in spec_differences(comparison.spec, spec)]
+    _, kept = hf_spec(tokenizer_path(checkpoint))
+    details += [f"{HF_DIRECTORY}/{CONFIG_FILE}: {line}" for line in spec_differences(comparison.spec, kept)]
+    return Check(
+        "description",
+        f"{SPEC_FILE}, {HF_DIRECTORY}/{CONFIG_FILE}",
+        str(len(details)),
+        "FAIL" if details else "pass",
+        tuple(details),
+    )
+
+
+def _check_tensors(comparison: Comparison, checkpoint: Path, runtime: Runtime) -> Check:
+    """Every tensor, the entries divided among the ranks. Collective over the world."""
+    from exo_megatron.checkpoint.collective import together
+
+    mine = comparison.entries[runtime.rank :: runtime.world_size]
+    found = together(lambda: _differences(comparison, checkpoint, mine, show=runtime.is_main))
+    gathered = runtime.broadcast_object(runtime.gather_objects(found) or [])
+    differences = [each for part in gathered for each in part]
+    details = [*comparison.problems, *map(str, differences)]
+    return Check(
+        "tensors",
+        f"{comparison.names} tensors",
+        f"{max((each.largest for each in differences), default=0.0):.3g}",
+        "FAIL" if details else "pass",
+        tuple(details),
+    )
+
+
+def _differences(
+    comparison: Comparison, checkpoint: Path, entries: Sequence[Entry], *, show: bool
+) -> list[TensorDifference]:
+    from exo_megatron.checkpoint.directory import weights_path
+    from exo_megatron.checkpoint.tensors import StoredTensors
+
+    tensors = StoredTensors(weights_path(checkpoint))
+    found: list[TensorDifference] = []
+    with Progress("verify", len(entries), "entries", enabled=show) as progress:
+        for entry in entries:
+            found += comparison.differences(entry, tensors.read)
+            progress.advance()
+    return found
+
+
+def _rounding(comparison: Comparison, made: Direction) -> Rounding:
+    """With `--dtype` all that was made has one type, in which the other side's weights must be taken, too."""
+    from exo_megatron.evaluation.logits import Rounding
+
+    stored, hf = comparison.stored_dtypes, comparison.hf_dtypes
+    if made == "import":
+        return Rounding(hf=next(iter(stored)) if len(stored) == 1 else None)
+    return Rounding(ours=next(iter(hf)) if len(hf) == 1 else None)

@@ -1,0 +1,125 @@
+"""The row of a verification that runs both models: prompts, memory, and the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exo_megatron.cli.verification import Check, Verification
+from exo_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from exo_megatron.data.records import SourceRecord
+    from exo_megatron.data.tokenizer import Tokenizer
+    from exo_megatron.evaluation.logits import Agreement, Example, Rounding, Rows
+    from exo_megatron.models.spec import ModelSpec
+    from exo_megatron.parallel.runtime import Runtime
+
+REMOTE_CODE = frozenset({"chatglm"})
+"""Families whose HF code is not in transformers but beside the weights. It is never run, so HF has no logits."""
+
+
+def check_logits(
+    wanted: Verification, checkpoint: Path, spec: ModelSpec, *, parameters: int, rounding: Rounding, runtime: Runtime
+) -> Check:
+    """Compare logits (scores of a reward model) on the prompts. Collective over the world; the same on every rank."""
+    from exo_megatron.checkpoint.collective import together
+    from exo_megatron.evaluation.logits import compare_outputs, memory_shortage
+    from exo_megatron.parallel.topology import model_parallel
+
+    name = "logits" if spec.labels is None else "scores"
+    rows = together(lambda: _rows(wanted, checkpoint, spec))
+    if wanted.tensors_only:
+        return Check(name, "-", "-", "not compared", ("tensors only, as asked",))
+    if spec.family in REMOTE_CODE:
+        why = f"transformers has no {spec.family}, and the code that comes with HF checkpoints is never run"
+        return Check(name, "-", "-", "not comparable", (why,))
+    with model_parallel(runtime, wanted.parallel, seed=0) as topology:
+        shortage = memory_shortage(runtime, topology, parameters=parameters, spec=spec, rows=rows)
+        if shortage is not None:
+            return Check(name, "-", "-", "not compared", (shortage,))
+        agreement = compare_outputs(wanted.hf, checkpoint, topology, spec, rows, rounding)
+    found = runtime.broadcast_object([each for each in runtime.gather_objects(agreement) or [] if each is not None])
+    return _verdict(name, found[0], wanted)
+
+
+def _verdict(name: str, found: Agreement, wanted: Verification) -> Check:
+    cut = wanted.parallel
+    sizes = f"tensor {cut.tensor}, pipeline {cut.pipeline}" + (f", expert {cut.expert}" if cut.expert > 1 else "")
+    compared = f"{found.positions} positions at {sizes}"
+    difference = f"{found.difference:.3g} ({name} up to {found.largest:.3g})"
+    if found.within(wanted.tolerance):
+        return Check(name, compared, difference, "pass")
+    limit = f"tolerance {wanted.tolerance:g} x max(1, {found.largest:.3g})"
+    return Check(name, compared, difference, "FAIL", (f"{found.difference:.3g} at {found.worst}; {limit}",))
+
+
+def _rows(wanted: Verification, checkpoint: Path, spec: ModelSpec) -> Rows:
+    from exo_megatron.evaluation.logits import built_in_examples
+
+    if wanted.prompts is None:
+        return built_in_examples(spec)
+    return [[example] for example in read_examples(wanted.prompts, checkpoint, spec)]
+
+
+def read_examples(path: Path, checkpoint: Path, spec: ModelSpec) -> list[Example]:
+    """Tokenise a file of prompts with the checkpoint's tokenizer; see `Verification.prompts`.
+
+    A prompt without completions is divided: its first half is the prompt, and the rest, also backwards and cut short,
+    are the candidates. Raises DataError for what cannot be read or is longer than the model allows.
+    """
+    from exo_megatron.checkpoint.directory import tokenizer_path
+    from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+    from exo_megatron.evaluation.logits import longest_example
+
+    tokenizer = load_tokenizer(tokenizer_path(checkpoint))
+    check_vocabulary(tokenizer, spec.vocab_size)
+    examples = []
+    for record in _read_records(path):
+        example = _example(record, tokenizer)
+        if example.longest > longest_example(spec):
+            raise DataError(
+                record.where,
+                f"has {example.longest} tokens",
+                expected=f"at most {longest_example(spec)}, for the model's {spec.max_positions} positions",
+                fix="shorten the prompt",
+            )
+        examples.append(example)
+    return examples
+
+
+def _read_records(path: Path) -> list[SourceRecord]:
+    from exo_megatron.data.records import SourceRecord, read_jsonl_records
+
+    if path.suffix == ".jsonl":
+        return read_jsonl_records(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            str(path), f"cannot be read ({error})", expected="a text file, or JSONL", fix="correct --prompts"
+        ) from None
+    records = [
+        SourceRecord(f"{path}:{number}", f"line-{number}", {"prompt": line})
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not records:
+        raise DataError(str(path), "holds no prompt", expected="a prompt in every line", fix="correct --prompts")
+    return records
+
+
+def _example(record: SourceRecord, tokenizer: Tokenizer) -> Example:
+    from exo_megatron.data.fields import completion_texts, prompt_text
+    from exo_megatron.evaluation.logits import Example
+
+    prompt = prompt_text(record.where, record.fields)
+    ids = tuple(tokenizer.encode_prompt(prompt))
+    if not ids:
+        raise DataError(record.where, "has no tokens", expected="a prompt of at least one token", fix="remove it")
+    if "completions" in record.fields:
+        texts = completion_texts(record.where, record.fields, "completions", prompt=prompt)
+        return Example(ids, tuple(tuple(tokenizer.encode_completion(text)) for text in texts))
+    half = -(-len(ids) // 2)
+    rest = ids[half:] or ids
+    return Example(ids[:half], (rest, rest[::-1], rest[: -(-len(rest) // 2)]))

@@ -1,0 +1,173 @@
+"""Comparing a distributed checkpoint with an HF checkpoint: the model's description, and every tensor bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from exo_megatron.conversion.families import find_family
+from exo_megatron.conversion.hf_reader import CONFIG_FILE, HfTensors, read_config
+from exo_megatron.conversion.rules import Entry, Family, Shape
+from exo_megatron.models.spec import ModelSpec
+
+ReadEntry = Callable[[str, Shape], Tensor]
+"""Reads a tensor of the checkpoint by key and index on its stacked axes."""
+
+Direction = Literal["import", "export"]
+"""Which was made of which. Where types differ, values of the source are converted to the type of what was made."""
+
+_CHUNK = 2**24
+"""Elements compared at once."""
+
+_BITS = {4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """An HF tensor that the checkpoint does not have in the same bits: where first, the values there, how much."""
+
+    name: str
+    index: Shape
+    hf: float
+    stored: float
+    elements: int
+    largest: float
+
+    def __str__(self) -> str:
+        place = f"{self.name}[{', '.join(map(str, self.index))}]"
+        return f"{place}: {self.hf!r} in HF, {self.stored!r} in the checkpoint; {self.elements:,} elements differ"
+
+
+class Comparison:
+    """An HF checkpoint beside the tensors of a distributed one. Making it reads headers only.
+
+    spec: what the family reads from HF's config.json. problems: tensors that one side lacks, has in addition, or has
+    in another shape, a line each. entries: what both sides have, to be given to `differences`.
+    """
+
+    def __init__(self, hf: Path, stored: Mapping[str, tuple[Shape, torch.dtype]], made: Direction) -> None:
+        """stored: global shape and type of the checkpoint's tensors by key, without optimizer state.
+
+        Raises CheckpointError where HF's config.json or a file of weights cannot be read.
+        """
+        family, self.spec = hf_spec(hf)
+        self._hf = HfTensors(hf)
+        self._made = made
+        self._repeats = dict([family.tied_output[::-1]]) if self.spec.tied_embeddings else {}
+        entries = [entry for rule in family.tensors(self.spec) for entry in rule.entries()]
+        wrong_keys = dict(_wrong_keys(entries, stored))
+        wrong_names = dict(_wrong_names(entries, self._hf, family, tied=self.spec.tied_embeddings))
+        self.problems = [*wrong_keys.values(), *wrong_names.values()]
+        self.entries = [e for e in entries if e.rule.key not in wrong_keys and not wrong_names.keys() & e.sources]
+        self.stored_dtypes = {stored[entry.rule.key][1] for entry in self.entries}
+        self.hf_dtypes = {self._hf.tensors[name].dtype for entry in self.entries for name in entry.sources}
+
+    @property
+    def names(self) -> int:
+        """How many HF tensors the entries hold."""
+        return sum(len(entry.sources) for entry in self.entries)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the entries."""
+        return sum(math.prod(entry.rule.shape) for entry in self.entries)
+
+    def differences(self, entry: Entry, read: ReadEntry) -> Iterator[TensorDifference]:
+        """Take one entry of the checkpoint apart by the family's rule and compare the parts with HF's tensors."""
+        parts = entry.rule.transform.split(read(entry.rule.key, entry.index))
+        for name, part in zip(entry.sources, parts, strict=True):
+            repeated = self._repeats.get(name)
+            for each in (name, repeated) if repeated in self._hf.tensors else (name,):
+                found = _compare(each, self._hf.read(each), part, self._made)
+                if found is not None:
+                    yield found
+
+
+def hf_spec(directory: Path) -> tuple[Family, ModelSpec]:
+    """The family of an HF checkpoint and what it reads from config.json. Raises CheckpointError."""
+    where = str(directory / CONFIG_FILE)
+    values = read_config(directory)
+    family = find_family(values, where)
+    return family, family.read_config(values, where)
+
+
+def spec_differences(hf: ModelSpec, stored: ModelSpec) -> list[str]:
+    """The fields in which two descriptions of a model differ, a line each."""
+    ours, theirs = _flat(stored.model_dump()), _flat(hf.model_dump())
+    absent = "nothing"
+    return [
+        f"{name}: {theirs.get(name, absent)!r} by HF's config.json, {ours.get(name, absent)!r} in model.json"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name, absent) != theirs.get(name, absent)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _wrong_keys(entries: list[Entry], stored: Mapping[str, tuple[Shape, torch.dtype]]) -> Iterator[tuple[str, str]]:
+    """Keys of the checkpoint that are missing, of another shape or in excess, and what to say of each."""
+    expected = {entry.rule.key: entry.global_shape for entry in entries}
+    for key, shape in expected.items():
+        if key not in stored:
+            yield key, f"{key} {list(shape)} is missing in the checkpoint"
+        elif stored[key][0] != shape:
+            yield (
+                key,
+                f"{key} has shape {list(stored[key][0])} in the checkpoint, and {list(shape)} by HF's config.json",
+            )
+    for key in sorted(stored.keys() - expected.keys()):
+        yield key, f"{key} {list(stored[key][0])} is in the checkpoint, and this model has no such tensor"
+
+
+def _wrong_names(entries: list[Entry], hf: HfTensors, family: Family, *, tied: bool) -> Iterator[tuple[str, str]]:
+    """The same for the names of HF tensors."""
+    expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
+    for name, shape in expected.items():
+        if name not in hf.tensors:
+            yield name, f"{name} {list(shape)} is missing in the HF checkpoint"
+        elif hf.tensors[name].shape != shape:
+            seen = list(hf.tensors[name].shape)
+            yield name, f"{name} has shape {seen} in the HF checkpoint, and {list(shape)} by its config.json"
+    for name in sorted(hf.tensors.keys() - expected.keys()):
+        repeated = tied and name == family.tied_output[0]
+        if not repeated and not any(pattern.fullmatch(name) for pattern in family.ignored):
+            shape = hf.tensors[name].shape
+            yield name, f"{name} {list(shape)} is in the HF checkpoint, and this model has no such tensor"
+
+
+def _compare(name: str, hf: Tensor, stored: Tensor, made: Direction) -> TensorDifference | None:
+    """Compare two tensors of one shape, some rows at a time."""
+    step = max(1, _CHUNK // max(1, hf[:1].numel()))
+    index: Shape | None = None
+    values = (0.0, 0.0)
+    elements, largest = 0, 0.0
+    for start in range(0, hf.shape[0], step):
+        a, b = _of_one_type(hf[start : start + step], stored[start : start + step], made)
+        differs = a.view(_BITS[a.itemsize]) != b.view(_BITS[b.itemsize])
+        count = int(differs.sum())
+        if not count:
+            continue
+        elements += count
+        largest = max(largest, float((a.double() - b.double()).abs().nan_to_num(nan=math.inf).max()))
+        if index is None:
+            first = tuple(int(at) for at in torch.unravel_index(differs.flatten().int().argmax(), differs.shape))
+            index, values = (first[0] + start, *first[1:]), (float(a[first]), float(b[first]))
+    return None if index is None else TensorDifference(name, index, *values, elements, largest)
+
+
+def _of_one_type(hf: Tensor, stored: Tensor, made: Direction) -> tuple[Tensor, Tensor]:
+    """What was made has its own type; the source is converted to it as the conversion does."""
+    if made == "import":
+        return hf.to(stored.dtype).contiguous(), stored.contiguous()
+    return hf.contiguous(), stored.to(hf.dtype).contiguous()

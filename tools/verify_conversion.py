@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+"""Compare an HF checkpoint with a distributed checkpoint that was converted from it or exported to it.
+
+The description of the model, every tensor bit for bit, and the logits in fp32 at the given topology. One process, or
+as many as the model is cut into (or a multiple) under torchrun, srun or mpirun. Exit code: 0 all agrees, 1 something
+differs (or logits could not be compared for want of memory), 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exo_megatron.cli.verification import TOLERANCE, Verification
+from exo_megatron.cli.verify import verify
+from exo_megatron.config.sections import ParallelConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare as the arguments say, print the table and give the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf", type=Path, required=True, help="directory of the HF checkpoint (safetensors)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or output of a training stage")
+    parser.add_argument("--tensor", type=_size, default=1, help="tensor-parallel size")
+    parser.add_argument("--pipeline", type=_size, default=1, help="pipeline-parallel size")
+    parser.add_argument("--expert", type=_size, default=1, help="expert-parallel size")
+    parser.add_argument("--prompts", type=Path, help="JSONL ({prompt, completions}) or a prompt in every line")
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="of logits, times the largest |logit| if that is above 1"
+    )
+    parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
+    arguments = parser.parse_args(argv)
+    return verify(
+        Verification(
+            hf=arguments.hf,
+            checkpoint=arguments.checkpoint,
+            parallel=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert),
+            tolerance=arguments.tolerance,
+            prompts=arguments.prompts,
+            tensors_only=arguments.tensors_only,
+        )
+    )
+
+
+def _size(text: str) -> int:
+    size = int(text)
+    if size < 1:
+        raise ValueError(text)
+    return size
+
+
+if __name__ == "__main__":
+    sys.exit(main())
