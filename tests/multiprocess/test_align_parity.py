@@ -44,6 +44,7 @@ from tests.reference.hf_names import to_hf
 from tests.reference.objective import LossKind, ReferenceGroup, align_loss, sft_loss
 from tests.reference.tiny_llama import save_hf, tiny_config, tiny_llama
 from tests.reference.training import Adam, StepResult, train, warmup_linear_rates
+from tests.reference.weights import perturbed
 
 LR, WARMUP, MIN_RATIO = 2e-3, 1, 0.1
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4, 2e-3 * LR

@@ -16,6 +16,7 @@ from exo_megatron.utils.files import read_json
 from tests.multiprocess.evaluate_checks import score
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.tiny_llama import EOS_ID, VOCAB_SIZE, save_hf, text, tiny_config, tiny_llama
+from tests.reference.weights import perturbed
 
 HERE = "tests.multiprocess.evaluate_checks"
 TEMPERATURE = 0.8

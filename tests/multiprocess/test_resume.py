@@ -22,6 +22,7 @@ from exo_megatron.checkpoint.tensors import StoredTensors
 from tests.multiprocess.align_case import MAX_TOKENS, objective, reward_groups, write_records
 from tests.multiprocess.harness import Check, Outcome, kill_group, run_checks, start_group, wait_group
 from tests.reference.tiny_llama import save_hf, tiny_config, tiny_llama
+from tests.reference.weights import perturbed
 
 STEPS = 15  # 9 groups, 2 per step: three epochs of 5 steps, the last of each with one group
 INTERVAL = 3
