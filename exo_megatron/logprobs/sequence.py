@@ -7,6 +7,7 @@ from torch import Tensor
 
 from exo_megatron.logprobs.vocab_parallel import VocabShard, sharded_logprobs
 from exo_megatron.models.layout import GroupLayout
+from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
 
 
@@ -15,7 +16,7 @@ def token_logprobs(
     weight: Tensor,
     layout: GroupLayout,
     *,
-    vocab_size: int,
+    spec: ModelSpec,
     temperature: float,
     chunk_rows: int,
     topology: Topology,
@@ -25,9 +26,16 @@ def token_logprobs(
     hidden [M, H]: what the last stage returned; weight [Vp/t, H]: its `output_weight()`.
     One all-gather of M + N floats over the tensor group.
     """
-    shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, vocab_size)
+    shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, spec.vocab_size)
     return sharded_logprobs(
-        hidden, weight, layout.token_row, layout.token_target, shard, temperature=temperature, chunk_rows=chunk_rows
+        hidden,
+        weight,
+        layout.token_row,
+        layout.token_target,
+        shard,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+        softcap=spec.logit_softcap,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from exo_megatron.models.products import multiplicand, product
+from exo_megatron.models.softcap import soft_cap_, soft_cap_slope
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ def sharded_logprobs(
     *,
     temperature: float,
     chunk_rows: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden W^T / temperature)[target] for N response tokens, differentiable.
+
+    softcap: logits become softcap * tanh(logits / softcap) before the temperature divides them.
 
     hidden [M, H], complete on every rank; weight [Vp/t, H], this rank's rows; token_row [N] int64 non-decreasing
     index into hidden; token_target [N] int64. Returns [N] fp32 (fp64 for fp64 hidden), equal on all ranks.
@@ -57,7 +61,8 @@ def sharded_logprobs(
     The inputs are not modified.
     """
     apply: Callable[..., Tensor] = _ShardedLogProbs.apply
-    return apply(hidden, weight, token_row, token_target, shard, temperature, chunk_rows)
+    head = _Head(shard, temperature, softcap)
+    return apply(hidden, weight, token_row, token_target, head, chunk_rows)
 
 
 class _ShardedLogProbs(torch.autograd.Function):
@@ -68,11 +73,10 @@ class _ShardedLogProbs(torch.autograd.Function):
         weight: Tensor,
         token_row: Tensor,
         token_target: Tensor,
-        shard: VocabShard,
-        temperature: float,
+        head: _Head,
         chunk_rows: int,
     ) -> Tensor:
-        projection = _Projection(weight, shard, temperature)
+        projection = _Projection(weight, head)
         lse = hidden.new_empty(hidden.shape[0], dtype=projection.dtype)
         target_logit = hidden.new_zeros(token_row.shape[0], dtype=projection.dtype)
         bounds = _chunk_bounds(token_row, hidden.shape[0], chunk_rows)
@@ -80,45 +84,65 @@ class _ShardedLogProbs(torch.autograd.Function):
             logits = projection.logits(hidden[rows])
             lse[rows] = logits.logsumexp(dim=-1)
             target_logit[tokens] = projection.pick(logits, token_row[tokens] - rows.start, token_target[tokens])
-        lse, target_logit = _combine(lse, target_logit, shard)
+        lse, target_logit = _combine(lse, target_logit, head.shard)
         ctx.save_for_backward(hidden, weight, token_row, token_target, lse)
-        ctx.shard, ctx.temperature, ctx.bounds = shard, temperature, bounds
+        ctx.head, ctx.bounds = head, bounds
         return target_logit - lse[token_row]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden, weight, token_row, token_target, lse = ctx.saved_tensors
-        projection = _Projection(weight, ctx.shard, ctx.temperature)
+        projection = _Projection(weight, ctx.head)
         grad = grads[0].to(projection.dtype)
         row_grad = torch.zeros_like(lse).index_add_(0, token_row, grad)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=projection.dtype, device=weight.device)
         for rows, tokens in ctx.bounds:
             # d logits = grad (onehot - softmax), summed over the tokens that a row predicts.
-            d_logits = projection.logits(hidden[rows]).sub_(lse[rows, None]).exp_().mul_(-row_grad[rows, None])
+            logits = projection.logits(hidden[rows])
+            slope = projection.slope(logits)
+            d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-row_grad[rows, None])
             projection.add_at(d_logits, token_row[tokens] - rows.start, token_target[tokens], grad[tokens])
-            d_logits.div_(ctx.temperature)
+            d_logits.mul_(slope)
             d_hidden[rows] = projection.times_weight(d_logits).to(hidden.dtype)
             projection.accumulate(d_weight, d_logits, hidden[rows])
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What turns products of hidden states and vocabulary rows into the logits of a softmax."""
+
+    shard: VocabShard
+    temperature: float
+    softcap: float | None
 
 
 class _Projection:
     """The vocabulary projection of one shard, accumulated in fp32 (fp64 for fp64); the weight is cast at most once."""
 
-    def __init__(self, weight: Tensor, shard: VocabShard, temperature: float) -> None:
+    def __init__(self, weight: Tensor, head: _Head) -> None:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.weight = multiplicand(weight.detach())
-        self.temperature = temperature
-        self.start = shard.start(weight.shape[0])
-        self.valid = shard.valid(weight.shape[0])
+        self.temperature = head.temperature
+        self.softcap = head.softcap
+        self.start = head.shard.start(weight.shape[0])
+        self.valid = head.shard.valid(weight.shape[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, H] -> [rows, Vp/t] logits over the temperature; padding has -inf."""
-        logits = product(hidden.to(self.weight.dtype), self.weight.t())
+        """[rows, H] -> [rows, Vp/t] capped logits over the temperature; padding has -inf."""
+        logits = soft_cap_(product(hidden.to(self.weight.dtype), self.weight.t()), self.softcap)
         logits.div_(self.temperature)
         logits[:, self.valid :] = float("-inf")
         return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of `logits` with respect to the products, [rows, Vp/t] (a number without a soft cap)."""
+        if self.softcap is None:
+            return 1 / self.temperature
+        slope = soft_cap_slope(logits * self.temperature, self.softcap).div_(self.temperature)
+        slope[:, self.valid :] = 0.0
+        return slope
 
     def times_weight(self, d_logits: Tensor) -> Tensor:
         """[rows, Vp/t] -> [rows, H] in fp32: the gradient of the hidden rows."""

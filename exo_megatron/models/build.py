@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import TopologyError
-from exo_megatron.models.attention import GroupAttention
-from exo_megatron.models.linear import LinearBackend, linear_backend
-from exo_megatron.models.norms import RMSNorm
+from exo_megatron.models.layers import ACTIVATIONS, block_spec
+from exo_megatron.models.linear import linear_backend
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
@@ -61,8 +53,9 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
     """
     check_topology(spec, tensor=topology.tensor_size, pipeline=topology.pipeline_size)
     config = transformer_config(spec, topology, compute)
-    layers = spec.layers // topology.pipeline_size
-    block = TransformerBlockSubmodules(layer_specs=[layer_spec(linear_backend())] * layers, layer_norm=RMSNorm)
+    per_stage = spec.layers // topology.pipeline_size
+    first = topology.pipeline_rank * per_stage
+    block = block_spec(spec, config, linear_backend(), range(first, first + per_stage))
     policy = PolicyModel(
         config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
     )
@@ -85,7 +78,7 @@ def _mark_tensor_parallel(policy: PolicyModel) -> None:
 
 
 def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> TransformerConfig:
-    """megatron-core's configuration of the Llama family at this topology."""
+    """megatron-core's configuration of the model at this topology."""
     dtype = DTYPES[compute.precision]
     settings: dict[str, object] = {
         "num_layers": spec.layers,
@@ -94,10 +87,11 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "num_attention_heads": spec.heads,
         "num_query_groups": spec.kv_heads,
         "kv_channels": spec.head_dim,
-        "normalization": "RMSNorm",
+        "normalization": "RMSNorm" if spec.norm == "rms" else "LayerNorm",
         "layernorm_epsilon": spec.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "qk_layernorm": spec.qk_norm,
+        "gated_linear_unit": spec.gated,
+        "activation_func": ACTIVATIONS[spec.activation],
         "add_bias_linear": spec.linear_bias,
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
@@ -115,7 +109,8 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "calculate_per_token_loss": True,
         "perform_initialization": False,
         "deallocate_pipeline_outputs": True,
-        "bias_activation_fusion": topology.device.type == "cuda",
+        # megatron-core's fused GELU is always the tanh approximation.
+        "bias_activation_fusion": topology.device.type == "cuda" and spec.gated and spec.activation == "silu",
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
@@ -123,27 +118,3 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         **_RECOMPUTE[compute.recompute],
     }
     return TransformerConfig(**settings)
-
-
-def layer_spec(linear: LinearBackend) -> ModuleSpec:
-    """A pre-norm decoder layer: RMSNorm, self attention over candidate groups, RMSNorm, gated feed-forward."""
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=linear.column_parallel_linear(),
-            core_attention=GroupAttention,
-            linear_proj=linear.row_parallel_linear(),
-        ),
-    )
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=linear),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import kernels_for, segment_pass
+from exo_megatron.models.attention_kernels import ScoreRule, kernels_for, segment_pass
 from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.models.products import product
+from exo_megatron.models.softcap import soft_cap_
 
 
 class KvCache:
@@ -79,7 +80,7 @@ class _ActiveRows:
     Rows are arranged in a grid of `prompts` x `lanes`, a line per prompt slot: `grid_rows` [prompts * lanes] is the
     row at each place (0 where none), `row_places` [m] the place of each row.
     prompt_bias [prompts, 1, longest prompt] and own_bias [m, 1, longest candidate], fp32: 0 on stored tokens, -inf
-    behind them.
+    behind them. positions [m] int64: of the rows' tokens; longest: the largest of them plus 1.
     """
 
     prompts: int
@@ -90,6 +91,8 @@ class _ActiveRows:
     row_places: Tensor
     prompt_bias: Tensor
     own_bias: Tensor
+    positions: Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -131,27 +134,32 @@ class DecodeLayout:
         """Longest sequence in the cache, prompt and generated tokens."""
         return self.longest
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, rule: ScoreRule) -> Tensor:
         """Store the row's keys and values in the cache of layer `layer_number` and attend.
 
-        query [S, 1, hq, d]; key, value [S, 1, hkv, d], rotated, hq a multiple of hkv (query head h reads KV head
-        h // (hq / hkv)). Returns [S, 1, hq * d] in the dtype of query; padding rows are zero. Local to the rank.
+        query [S, hq, d]; key, value [S, hkv, d], rotated, hq a multiple of hkv (query head h reads KV head
+        h // (hq / hkv)). Returns [S, hq, d] in the dtype of query; padding rows are zero. Local to the rank.
         Softmax and the sums of the cached part are in fp32.
         """
         layer = self.cache.layer_index[layer_number]
-        q, k, v = query[:, 0], key[:, 0], value[:, 0]
         parts: list[Tensor] = []
         done = 0
         if self.active is not None:
             done = self.active.rows.shape[0]
-            parts.append(_attend_cached(q[:done], k[:done], v[:done], self.cache, layer, self.active, scale))
+            own = (query[:done], key[:done], value[:done])
+            parts.append(_attend_cached(*own, self.cache, layer, self.active, rule))
         if self.prefill is not None:
             end = done + self.prefill.slots.shape[0]
-            parts.append(_attend_prompts(q[done:end], k[done:end], v[done:end], self.cache, layer, self.prefill, scale))
+            own = (query[done:end], key[done:end], value[done:end])
+            parts.append(_attend_prompts(*own, self.cache, layer, self.prefill, rule))
             done = end
         if done < self.row_length:
-            parts.append(q.new_zeros(self.row_length - done, *q.shape[1:]))
-        return torch.cat(parts).reshape(self.row_length, 1, -1)
+            parts.append(query.new_zeros(self.row_length - done, *query.shape[1:]))
+        return torch.cat(parts)
+
+
+Layout = GroupLayout | DecodeLayout
+"""What travels through megatron-core's forward pass as `packed_seq_params`."""
 
 
 def build_decode_layout(
@@ -221,6 +229,7 @@ def _active_rows(
     stored = int64([prompt_lengths[slot] for slot in range(prompts)])
     longest_prompt = max(prompt_lengths[slot] for slot in range(prompts))
     own_index = int64([cached for _, _, cached in active])
+    positions = [prompt_lengths[slot] + cached for _, slot, cached in active]
     longest_own = 1 + max(cached for _, _, cached in active)
     return _ActiveRows(
         prompts=prompts,
@@ -231,6 +240,8 @@ def _active_rows(
         row_places=int64(row_places),
         prompt_bias=_length_bias(stored, longest_prompt),
         own_bias=_length_bias(own_index + 1, longest_own),
+        positions=int64(positions),
+        longest=1 + max(positions),
     )
 
 
@@ -240,8 +251,28 @@ def _length_bias(lengths: Tensor, longest: int) -> Tensor:
     return torch.zeros(beyond.shape, device=lengths.device).masked_fill_(beyond, float("-inf"))[:, None, :]
 
 
+def _biases(active: _ActiveRows, shared: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """The biases of prompts and of candidates, with -inf on what each row's window has left behind.
+
+    With a window that is shorter than the texts the first has a line per query: [prompts, lanes * shared, longest
+    prompt], as the lanes of a prompt are at different positions. shared: query heads per KV head.
+    """
+    if window is None or active.longest <= window:
+        return active.prompt_bias, active.own_bias
+    first = (active.positions - window + 1).unsqueeze(1)  # the first position that a row sees
+    on_grid = first[active.grid_rows].view(active.prompts, active.lanes, 1).repeat_interleave(shared, dim=1)
+    prompt_length = (active.positions - active.own_index).unsqueeze(1)
+    on_own = (first - prompt_length).unsqueeze(1)
+
+    def hide(bias: Tensor, first: Tensor) -> Tensor:
+        places = torch.arange(bias.shape[-1], device=bias.device)
+        return bias.masked_fill(places < first, float("-inf"))
+
+    return hide(active.prompt_bias, on_grid), hide(active.own_bias, on_own)
+
+
 def _attend_cached(
-    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, active: _ActiveRows, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, active: _ActiveRows, rule: ScoreRule
 ) -> Tensor:
     """One query per candidate over its prompt's cache and its own, one softmax over both: [m, hq, d].
 
@@ -255,19 +286,20 @@ def _attend_cached(
     own_values[active.rows, :, active.own_index] = v
 
     grouped = q.reshape(rows, kv_heads, shared, head_dim)
-    own_length = active.own_bias.shape[-1]
-    own = _weigh(grouped, own_keys[:rows, :, :own_length], own_values[:rows, :, :own_length], active.own_bias, scale)
+    prompt_bias, own_bias = _biases(active, shared, rule.window)
+    own_length = own_bias.shape[-1]
+    own = _weigh(grouped, own_keys[:rows, :, :own_length], own_values[:rows, :, :own_length], own_bias, rule)
 
     lines, lanes = active.prompts, active.lanes
     grid = grouped[active.grid_rows].view(lines, lanes, kv_heads, shared, head_dim).transpose(1, 2)
     grid = grid.reshape(lines, kv_heads, lanes * shared, head_dim)
-    length = active.prompt_bias.shape[-1]
+    length = prompt_bias.shape[-1]
     on_prompt = _weigh(
         grid,
         cache.prompt_keys[layer, :lines, :, :length],
         cache.prompt_values[layer, :lines, :, :length],
-        active.prompt_bias,
-        scale,
+        prompt_bias,
+        rule,
     )
 
     def to_rows(part: Tensor) -> Tensor:
@@ -282,16 +314,18 @@ def _attend_cached(
     return merged.reshape(rows, query_heads, head_dim).to(q.dtype)
 
 
-def _weigh(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Unnormalised attention of [n, h, r, d] queries over [n, h, l, d] keys and values; bias [n, 1, l].
+def _weigh(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rule: ScoreRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unnormalised attention of [n, h, r, d] queries over [n, h, l, d] keys and values; bias [n, 1 or r, l].
 
     Returns fp32 sum_j e_j v_j [n, h, r, d], the maximum score [n, h, r, 1] and sum_j e_j [n, h, r, 1], where
-    e_j = exp(score_j - maximum).
+    e_j = exp(score_j - maximum). A query that sees no key has the smallest number as its maximum and sums of 0.
     """
     lines, heads = queries.shape[:2]
     scores = product(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    scores = scores.view(lines, heads, *scores.shape[1:]).mul_(scale).add_(bias[:, None])
-    maxima = scores.amax(-1, keepdim=True)
+    scores = soft_cap_(scores.view(lines, heads, *scores.shape[1:]).mul_(rule.scale), rule.softcap).add_(bias[:, None])
+    maxima = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     exponentials = scores.sub_(maxima).exp_()
     weights = exponentials.sum(-1, keepdim=True)
     sums = product(exponentials.flatten(0, 1).to(values.dtype), values.flatten(0, 1))
@@ -299,10 +333,11 @@ def _weigh(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: f
 
 
 def _attend_prompts(
-    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, prefill: _PrefillRows, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, prefill: _PrefillRows, rule: ScoreRule
 ) -> Tensor:
     """Causal attention inside each admitted prompt, and its keys and values into the cache: [p, hq, d]."""
     cache.prompt_keys[layer][prefill.slots, :, prefill.places] = k
     cache.prompt_values[layer][prefill.slots, :, prefill.places] = v
-    output, _ = kernels_for(q).forward(q, k, v, segment_pass(prefill.prompts), scale)
+    prompts = segment_pass(prefill.prompts)
+    output, _ = kernels_for(q, prompts, rule).forward(q, k, v, prompts, rule)
     return output

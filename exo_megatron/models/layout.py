@@ -51,7 +51,8 @@ class GroupLayout:
     (the last prompt row serves the first token of all K candidates). Response token n, counted in row order of the
     row that predicts it, has `token_row[n]` (index into predict_rows, non-decreasing), `token_target[n]` (id) and
     `token_candidate[n]` (0..C-1). `token_order[n]` is its place in natural order: candidate after candidate, first
-    token to last. `candidate_lengths` [C] int64; `group_sizes` are the K of each group.
+    token to last. `candidate_lengths` [C] int64; `last_rows` [C] int64 are the rows of the candidates' last tokens;
+    `group_sizes` are the K of each group.
     """
 
     groups: tuple[GroupSpan, ...]
@@ -70,6 +71,7 @@ class GroupLayout:
     token_candidate: Tensor
     token_order: Tensor
     candidate_lengths: Tensor
+    last_rows: Tensor
     group_sizes: tuple[int, ...]
     # What megatron-core reads from packed_seq_params; any format but "thd" passes through to core attention.
     qkv_format: str = "candidate_groups"
@@ -116,6 +118,7 @@ def build_layout(
     predict_rows: list[int] = []
     tokens: list[tuple[int, int, int, int]] = []  # predicting row (index), target, candidate, natural order
     candidate_lengths: list[int] = []
+    last_rows: list[int] = []
     for prompt, responses in zip(prompts, candidates, strict=True):
         groups.append(GroupSpan(len(ids), len(prompt), tuple(len(response) for response in responses)))
         ids.extend(prompt)
@@ -131,6 +134,7 @@ def build_layout(
                 tokens.append((len(predict_rows), response[t], candidate, natural + t))
                 predict_rows.append(len(ids) + t - 1)
             ids.extend(response)
+            last_rows.append(len(ids) - 1)
             positions.extend(range(len(prompt), len(prompt) + len(response)))
             segments.append(len(response))
             candidate_lengths.append(len(response))
@@ -164,5 +168,6 @@ def build_layout(
         token_candidate=int64([token[2] for token in tokens]),
         token_order=int64([token[3] for token in tokens]),
         candidate_lengths=int64(candidate_lengths),
+        last_rows=int64(last_rows),
         group_sizes=tuple(len(g.response_lengths) for g in groups),
     )

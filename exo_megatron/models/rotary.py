@@ -1,24 +1,71 @@
-"""Rotary position angles by position id, with the frequency scalings that HF's Llama family uses."""
+"""Rotary position embedding by position id, with the frequency scalings of HF's `ROPE_INIT_FUNCTIONS`."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from exo_megatron.models.spec import ModelSpec, RotaryScaling
+from exo_megatron.models.spec import Rotary, RotaryScaling
 
 
-def inverse_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
-    """[head_dim / 2] fp32: base^(-2i/d), scaled as `spec.rotary_scaling` says (HF `ROPE_INIT_FUNCTIONS`)."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
-    frequencies = 1.0 / (spec.rotary_base**exponents)
-    if spec.rotary_scaling is None:
+@dataclass(frozen=True)
+class RotaryTable:
+    """The frequencies of one layer ([dim / 2] fp32) and how they are applied; see spec.Rotary."""
+
+    frequencies: Tensor
+    attention_factor: float
+    interleaved: bool
+
+    def rotate(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """query [S, hq, d] and key [S, hkv, d], both rotated by position_ids [S]; the dtype stays.
+
+        Cosines and sines are computed in fp32 and rounded to the dtype of the heads, as HF does.
+        """
+        angles = position_ids.to(torch.float32).outer(self.frequencies)
+        cos, sin = (
+            (part * self.attention_factor).to(query.dtype).unsqueeze(1) for part in (angles.cos(), angles.sin())
+        )
+        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+
+    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        dim = 2 * self.frequencies.shape[0]
+        rotated, rest = heads[..., :dim], heads[..., dim:]
+        first, second = (rotated[..., 0::2], rotated[..., 1::2]) if self.interleaved else rotated.chunk(2, dim=-1)
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def rotary_table(rotary: Rotary, *, local: bool, device: torch.device) -> RotaryTable:
+    """The table of a layer. local: whether it has a window, which gives it `rotary.local_base` where there is one."""
+    if local and rotary.local_base is not None:
+        frequencies = _unscaled(rotary.local_base, rotary.dim, device)
+        return RotaryTable(frequencies, 1.0, rotary.interleaved)
+    factor = rotary.scaling.attention_factor if rotary.scaling is not None else 1.0
+    return RotaryTable(inverse_frequencies(rotary, device), factor, rotary.interleaved)
+
+
+def inverse_frequencies(rotary: Rotary, device: torch.device) -> Tensor:
+    """[dim / 2] fp32: base^(-2i/dim), scaled as `rotary.scaling` says."""
+    frequencies = _unscaled(rotary.base, rotary.dim, device)
+    scaling = rotary.scaling
+    if scaling is None:
         return frequencies
-    if spec.rotary_scaling.kind == "linear":
-        return frequencies / spec.rotary_scaling.factor
-    return _llama3_scaled(frequencies, spec.rotary_scaling)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        return _llama3_scaled(frequencies, scaling)
+    if scaling.kind == "yarn":
+        return _yarn_scaled(frequencies, rotary.base, scaling)
+    return frequencies / torch.tensor(scaling.frequency_divisors, dtype=torch.float32, device=device)
+
+
+def _unscaled(base: float, dim: int, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    return 1.0 / (base**exponents)
 
 
 def _llama3_scaled(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
@@ -35,7 +82,18 @@ def _llama3_scaled(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
     return torch.where(medium, smoothed, scaled)
 
 
-def rotary_angles(position_ids: Tensor, frequencies: Tensor) -> Tensor:
-    """Angles as megatron-core's attention takes them. position_ids [S], frequencies [d/2] -> [S, 1, 1, d] fp32."""
-    half = position_ids.to(torch.float32).outer(frequencies)
-    return torch.cat((half, half), dim=-1)[:, None, None, :]
+def _yarn_scaled(frequencies: Tensor, base: float, scaling: RotaryScaling) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): few turns over the trained length divided by factor, many turns kept."""
+    dim = 2 * frequencies.shape[0]
+
+    def place_of(turns: float) -> float:
+        """Index of the pair that makes this many turns over the trained length."""
+        return dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = place_of(scaling.beta_fast), place_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    places = torch.arange(dim // 2, dtype=torch.float32, device=frequencies.device)
+    divided = ((places - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies / scaling.factor * divided + frequencies * (1 - divided)

@@ -10,22 +10,59 @@ VOCABULARY_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, so that the stored shape is the same for every usual TP."""
 
 
-class RotaryScaling(BaseModel):
-    """Rotary frequency scaling. `llama3` uses all fields, `linear` only `factor`."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+
+class RotaryScaling(_Part):
+    """Rotary frequency scaling, with the names of HF's `ROPE_INIT_FUNCTIONS`. Each kind reads its own fields:
+
+    linear: factor. llama3: factor, low_freq_factor, high_freq_factor, original_max_positions. yarn: factor,
+    beta_fast, beta_slow, truncate, original_max_positions. longrope: frequency_divisors [dim / 2].
+    attention_factor multiplies cosines and sines (yarn, longrope).
+    """
+
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    frequency_divisors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
 
-class ModelSpec(BaseModel):
+class Rotary(_Part):
+    """Rotary position embedding of the first `dim` elements of every head.
+
+    interleaved: elements 2i and 2i + 1 are a pair (GLM); else i and i + dim / 2 (most others).
+    local_base: base of the layers that have a window, which are then not scaled (Gemma 3); None: as the others.
+    """
+
+    base: float
+    dim: int
+    interleaved: bool = False
+    scaling: RotaryScaling | None = None
+    local_base: float | None = None
+
+
+class Experts(_Part):
+    """A mixture of experts in place of every feed-forward block.
+
+    Of `count` experts each token uses the `per_token` with the largest softmax router probability, weighted by it.
+    normalized: these weights are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int
+    normalized: bool
+
+
+class ModelSpec(_Part):
     """A decoder-only transformer. Stored as `model.json` in every distributed checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
     layers: int
@@ -36,14 +73,47 @@ class ModelSpec(BaseModel):
     head_dim: int
     vocab_size: int
     max_positions: int
+
     norm_epsilon: float
-    rotary_base: float
-    rotary_scaling: RotaryScaling | None = None
-    tied_embeddings: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
+    post_norms: bool = False
+    """Output of attention and of the feed-forward block is normalised before it is added (Gemma, GLM-4-0414)."""
+    qk_norm: bool = False
+    """Every query and key head is normalised before the rotary embedding (Qwen 3, Gemma 3)."""
+    parallel_residual: bool = False
+    """Attention and feed-forward block both read the layer's input (GPT-NeoX)."""
+
+    rotary: Rotary | None
+    """None: learned positions (GPT-2)."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True
     qkv_bias: bool = False
     linear_bias: bool = False
+    """Biases of the attention output and of the feed-forward linears."""
+    tied_embeddings: bool = False
+    embedding_scale: float | None = None
+    """Embeddings are multiplied by this, rounded to their type (Gemma)."""
+
+    attention_scale: float | None = None
+    """Scores are multiplied by this; None: head_dim^-1/2."""
+    attention_softcap: float | None = None
+    """Scores s become c tanh(s / c) (Gemma 2)."""
+    logit_softcap: float | None = None
+    """Logits z become c tanh(z / c) (Gemma 2)."""
+    windows: tuple[int | None, ...] = ()
+    """Per layer: how many tokens a token sees, itself included; None: all before it. Empty: None for every layer."""
+
+    experts: Experts | None = None
+    labels: int | None = None
+    """A reward model or classifier with this many outputs instead of the vocabulary; None: a language model."""
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding matrix: vocab_size rounded up to a multiple of VOCABULARY_MULTIPLE."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    def window(self, layer: int) -> int | None:
+        """Window of a layer, counted from 0 over all pipeline stages."""
+        return self.windows[layer] if self.windows else None

@@ -48,7 +48,7 @@ def candidate_logprobs(
     totals = torch.zeros(starts[-1], dtype=torch.float64, device=topology.device)
     with forward_only(model):
         for step, indices in enumerate(plan[topology.data_rank]):
-            if indices:
+            if indices or topology.shares_experts:  # equally many rows on every data rank, some of padding only
                 sums = _row_logprobs(model, spec, topology, [groups[i] for i in indices], compute, temperature)
                 places = [place for i in indices for place in range(starts[i], starts[i + 1])]
                 if sums is not None:
@@ -81,7 +81,7 @@ def _row_logprobs(
         hidden,
         model.output_weight(),
         layout,
-        vocab_size=spec.vocab_size,
+        spec=spec,
         temperature=temperature,
         chunk_rows=compute.logprob_chunk_rows,
         topology=topology,

@@ -87,7 +87,7 @@ def _forward_step(
         output,
         trainee.policy.output_weight(),
         layout,
-        vocab_size=trainee.spec.vocab_size,
+        spec=trainee.spec,
         temperature=objective.temperature,
         chunk_rows=trainee.compute.logprob_chunk_rows,
         topology=trainee.topology,

@@ -13,6 +13,7 @@ from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.logprobs.sequence import token_logprobs
 from exo_megatron.models.layout import build_layout
+from exo_megatron.models.softcap import soft_cap_
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.pipeline import forward_only, run_stage
@@ -53,12 +54,12 @@ def logits_of_groups(
             hidden = run_stage(model, layout, topology)
             if hidden is None:
                 return None
-            logits = hidden @ model.output_weight().t()
+            logits = soft_cap_(hidden @ model.output_weight().t(), spec.logit_softcap)
             logprobs = token_logprobs(
                 hidden,
                 model.output_weight(),
                 layout,
-                vocab_size=spec.vocab_size,
+                spec=spec,
                 temperature=TEMPERATURE,
                 chunk_rows=7,
                 topology=topology,

@@ -19,7 +19,7 @@ from exo_megatron.data.groups import Group
 from exo_megatron.errors import ExoError
 from exo_megatron.models.build import build_policy
 from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.engine import GeneratedGroup
@@ -48,7 +48,9 @@ def spec_of(config: LlamaConfig) -> ModelSpec:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
-        rotary_base=config.rope_parameters["rope_theta"],
+        rotary=Rotary(
+            base=config.rope_parameters["rope_theta"], dim=config.hidden_size // config.num_attention_heads
+        ),
         tied_embeddings=config.tie_word_embeddings,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from exo_megatron.conversion.hf_config import HfConfig, read_rotary
 from exo_megatron.conversion.rules import Family, TensorRule
 from exo_megatron.conversion.transforms import Transform, grouped_qkv, padded_rows, same, stacked_rows
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import ModelSpec, Rotary
 
 _HF = "model.layers.{0}"
 _MEGATRON = "decoder.layers"
@@ -42,8 +42,7 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelSpec:
         vocab_size=config.integer("vocab_size"),
         max_positions=config.integer("max_position_embeddings", 2048),
         norm_epsilon=config.number("rms_norm_eps", 1e-6),
-        rotary_base=base,
-        rotary_scaling=scaling,
+        rotary=Rotary(base=base, dim=config.integer("head_dim", hidden // heads), scaling=scaling),
         tied_embeddings=config.flag("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         linear_bias=mlp_bias,

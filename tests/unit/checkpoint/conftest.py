@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from exo_megatron.checkpoint.save import save_checkpoint
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 
 SPEC = ModelSpec(
@@ -25,7 +25,7 @@ SPEC = ModelSpec(
     vocab_size=5,
     max_positions=16,
     norm_epsilon=1e-5,
-    rotary_base=1e4,
+    rotary=Rotary(base=1e4, dim=4),
 )
 
 Saver = Callable[..., Path]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from exo_megatron.conversion.families import find_family
 from exo_megatron.errors import CheckpointError
-from exo_megatron.models.spec import ModelSpec, RotaryScaling
+from exo_megatron.models.spec import ModelSpec, Rotary, RotaryScaling
 
 WHERE = "hf/config.json"
 SIZES = {
@@ -50,7 +50,7 @@ def test_defaults_are_those_of_transformers() -> None:
         vocab_size=101,
         max_positions=2048,
         norm_epsilon=1e-6,
-        rotary_base=10000.0,
+        rotary=Rotary(base=10000.0, dim=8),
     )
 
 
@@ -83,7 +83,7 @@ def test_every_key_counts() -> None:
 )  # fmt: skip
 def test_rotary_of_transformers_4_and_5(rope: dict[str, Any], base: float, scaling: RotaryScaling | None) -> None:
     spec = read(**rope)
-    assert (spec.rotary_base, spec.rotary_scaling) == (base, scaling)
+    assert spec.rotary == Rotary(base=base, dim=8, scaling=scaling)
 
 
 @pytest.mark.parametrize(

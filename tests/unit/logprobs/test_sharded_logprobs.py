@@ -30,23 +30,34 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
 
 
-def expected(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden @ weight[:VOCAB].t() / TEMPERATURE
+def expected(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+    logits = hidden @ weight[:VOCAB].t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / TEMPERATURE
     return torch.log_softmax(logits[TOKEN_ROW], dim=-1).gather(-1, TOKEN_TARGET[:, None])[:, 0]
 
 
-def actual(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
+def actual(hidden: Tensor, weight: Tensor, chunk_rows: int, softcap: float | None = None) -> Tensor:
     return sharded_logprobs(
-        hidden, weight, TOKEN_ROW, TOKEN_TARGET, SHARD, temperature=TEMPERATURE, chunk_rows=chunk_rows
+        hidden,
+        weight,
+        TOKEN_ROW,
+        TOKEN_TARGET,
+        SHARD,
+        temperature=TEMPERATURE,
+        chunk_rows=chunk_rows,
+        softcap=softcap,
     )
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
-def test_values_and_gradients(chunk_rows: int) -> None:
+def test_values_and_gradients(chunk_rows: int, softcap: float | None) -> None:
     hidden, weight = inputs()
     other_hidden, other_weight = inputs()
     upstream = torch.linspace(-1.0, 2.0, len(TOKEN_ROW), dtype=torch.float64)
-    ours, theirs = actual(hidden, weight, chunk_rows), expected(other_hidden, other_weight)
+    ours, theirs = actual(hidden, weight, chunk_rows, softcap), expected(other_hidden, other_weight, softcap)
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
     ours.backward(upstream)
     theirs.backward(upstream)
@@ -58,6 +69,7 @@ def test_values_and_gradients(chunk_rows: int) -> None:
 def test_finite_differences() -> None:
     hidden, weight = inputs()
     assert torch.autograd.gradcheck(lambda h, w: actual(h, w, 2), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: actual(h, w, 2, 1.5), (hidden, weight))
 
 
 def test_by_hand() -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from exo_megatron.models.attention import group_attention
-from exo_megatron.models.attention_kernels import BatchedKernels, plain_backward, plain_forward
+from exo_megatron.models.attention_kernels import BatchedKernels, PlainKernel, ScoreRule
 from exo_megatron.models.layout import GroupLayout, build_layout
 
-SCALE = 0.37  # not 1/sqrt(d), so that an ignored scale is seen
+RULE = ScoreRule(scale=0.37)  # not 1/sqrt(d), so that an ignored scale is seen
 
 RAGGED = ([(5, (3, 7, 1, 3)), (1, (4,)), (9, (2, 2, 6)), (2, (1, 1))], 8)
 LAYOUTS = {
@@ -46,11 +46,13 @@ def visible(groups: list[tuple[int, tuple[int, ...]]], row_length: int) -> Tenso
     return mask
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rule: ScoreRule) -> Tensor:
     """[S, hq, d] softmax attention with each key/value head repeated for its consecutive query heads."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
+    scores = torch.einsum("qhd,khd->hqk", query, key) * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value)
 
@@ -61,15 +63,26 @@ def random_qkv(rows: int, heads: int, kv_heads: int, dtype: torch.dtype, device:
     return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
 
 
+def in_window(layout: GroupLayout, window: int | None) -> Tensor:
+    """[S, S] whether the key's position is one of the `window` last ones up to the query's."""
+    positions = layout.position_ids.cpu()
+    return positions[:, None] - positions < (window or layout.row_length)
+
+
 def compare(
-    groups: list[tuple[int, tuple[int, ...]]], layout: GroupLayout, qkv: list[Tensor], tolerance: float
+    groups: list[tuple[int, tuple[int, ...]]],
+    layout: GroupLayout,
+    qkv: list[Tensor],
+    tolerance: float,
+    rule: ScoreRule = RULE,
 ) -> None:
     """Output and the gradients of q, k, v for a random upstream gradient; error relative to the largest entry."""
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in qkv]
-    expected = dense_attention(*exact, visible(groups, layout.row_length))
+    mask = visible(groups, layout.row_length) & in_window(layout, rule.window)
+    expected = dense_attention(*exact, mask, rule)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     expected.backward(upstream)
-    output = group_attention(*qkv, layout, SCALE)
+    output = group_attention(*qkv, layout, rule)
     output.backward(upstream.to(output.device, output.dtype))
     pairs = {"output": (output, expected)}
     pairs |= {name: (ours.grad, theirs.grad) for name, ours, theirs in zip("qkv", qkv, exact, strict=True)}
@@ -112,7 +125,7 @@ def test_inputs_are_not_modified() -> None:
     qkv = random_qkv(layout.row_length, 4, 2, torch.float32)
     before = [tensor.detach().clone() for tensor in qkv]
     upstream = torch.ones(layout.row_length, 4, 16)
-    group_attention(*qkv, layout, SCALE).backward(upstream)
+    group_attention(*qkv, layout, RULE).backward(upstream)
     assert all(torch.equal(tensor, old) for tensor, old in zip(qkv, before, strict=True))
     assert torch.equal(upstream, torch.ones_like(upstream))
 
@@ -126,8 +139,8 @@ def test_other_groups_and_candidates_do_not_leak() -> None:
     rows = slice(8, 15)  # the second candidate of the first group: prompt 0..4, y_1 5..7, y_2 8..14
     for tensor in changed:
         tensor[rows] += 1.0
-    before = group_attention(*qkv, layout, SCALE)
-    after = group_attention(*changed, layout, SCALE)
+    before = group_attention(*qkv, layout, RULE)
+    after = group_attention(*changed, layout, RULE)
     others = torch.ones(layout.row_length, dtype=torch.bool)
     others[rows] = False
     assert torch.equal(before[others], after[others])
@@ -136,10 +149,30 @@ def test_other_groups_and_candidates_do_not_leak() -> None:
 
 def test_plain_kernels_equal_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix-product kernels that fp32 uses on CUDA."""
-    kernels = BatchedKernels(plain_forward, plain_backward)
-    monkeypatch.setattr("exo_megatron.models.attention.kernels_for", lambda query: kernels)
+    kernels = BatchedKernels(PlainKernel())
+    monkeypatch.setattr("exo_megatron.models.attention.kernels_for", lambda query, which, rule: kernels)
     layout = make_layout(*RAGGED)
     compare(RAGGED[0], layout, random_qkv(layout.row_length, 6, 2, torch.float64), 1e-13)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("window", "softcap"),
+    [(2, None), (4, None), (9, None), (10, None), (11, None), (50, None), (None, 1.5), (3, 1.5)],
+)
+def test_windows_and_soft_caps(name: str, window: int | None, softcap: float | None) -> None:
+    """Windows that end inside a response, inside its prompt, between them, and beyond: RAGGED's texts have 6 to 15."""
+    groups, multiple = LAYOUTS[name]
+    layout = make_layout(groups, multiple)
+    rule = ScoreRule(0.37, softcap, window)
+    compare(groups, layout, random_qkv(layout.row_length, 6, 2, torch.float64), 1e-13, rule)
+
+
+def test_windows_in_bf16() -> None:
+    """Scores and their sums are not rounded to bf16."""
+    layout = make_layout(*RAGGED)
+    rule = ScoreRule(0.37, 5.0, 4)
+    compare(RAGGED[0], layout, random_qkv(layout.row_length, 4, 2, torch.bfloat16), 2e-2, rule)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

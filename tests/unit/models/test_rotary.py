@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from exo_megatron.models.rotary import inverse_frequencies, rotary_angles
-from exo_megatron.models.spec import ModelSpec, RotaryScaling
+from exo_megatron.models.rotary import RotaryTable, rotary_table
+from exo_megatron.models.spec import Rotary, RotaryScaling
 
 CPU = torch.device("cpu")
+YARN = RotaryScaling(kind="yarn", factor=4.0, original_max_positions=32768, attention_factor=0.1 * math.log(4.0) + 1.0)
+DIVISORS = tuple(1 + 0.05 * i for i in range(64))
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -20,23 +23,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-def spec(base: float, scaling: RotaryScaling | None) -> ModelSpec:
-    return ModelSpec(
-        family="llama",
-        layers=2,
-        hidden_size=512,
-        ffn_hidden_size=1024,
-        heads=4,
-        kv_heads=2,
-        head_dim=128,
-        vocab_size=101,
-        max_positions=131072,
-        norm_epsilon=1e-5,
-        rotary_base=base,
-        rotary_scaling=scaling,
-    )
 
 
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
@@ -58,6 +44,32 @@ def spec(base: float, scaling: RotaryScaling | None) -> ModelSpec:
                 "original_max_position_embeddings": 4096,
             },
         ),
+        (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+        (
+            YARN.model_copy(update={"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0}),
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "truncate": False,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            },
+        ),
+        (
+            RotaryScaling(
+                kind="longrope",
+                frequency_divisors=DIVISORS,
+                attention_factor=math.sqrt(1 + math.log(32) / math.log(4096)),
+            ),
+            {
+                "rope_type": "longrope",
+                "short_factor": DIVISORS,
+                "long_factor": [9.0] * 64,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+            },
+        ),
     ],
 )
 def test_frequencies(base: float, scaling: RotaryScaling | None, parameters: dict[str, Any]) -> None:
@@ -68,12 +80,36 @@ def test_frequencies(base: float, scaling: RotaryScaling | None, parameters: dic
         rope_parameters={"rope_theta": base, **parameters},
     )
     theirs = LlamaRotaryEmbedding(config)
-    assert theirs.attention_scaling == 1.0
-    torch.testing.assert_close(inverse_frequencies(spec(base, scaling), CPU), theirs.inv_freq, rtol=1e-6, atol=0.0)
+    ours = rotary_table(Rotary(base=base, dim=128, scaling=scaling), local=False, device=CPU)
+    assert ours.attention_factor == pytest.approx(theirs.attention_scaling)
+    torch.testing.assert_close(ours.frequencies, theirs.inv_freq, rtol=1e-6, atol=0.0)
 
 
-def test_angles_follow_position_ids_not_rows() -> None:
+def test_layers_with_a_window_may_have_another_base() -> None:
+    rotary = Rotary(base=1e6, dim=8, scaling=RotaryScaling(kind="linear", factor=8.0), local_base=1e4)
+    local = rotary_table(rotary, local=True, device=CPU)
+    torch.testing.assert_close(local.frequencies, 1e4 ** -(torch.arange(0, 8, 2) / 8))
+    torch.testing.assert_close(
+        rotary_table(rotary, local=False, device=CPU).frequencies, 1e6 ** -(torch.arange(0, 8, 2) / 8) / 8
+    )
+    plain = rotary.model_copy(update={"local_base": None})
+    assert torch.equal(
+        rotary_table(plain, local=True, device=CPU).frequencies,
+        rotary_table(plain, local=False, device=CPU).frequencies,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_by_hand(interleaved: bool) -> None:
+    """Pairs as complex numbers, turned by exp(i * position * frequency) and scaled; elements beyond `dim` stay."""
     frequencies = torch.tensor([1.0, 0.5])
-    angles = rotary_angles(torch.tensor([0, 3, 3, 1]), frequencies)
-    assert angles.shape == (4, 1, 1, 4) and angles.dtype == torch.float32
-    assert angles[:, 0, 0].tolist() == [[0.0] * 4, [3.0, 1.5] * 2, [3.0, 1.5] * 2, [1.0, 0.5] * 2]
+    table = RotaryTable(frequencies, 1.25, interleaved)
+    query = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([0, 3, 3, 1])
+    ours, key = table.rotate(query, query[:, :1], positions)
+    first, second = ([0, 2], [1, 3]) if interleaved else ([0, 1], [2, 3])
+    turns = torch.polar(torch.full((4, 2), 1.25), positions[:, None] * frequencies)[:, None]
+    turned = torch.complex(query[..., first], query[..., second]) * turns
+    torch.testing.assert_close(ours[..., first], turned.real)
+    torch.testing.assert_close(ours[..., second], turned.imag)
+    assert torch.equal(ours[..., 4:], query[..., 4:]) and torch.equal(key, ours[:, :1])

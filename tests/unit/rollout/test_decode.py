@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from exo_megatron.models.attention_kernels import ScoreRule
 from exo_megatron.models.decode import KvCache, build_decode_layout
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 LAYERS = (3, 4)  # a later pipeline stage's numbers
-SCALE = 0.3
+PLAIN = ScoreRule(scale=0.3)
 
 
 def make_cache(dtype: torch.dtype = torch.float32) -> KvCache:
@@ -30,26 +31,30 @@ def make_cache(dtype: torch.dtype = torch.float32) -> KvCache:
 class Sequences:
     """Keys and values of every token fed so far, by sequence; the expected result of one query."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, rule: ScoreRule = PLAIN) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
+        self.rule = rule
         self.stored: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def rows(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         def draw(heads: int) -> Tensor:
-            return (torch.randn(count, 1, heads, DIM, generator=self.generator) * 2).to(self.dtype)
+            return (torch.randn(count, heads, DIM, generator=self.generator) * 2).to(self.dtype)
 
         return draw(HEADS), draw(KV_HEADS), draw(KV_HEADS)
 
     def expected(self, query: Tensor, keys: list[tuple[Tensor, Tensor]]) -> Tensor:
+        keys = keys[-self.rule.window :] if self.rule.window is not None else keys
         k = torch.stack([key for key, _ in keys]).double()
         v = torch.stack([value for _, value in keys]).double()
         out = []
         for head in range(HEADS):
             kv = head // (HEADS // KV_HEADS)
-            weights = (k[:, kv] @ query[head].double() * SCALE).softmax(0)
-            out.append(weights @ v[:, kv])
-        return torch.cat(out)
+            scores = k[:, kv] @ query[head].double() * self.rule.scale
+            if self.rule.softcap is not None:
+                scores = self.rule.softcap * torch.tanh(scores / self.rule.softcap)
+            out.append(scores.softmax(0) @ v[:, kv])
+        return torch.stack(out)
 
 
 def run(
@@ -78,27 +83,31 @@ def run(
         positions += range(length)
     assert layout.position_ids[:total].tolist() == positions
     # Another layer of the same pass has a cache of its own.
-    layout.attend(*truth.rows(layout.row_length), layer_number=LAYERS[1], scale=SCALE)
+    layout.attend(*truth.rows(layout.row_length), layer_number=LAYERS[1], rule=truth.rule)
     query, key, value = truth.rows(layout.row_length)
-    result = layout.attend(query, key, value, layer_number=LAYERS[0], scale=SCALE)
-    assert result.shape == (layout.row_length, 1, HEADS * DIM) and result.dtype == truth.dtype
+    result = layout.attend(query, key, value, layer_number=LAYERS[0], rule=truth.rule)
+    assert result.shape == (layout.row_length, HEADS, DIM) and result.dtype == truth.dtype
 
     owners: list[tuple[str, str | None]] = list(plan)
     owners += [(name, None) for name, length in admitted for _ in range(length)]
     expected = []
     for row, (name, prompt) in enumerate(owners):
         own = truth.stored.setdefault(name, [])
-        own.append((key[row, 0], value[row, 0]))
-        expected.append(truth.expected(query[row, 0], truth.stored[prompt] + own if prompt else own))
+        own.append((key[row], value[row]))
+        expected.append(truth.expected(query[row], truth.stored[prompt] + own if prompt else own))
     tolerance = 2e-6 if truth.dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(result[:total, 0].double(), torch.stack(expected), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(result[:total].double(), torch.stack(expected), atol=tolerance, rtol=tolerance)
     assert not result[total:].any()
 
 
+@pytest.mark.parametrize(
+    "rule", [PLAIN, ScoreRule(0.3, 2.0, None), *(ScoreRule(0.3, None, w) for w in (1, 2, 3, 5, 9))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_prefill_decode_moves_and_reused_slots(dtype: torch.dtype, multiple: int) -> None:
-    cache, truth = make_cache(dtype), Sequences(0, dtype)
+def test_prefill_decode_moves_and_reused_slots(dtype: torch.dtype, multiple: int, rule: ScoreRule) -> None:
+    """Windows: of candidates at different places, some shorter than what they have generated, some into the prompt."""
+    cache, truth = make_cache(dtype), Sequences(0, dtype, rule)
     run(cache, truth, [], {"A": 0, "B": 1}, [("A", 4), ("B", 9)], multiple)
     ab = [("a0", "A"), ("b0", "B"), ("a1", "A"), ("b1", "B"), ("a2", "A")]
     run(cache, truth, ab, {"A": 0, "B": 1}, [], multiple)
@@ -125,7 +134,7 @@ def test_padding_and_stale_slots_do_not_disturb_others() -> None:
         prompt = build_decode_layout(
             cache, active=[], prompt_lengths=[3], admitted=[(0, (5, 6, 7))], multiple=2, device=torch.device("cpu")
         )
-        prompt.attend(*truth.rows(4), layer_number=3, scale=SCALE)
+        prompt.attend(*truth.rows(4), layer_number=3, rule=PLAIN)
         layout = build_decode_layout(
             cache,
             active=[(1, 0, 0), (2, 0, 0), (3, 0, 0)],
@@ -134,7 +143,7 @@ def test_padding_and_stale_slots_do_not_disturb_others() -> None:
             multiple=2,
             device=torch.device("cpu"),
         )
-        results.append(layout.attend(*truth.rows(4), layer_number=3, scale=SCALE))
+        results.append(layout.attend(*truth.rows(4), layer_number=3, rule=PLAIN))
     assert torch.equal(results[0], results[1])
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import DataError
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import ModelSpec, Rotary
 from exo_megatron.training.prepare import check_groups
 
 SPEC = ModelSpec(
@@ -20,7 +20,7 @@ SPEC = ModelSpec(
     vocab_size=101,
     max_positions=8,
     norm_epsilon=1e-5,
-    rotary_base=10000.0,
+    rotary=Rotary(base=10000.0, dim=16),
 )
 FITS = Group("fits", (3, 4, 5), ((6, 7, 8, 9, 2), (6, 2)))  # 8 positions, 10 tokens
 
