@@ -23,8 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hf", type=Path, required=True, help="directory of the HF checkpoint (safetensors)")
     parser.add_argument("--output", type=Path, required=True, help="directory to be made, or empty")
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="type of the stored weights")
+    parser.add_argument("--verify", action="store_true", help="compare with the source; a difference is an error")
     arguments = parser.parse_args(argv)
-    return convert(ImportConfig(hf=arguments.hf, output=arguments.output, dtype=arguments.dtype))
+    return convert(
+        ImportConfig(hf=arguments.hf, output=arguments.output, dtype=arguments.dtype, verify=arguments.verify)
+    )
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or output of a training stage")
     parser.add_argument("--output", type=Path, required=True, help="directory to be made, or empty")
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="type of the HF weights")
+    parser.add_argument("--verify", action="store_true", help="compare with the source; a difference is an error")
     arguments = parser.parse_args(argv)
     model = ModelConfig(checkpoint=arguments.checkpoint)
-    return convert(ExportConfig(model=model, output=arguments.output, dtype=arguments.dtype))
+    return convert(ExportConfig(model=model, output=arguments.output, dtype=arguments.dtype, verify=arguments.verify))
 
 
 if __name__ == "__main__":

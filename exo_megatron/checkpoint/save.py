@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,15 @@ def save_checkpoint(
     trainer_state: dict[str, Any] | None,
     runtime: Runtime,
     produce: Producer | None = None,
+    inspect: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint to the directory `target`. Collective over the world; all ranks see one file system.
 
     sharded_state: megatron-core's sharded state dict of this rank (model, optimizer); other values in it must be the
         same on all ranks. Shards on the meta device are filled by `produce` when they are written.
     hf_files: directory from which configuration and tokenizer files are copied.
+    inspect: called on all ranks with the finished checkpoint before it is moved to `target`; to refuse it, it raises a
+        CheckpointError.
     step: optimizer steps done; then `latest` beside the target is set to it. trainer_state: JSON, as on rank 0.
 
     Everything is made in `tmp-<name>` beside the target, flushed, checksummed by all ranks, and renamed. A step that
@@ -70,7 +74,10 @@ def save_checkpoint(
         _write_weights(sharded_state, staging, produce, needed)
         on_main(lambda: _write_small_files(staging, spec, hf_files, trainer_state))
         files = _checksum(staging, runtime)
-        on_main(lambda: _finish(staging, target, files, step, kind))
+        on_main(lambda: _complete(staging, files, step, kind))
+        if inspect is not None:
+            inspect(staging)
+        on_main(lambda: _put_in_place(staging, target, step, kind))
     except CheckpointError:
         if runtime.is_main:
             remove_tree(staging)
@@ -146,9 +153,15 @@ def _writer(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _finish(staging: Path, target: Path, files: dict[str, FileRecord], step: int | None, kind: CheckpointKind) -> None:
+def _complete(staging: Path, files: dict[str, FileRecord], step: int | None, kind: CheckpointKind) -> None:
     try:
         write_manifest(staging, make_manifest(files, step=step, kind=kind))
+    except OSError as error:
+        raise write_failure(staging, error, needed=None) from error
+
+
+def _put_in_place(staging: Path, target: Path, step: int | None, kind: CheckpointKind) -> None:
+    try:
         if kind == "training" and target.exists():
             (target / MANIFEST_FILE).unlink(missing_ok=True)
             shutil.rmtree(target)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exo_megatron.cli.verification import EXPORT_MARKER
 from exo_megatron.config.stages import ExportConfig, ImportConfig
+from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import write_json
 from exo_megatron.utils.progress import Progress
 
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from exo_megatron.conversion.importing import ImportEntry
     from exo_megatron.parallel.runtime import Runtime
 
-EXPORT_MARKER = "exo_export.json"
-"""Written last into an exported HF checkpoint: where it comes from, and its files with their sizes."""
-
 _MEGABYTE = 10**6
 
 
@@ -27,14 +26,20 @@ def run_import(config: ImportConfig, runtime: Runtime) -> None:
     """Convert the HF checkpoint `config.hf` to a distributed checkpoint in `config.output`. Collective over the world.
 
     The ranks divide the tensors, and each holds one at a time. Raises CheckpointError for what cannot be converted,
-    before anything is written, and for an output directory that holds something else.
+    before anything is written, and for an output directory that holds something else; VerificationFailed with
+    `verify`, and the output is then not put into its place.
     """
     from exo_megatron.checkpoint.collective import together
     from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state
     from exo_megatron.checkpoint.save import save_checkpoint
+    from exo_megatron.cli.stages import say
+    from exo_megatron.cli.tokenizer_files import check_tokenizer_files
+    from exo_megatron.cli.verify import check_conversion
     from exo_megatron.conversion.importing import ImportPlan
 
     plan = together(lambda: ImportPlan(config.hf, config.dtype))
+    for note in together(lambda: check_tokenizer_files(config.hf, plan.spec)):
+        say(runtime, note)
     mine = _share(plan.entries, runtime)
     meter = _Meter("import", sum(item.bytes for item in mine), enabled=runtime.is_main)
 
@@ -42,6 +47,11 @@ def run_import(config: ImportConfig, runtime: Runtime) -> None:
         data = plan.produce(key, offset)
         meter.count(data.nbytes)
         return data
+
+    def inspect(made: Path) -> None:
+        meter.close()
+        if config.verify:
+            check_conversion(config.hf, made, config.output, runtime)
 
     save_checkpoint(
         config.output,
@@ -53,8 +63,8 @@ def run_import(config: ImportConfig, runtime: Runtime) -> None:
         trainer_state=None,
         runtime=runtime,
         produce=produce,
+        inspect=inspect,
     )
-    meter.close()
 
 
 def run_export(config: ExportConfig, runtime: Runtime) -> None:
@@ -63,12 +73,13 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     The checkpoint may be a converted model or any step of a training stage, saved at any topology. The ranks divide
     the safetensors files. With `dtype: keep` tensors have the type they have in the checkpoint, and config.json says
     so. Raises CheckpointError for a damaged checkpoint, before anything is written, and for an output directory that
-    holds something else.
+    holds something else; VerificationFailed with `verify`, and the output is then not put into its place.
     """
     from exo_megatron.checkpoint.collective import on_main, together
     from exo_megatron.checkpoint.directory import resolve_checkpoint
     from exo_megatron.checkpoint.load import verify_together
-    from exo_megatron.checkpoint.publish import staging_path
+    from exo_megatron.checkpoint.publish import remove_tree, staging_path
+    from exo_megatron.cli.verify import check_conversion
     from exo_megatron.conversion.hf_writer import plan_shards
 
     checkpoint = together(lambda: resolve_checkpoint(config.model.checkpoint))
@@ -79,7 +90,15 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     on_main(lambda: _prepare(staging, config.output, entries))
     mine = shards[runtime.rank :: runtime.world_size]
     together(lambda: _write_shards(checkpoint, staging, mine, show=runtime.is_main))
-    on_main(lambda: _finish(checkpoint, staging, config.output, shards))
+    on_main(lambda: _complete(checkpoint, staging, shards))
+    if config.verify:
+        try:
+            check_conversion(staging, checkpoint, config.output, runtime)
+        except CheckpointError:
+            if runtime.is_main:
+                remove_tree(staging)
+            raise
+    on_main(lambda: _put_in_place(staging, config.output))
 
 
 def convert(config: ImportConfig | ExportConfig) -> int:
@@ -190,12 +209,11 @@ def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], *, s
     meter.close()
 
 
-def _finish(checkpoint: Path, staging: Path, output: Path, shards: Sequence[Shard]) -> None:
+def _complete(checkpoint: Path, staging: Path, shards: Sequence[Shard]) -> None:
     from exo_megatron.checkpoint.collective import write_failure
     from exo_megatron.checkpoint.directory import read_fingerprint, read_step, tokenizer_path
     from exo_megatron.checkpoint.hf_files import copy_hf_files
     from exo_megatron.checkpoint.manifest import list_files
-    from exo_megatron.checkpoint.publish import publish
     from exo_megatron.conversion.exporting import config_dtype
     from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
     from exo_megatron.conversion.hf_writer import exported_config, write_index
@@ -213,6 +231,15 @@ def _finish(checkpoint: Path, staging: Path, output: Path, shards: Sequence[Shar
             "files": {name: (staging / name).stat().st_size for name in list_files(staging)},
         }
         write_json(staging / EXPORT_MARKER, record)
+    except OSError as error:
+        raise write_failure(staging, error, needed=None) from error
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    from exo_megatron.checkpoint.collective import write_failure
+    from exo_megatron.checkpoint.publish import publish
+
+    try:
         publish(staging, output, EXPORT_MARKER)
     except OSError as error:
         raise write_failure(output, error, needed=None) from error

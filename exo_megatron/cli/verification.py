@@ -9,6 +9,9 @@ from typing import Literal
 
 from exo_megatron.config.sections import ParallelConfig
 
+EXPORT_MARKER = "exo_export.json"
+"""Written last into an exported HF checkpoint: where it comes from, and its files with their sizes."""
+
 TOLERANCE = 1e-4
 """Of logits: |difference| <= TOLERANCE * max(1, largest |logit|)."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exo_megatron.cli.verification import Check, Verification, render
+from exo_megatron.cli.verification import EXPORT_MARKER, Check, Verification, render
 from exo_megatron.config.sections import ParallelConfig
 from exo_megatron.errors import TopologyError, VerificationFailed
 from exo_megatron.utils.progress import Progress
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from exo_megatron.evaluation.logits import Rounding
     from exo_megatron.models.spec import ModelSpec
     from exo_megatron.parallel.runtime import Runtime
-
-EXPORT_MARKER = "exo_export.json"
 
 
 def verify(wanted: Verification) -> int:

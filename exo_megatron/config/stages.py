@@ -37,6 +37,7 @@ class ImportConfig(StageConfig):
 
     hf: FilePath = Field(description="HF checkpoint directory (safetensors)")
     dtype: Literal["keep", "fp32", "bf16"] = Field(default="keep", description="type of the stored weights")
+    verify: bool = Field(default=False, description="compare with the HF checkpoint before the output is put in place")
 
 
 class ExportConfig(StageConfig):
@@ -44,6 +45,7 @@ class ExportConfig(StageConfig):
 
     model: ModelConfig
     dtype: Literal["keep", "fp32", "bf16"] = Field(default="keep", description="type of the written weights")
+    verify: bool = Field(default=False, description="compare with the checkpoint before the output is put in place")
 
 
 class SftConfig(StageConfig):
