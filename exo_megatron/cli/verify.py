@@ -76,7 +76,7 @@ def run_checks(wanted: Verification, runtime: Runtime) -> list[Check]:
 
     checkpoint = together(lambda: resolve_checkpoint(wanted.checkpoint))
     spec = together(lambda: read_spec(checkpoint))
-    together(lambda: check_topology(spec, tensor=wanted.parallel.tensor, pipeline=wanted.parallel.pipeline))
+    together(lambda: check_topology(spec, wanted.parallel))
     verify_together(checkpoint)
     made = together(lambda: _direction(wanted.hf, checkpoint))
     comparison = together(lambda: _compare_headers(wanted.hf, checkpoint, made))
@@ -99,11 +99,12 @@ def _fitting_cut(spec: ModelSpec, world_size: int) -> ParallelConfig:
     sizes = [size for size in range(world_size, 0, -1) if world_size % size == 0]
     for size in sizes:
         for tensor in (each for each in sizes if size % each == 0):
+            cut = ParallelConfig(tensor=tensor, pipeline=size // tensor)
             try:
-                check_topology(spec, tensor=tensor, pipeline=size // tensor)
+                check_topology(spec, cut)
             except TopologyError:
                 continue
-            return ParallelConfig(tensor=tensor, pipeline=size // tensor)
+            return cut
     return ParallelConfig()
 
 

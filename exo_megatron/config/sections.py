@@ -37,6 +37,9 @@ class ParallelConfig(Section):
 
     tensor: PositiveInt = Field(default=1, description="tensor-parallel size")
     pipeline: PositiveInt = Field(default=1, description="pipeline-parallel size")
+    expert: PositiveInt = Field(
+        default=1, description="expert-parallel size; the tensor-parallel ranks are used first, then model copies"
+    )
     sequence: bool = Field(default=True, description="sequence parallelism, in effect where tensor > 1")
 
 

@@ -57,7 +57,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     check_vocabulary(tokenizer, reference_spec.vocab_size)
     for target in (reference, *targets):
         spec = read_spec(target.checkpoint)
-        check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+        check_topology(spec, config.parallel)
         check_lengths(prompts, config.sampling, spec)
         _check_vocabulary(target, spec, reference_spec)
     return Plan(reference, targets, tokenizer, prompts)

@@ -11,8 +11,9 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from exo_megatron.config.sections import ComputeConfig
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.errors import TopologyError
+from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
 from exo_megatron.models.layers import ACTIVATIONS, block_spec
 from exo_megatron.models.linear import linear_backend
 from exo_megatron.models.policy import PolicyModel
@@ -27,15 +28,17 @@ _RECOMPUTE: dict[str, dict[str, object]] = {
 }
 
 
-def check_topology(spec: ModelSpec, *, tensor: int, pipeline: int) -> None:
+def check_topology(spec: ModelSpec, parallel: ParallelConfig) -> None:
     """Raise TopologyError unless every dimension that is cut can be cut evenly. Needs no process group."""
-    cuts = (
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    cuts = [
         ("parallel.tensor", tensor, "attention heads", spec.heads),
         ("parallel.tensor", tensor, "key/value heads", spec.kv_heads),
-        ("parallel.tensor", tensor, "feed-forward units", spec.ffn_hidden_size),
         ("parallel.tensor", tensor, "embedding rows", spec.padded_vocab_size),
         ("parallel.pipeline", pipeline, "layers", spec.layers),
-    )
+    ]
+    if spec.experts is None:
+        cuts.append(("parallel.tensor", tensor, "feed-forward units", spec.ffn_hidden_size))
     for key, size, what, count in cuts:
         if count % size:
             raise TopologyError(
@@ -44,6 +47,7 @@ def check_topology(spec: ModelSpec, *, tensor: int, pipeline: int) -> None:
                 expected=f"a divisor of {count}",
                 fix=f"change {key}",
             )
+    check_experts(spec, parallel)
 
 
 def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> PolicyModel:
@@ -51,7 +55,7 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
 
     Parameters are in `compute.precision`. Raises TopologyError where the model cannot be cut that way.
     """
-    check_topology(spec, tensor=topology.tensor_size, pipeline=topology.pipeline_size)
+    check_topology(spec, topology.parallel)
     config = transformer_config(spec, topology, compute)
     per_stage = spec.layers // topology.pipeline_size
     first = topology.pipeline_rank * per_stage
@@ -60,6 +64,8 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
         config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
     )
     _mark_tensor_parallel(policy)
+    mark_experts_sharded(policy)
+    policy.to(topology.device)  # megatron-core makes routers on the CPU
     return policy
 
 
@@ -115,6 +121,7 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+        **expert_settings(spec, topology),
         **_RECOMPUTE[compute.recompute],
     }
     return TransformerConfig(**settings)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from exo_megatron.models.attention import GroupAttention
 from exo_megatron.models.attention_kernels import ScoreRule
 from exo_megatron.models.decode import Layout
+from exo_megatron.models.experts import experts_spec
 from exo_megatron.models.linear import LinearBackend
 from exo_megatron.models.norms import NormedResidual, norm_spec
 from exo_megatron.models.spec import ModelSpec
@@ -57,7 +58,7 @@ class ParallelResidualLayer(TransformerLayer):
 
 
 def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int) -> ModuleSpec:
-    """A pre-norm decoder layer: norm, self attention over candidate groups, norm, feed-forward block."""
+    """A pre-norm decoder layer: norm, self attention over candidate groups, norm, feed-forward block or experts."""
     return ModuleSpec(
         module=ParallelResidualLayer if spec.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -65,7 +66,7 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBacken
             self_attention=_attention(spec, linear, layer),
             self_attn_bda=_residual(spec, config),
             pre_mlp_layernorm=_norm(spec),
-            mlp=get_mlp_module_spec_for_backend(backend=linear),
+            mlp=experts_spec(linear) if spec.experts else get_mlp_module_spec_for_backend(backend=linear),
             mlp_bda=_residual(spec, config),
         ),
     )

@@ -56,6 +56,10 @@ class _NoStream:
 
     def wait_stream(self, other: object) -> None: ...
 
+    def record_event(self) -> _NoStream:
+        """An event, which has nothing to wait for either."""
+        return self
+
     def synchronize(self) -> None: ...
 
 
@@ -97,6 +101,11 @@ def _returns(value: object) -> Callable[..., object]:
         return value
 
     return function
+
+
+def _as_moved_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    """megatron-core's own leaves CPU tensors as they are, but all-to-all takes split sizes as numbers only."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 def install() -> None:
@@ -142,6 +151,8 @@ def _patch_torch_cuda() -> None:
         setattr(torch.cuda.nvtx, name, _returns(None))
     megatron_random = importlib.import_module("megatron.core.tensor_parallel.random")
     vars(megatron_random)["_set_cuda_rng_state"] = rng.set_state
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    vars(dispatcher)["maybe_move_tensor_to_cpu"] = _as_moved_to_cpu
 
 
 def _patch_tensor() -> None:

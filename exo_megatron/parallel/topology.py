@@ -1,4 +1,9 @@
-"""How the world is cut for one stage: tensor x pipeline x data parallel ranks and their groups."""
+"""How the world is cut for one stage: tensor x pipeline x data parallel ranks and their groups.
+
+Experts are cut along the same ranks, the tensor ranks first. With E expert ranks and T tensor ranks: where E divides
+T, the experts of a layer are dealt to E parts of the tensor group and each expert is cut T / E ways. Where E is a
+multiple of T, every expert is whole and E / T model copies (neighbours in the data group) share one set of experts.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,7 @@ from exo_megatron.parallel.runtime import Runtime
 class Topology:
     """This rank's place in the grid. Ranks are laid out tensor fastest, then data, then pipeline."""
 
+    parallel: ParallelConfig
     tensor_size: int
     tensor_rank: int
     tensor_group: ProcessGroup
@@ -29,6 +35,8 @@ class Topology:
     data_size: int
     data_rank: int
     data_group: ProcessGroup
+    expert_size: int
+    expert_group: ProcessGroup
     sequence_parallel: bool
     first_stage_rank: int
     last_stage_rank: int
@@ -45,6 +53,16 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Into how many parts each expert is cut."""
+        return max(self.tensor_size // self.expert_size, 1)
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether several model copies share one set of experts: they must make equally many forward passes."""
+        return self.expert_size > self.tensor_size
+
+    @property
     def row_multiple(self) -> int:
         """Packed rows must be a multiple of this many tokens."""
         return self.tensor_size if self.sequence_parallel else 1
@@ -54,19 +72,14 @@ class Topology:
 def model_parallel(runtime: Runtime, parallel: ParallelConfig, *, seed: int) -> Iterator[Topology]:
     """Create the groups of one stage and destroy them after it; stages of one program may differ in topology.
 
-    Collective over the world. Raises TopologyError if tensor x pipeline does not divide the world size.
+    Collective over the world. Raises TopologyError if the sizes do not divide each other or the world size.
     """
-    model_size = parallel.tensor * parallel.pipeline
-    if runtime.world_size % model_size:
-        raise TopologyError(
-            "parallel",
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} = {model_size} does not divide "
-            f"the world size {runtime.world_size}",
-            expected=f"a multiple of {model_size} processes",
-            fix="change parallel.tensor or parallel.pipeline, or start another number of processes",
-        )
+    _check_world(parallel, runtime.world_size)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=max(parallel.tensor // parallel.expert, 1),
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
@@ -75,10 +88,38 @@ def model_parallel(runtime: Runtime, parallel: ParallelConfig, *, seed: int) -> 
         parallel_state.destroy_model_parallel()
 
 
+def check_expert_cut(parallel: ParallelConfig) -> None:
+    """Raise TopologyError unless one of tensor and expert divides the other. Needs no process group."""
+    if parallel.tensor % parallel.expert and parallel.expert % parallel.tensor:
+        raise TopologyError(
+            "parallel.expert",
+            f"{parallel.expert} neither divides parallel.tensor {parallel.tensor} nor is a multiple of it",
+            expected=f"a divisor or a multiple of {parallel.tensor}",
+            fix="change parallel.expert or parallel.tensor",
+        )
+
+
+def _check_world(parallel: ParallelConfig, world_size: int) -> None:
+    check_expert_cut(parallel)
+    model_size = parallel.tensor * parallel.pipeline
+    size = max(parallel.tensor, parallel.expert) * parallel.pipeline
+    if world_size % size:
+        cut = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+        if size > model_size:
+            cut = f"expert {parallel.expert} x pipeline {parallel.pipeline}"
+        raise TopologyError(
+            "parallel",
+            f"{cut} = {size} does not divide the world size {world_size}",
+            expected=f"a multiple of {size} processes",
+            fix="change the sizes in parallel, or start another number of processes",
+        )
+
+
 def _describe(runtime: Runtime, parallel: ParallelConfig) -> Topology:
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     pipeline_ranks = torch.distributed.get_process_group_ranks(pipeline_group)
     return Topology(
+        parallel=parallel,
         tensor_size=parallel.tensor,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
@@ -88,6 +129,8 @@ def _describe(runtime: Runtime, parallel: ParallelConfig) -> Topology:
         data_size=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_group=parallel_state.get_data_parallel_group(),
+        expert_size=parallel.expert,
+        expert_group=parallel_state.get_expert_model_parallel_group(),
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         first_stage_rank=pipeline_ranks[0],
         last_stage_rank=pipeline_ranks[-1],

@@ -17,10 +17,11 @@ from exo_megatron.errors import ConfigError
 from exo_megatron.models.decode import DecodeLayout, KvCache, build_decode_layout
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.products import product
+from exo_megatron.models.softcap import soft_cap_
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.engine import GeneratedCandidate, GeneratedGroup
-from exo_megatron.rollout.pipeline import forward_only, run_stage
+from exo_megatron.rollout.pipeline import accompany, announce_pass, forward_only, run_stage
 from exo_megatron.rollout.sampling import draw_tokens, uniforms
 from exo_megatron.rollout.scheduler import ActiveCandidate, Pass, Scheduler
 from exo_megatron.utils.progress import Progress
@@ -44,11 +45,18 @@ class NativeEngine:
     ) -> list[GeneratedGroup]:
         """See RolloutEngine. Raises ConfigError if the KV cache does not fit into the device's memory.
 
+        Where model copies share experts, collective over all of them, which make equally many passes.
         Every pass: one all-gather of logits over the tensor group of the last stage, one broadcast of the drawn
         tokens over that group and one over each pipeline group.
         """
-        if not prompts:
-            return []
+        with forward_only(self._model):
+            groups = self._generate(prompts, sampling, seed, progress) if prompts else []
+            accompany(self._model, self._topology)
+        return groups
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, progress: Progress | None
+    ) -> list[GeneratedGroup]:
         scheduler = Scheduler(
             [prompt.ids for prompt in prompts],
             candidates=sampling.candidates,
@@ -61,18 +69,18 @@ class NativeEngine:
         numbers = _UniformNumbers(prompts, sampling, seed)
         results: list[dict[int, GeneratedCandidate]] = [{} for _ in prompts]
         meter = _Meter(progress)
-        with forward_only(self._model):
-            while (work := scheduler.next_pass()) is not None:
-                layout = self._lay_out(cache, work)
-                hidden = run_stage(self._model, layout, self._topology)
-                tokens, logprobs = self._draw(hidden, layout, work, sampling, numbers)
-                completed = scheduler.accept(tokens, logprobs)
-                for candidate in completed:
-                    results[candidate.prompt.index][candidate.number] = GeneratedCandidate(
-                        tuple(candidate.tokens), candidate.finished, candidate.logprob
-                    )
-                numbers.forget(completed)
-                meter.count(len(tokens), len(completed))
+        while (work := scheduler.next_pass()) is not None:
+            layout = self._lay_out(cache, work)
+            announce_pass(self._topology)
+            hidden = run_stage(self._model, layout, self._topology)
+            tokens, logprobs = self._draw(hidden, layout, work, sampling, numbers)
+            completed = scheduler.accept(tokens, logprobs)
+            for candidate in completed:
+                results[candidate.prompt.index][candidate.number] = GeneratedCandidate(
+                    tuple(candidate.tokens), candidate.finished, candidate.logprob
+                )
+            numbers.forget(completed)
+            meter.count(len(tokens), len(completed))
         return [
             GeneratedGroup(prompt.id, tuple(group[number] for number in range(sampling.candidates)))
             for prompt, group in zip(prompts, results, strict=True)
@@ -145,7 +153,7 @@ class NativeEngine:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[M, H] -> [M, vocab_size] fp32 on every rank of the tensor group (one all-gather)."""
         topology = self._topology
-        local = product(hidden, self._model.output_weight().t())
+        local = soft_cap_(product(hidden, self._model.output_weight().t()), self._spec.logit_softcap)
         if topology.tensor_size > 1:
             shards = local.new_empty(topology.tensor_size, *local.shape)
             dist.all_gather(list(shards.unbind()), local.contiguous(), group=topology.tensor_group)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exo_megatron.models.decode import DecodeLayout
-from exo_megatron.models.layout import GroupLayout
+from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.parallel.topology import Topology
 
@@ -52,3 +52,28 @@ def run_stage(model: PolicyModel, layout: GroupLayout | DecodeLayout, topology: 
         return output
     dist.send(output.contiguous(), dst=ranks[topology.pipeline_rank + 1], group=topology.pipeline_group)
     return None
+
+
+def announce_pass(topology: Topology) -> None:
+    """Before a pass: tell the model copies that share experts with this one to take part. See `accompany`."""
+    _somebody_works(topology, True)
+
+
+def accompany(model: PolicyModel, topology: Topology) -> None:
+    """Passes of nothing but padding until no model copy that shares experts with this one announces any more.
+
+    A pass through shared experts is collective over the copies, whose numbers of passes differ: each announces its
+    own and then accompanies the others. Returns at once where every copy has experts of its own.
+    """
+    padding = build_layout([], [], multiple=topology.row_multiple).to(topology.device)
+    while _somebody_works(topology, False):
+        run_stage(model, padding, topology)
+
+
+def _somebody_works(topology: Topology, here: bool) -> bool:
+    """Whether any of the copies that share experts has a pass to do (one all-reduce over the expert group)."""
+    if not topology.shares_experts:
+        return here
+    flag = torch.tensor(int(here), device=topology.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=topology.expert_group)
+    return bool(flag.item())

@@ -29,7 +29,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     """
     checkpoint = resolve_checkpoint(config.model.checkpoint)
     spec = read_spec(checkpoint)
-    check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    check_topology(spec, config.parallel)
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_path(checkpoint))
     check_vocabulary(tokenizer, spec.vocab_size)
     prompts = load_prompts(config.data, tokenizer)

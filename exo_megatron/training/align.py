@@ -83,7 +83,7 @@ def _find_reference(config: AlignConfig, start: Start) -> _Reference:
             expected=f"{start.spec.vocab_size}, as the policy's",
             fix="take a reference with the policy's tokenizer",
         )
-    check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    check_topology(spec, config.parallel)
     return _Reference(checkpoint, spec, fingerprint, fingerprint == start.fingerprint)
 
 

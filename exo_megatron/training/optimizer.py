@@ -47,22 +47,31 @@ class Trainee:
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Weights and optimizer state as megatron-core sharded tensors. Saving gathers optimizer state over DP."""
-        if loading and self.uses_torch_adam:
-            (part,) = _parts(self.optimizer)
-            _allocate_torch_adam(part)
+        """Weights and optimizer state as megatron-core sharded tensors. Saving gathers optimizer state over DP.
+
+        The state of all parts of the optimizer in one form, so that it loads where there are others: with
+        parallel.expert 1 the experts belong to the part of all weights, else to one of their own.
+        """
         state: dict[str, Any] = self.policy.sharded_state_dict()
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA)
+        parts = _parts(self.optimizer)
+        if loading and self.uses_torch_adam:
+            for part in parts:
+                _allocate_torch_adam(part)
+        states = [part.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA) for part in parts]
+        first = states[0]
+        state["optimizer"] = {**first, "param_state": {i: each["param_state"] for i, each in enumerate(states)}}
         return state
 
     def load_state(self, state: dict[str, Any], where: str) -> None:
         """Take over what `load_sharded` filled into `sharded_state(loading=True)`; `where` names it in errors."""
         load_module(self.policy, {key: value for key, value in state.items() if key != "optimizer"}, where)
-        if self.uses_torch_adam:
-            (part,) = _parts(self.optimizer)
-            _load_torch_adam(part, state["optimizer"])
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
+        stored = state["optimizer"]
+        for index, part in enumerate(_parts(self.optimizer)):
+            own = {**_with_step_of(part, stored), "param_state": stored["param_state"][index]}
+            if self.uses_torch_adam:
+                _load_torch_adam(part, own)
+            else:
+                part.load_state_dict(own)
 
 
 def make_trainee(
@@ -92,6 +101,17 @@ def make_trainee(
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers of which megatron-core's chained optimizer consists."""
     return list(optimizer.chained_optimizers)
+
+
+def _with_step_of(part: DistributedOptimizer, stored: dict[str, Any]) -> dict[str, Any]:
+    """What is not sharded of a part's state: its own parameter groups, at the stored number of steps.
+
+    All else in a group is configuration, which the caller compares, and is set anew before every step.
+    """
+    step = stored["optimizer"]["param_groups"][0]["step"]
+    own: dict[str, Any] = part.state_dict()
+    groups = [{**group, "step": step} for group in own["optimizer"]["param_groups"]]
+    return {**stored, "optimizer": {**own["optimizer"], "param_groups": groups}}
 
 
 def _allocate_torch_adam(part: DistributedOptimizer) -> None:

@@ -29,7 +29,7 @@ def read_start(config: SftConfig | AlignConfig) -> Start:
     """Resolve checkpoint and tokenizer. Raises ExoError for a model that cannot be cut as `parallel` says."""
     checkpoint = resolve_checkpoint(config.model.checkpoint)
     spec = read_spec(checkpoint)
-    check_topology(spec, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    check_topology(spec, config.parallel)
     tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_path(checkpoint))
     check_vocabulary(tokenizer, spec.vocab_size)
     return Start(checkpoint, spec, read_fingerprint(checkpoint), tokenizer)

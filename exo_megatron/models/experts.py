@@ -1,0 +1,126 @@
+"""Mixture-of-experts feed-forward blocks: megatron-core's MoELayer as its configuration and specs ask for it.
+
+Every token is routed by itself and no token is dropped, so a token's output depends neither on the others of its row
+nor on how rows and experts are spread over ranks. There is no load-balancing loss: alignment trains on the objective
+alone.
+"""
+
+from __future__ import annotations
+
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+from torch.nn import functional
+
+from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.errors import ConfigError, TopologyError
+from exo_megatron.models.linear import LinearBackend
+from exo_megatron.models.spec import Experts, ModelSpec
+from exo_megatron.parallel.topology import Topology, check_expert_cut
+
+
+def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Raise TopologyError unless the experts can be cut this way, and for any cut of experts that are not there."""
+    tensor, expert = parallel.tensor, parallel.expert
+    experts = spec.experts
+    if experts is None:
+        if expert > 1:
+            raise TopologyError(
+                "parallel.expert",
+                f"{expert}, but the model ({spec.family}) has no experts",
+                expected="1",
+                fix="remove parallel.expert; parallel.tensor and parallel.pipeline cut a dense model",
+            )
+        return
+    check_expert_cut(parallel)
+    if experts.count % expert:
+        raise TopologyError(
+            "parallel.expert",
+            f"{expert} does not divide the model's {experts.count} experts",
+            expected=f"a divisor of {experts.count}",
+            fix="change parallel.expert",
+        )
+    cuts = max(tensor // expert, 1)
+    if experts.ffn_hidden_size % cuts:
+        raise TopologyError(
+            "parallel.tensor",
+            f"{tensor} with parallel.expert {expert} cuts each expert {cuts} ways, which does not divide "
+            f"its {experts.ffn_hidden_size} units",
+            expected=f"a cut that divides {experts.ffn_hidden_size}",
+            fix="lower parallel.tensor or raise parallel.expert",
+        )
+    if tensor > 1 and not parallel.sequence:
+        raise TopologyError(
+            "parallel.sequence",
+            "false, but every tensor-parallel rank must send tokens of its own to the experts",
+            expected="true with parallel.tensor > 1 and a mixture of experts",
+            fix="remove parallel.sequence",
+        )
+
+
+def expert_settings(spec: ModelSpec, topology: Topology) -> dict[str, object]:
+    """TransformerConfig keys of the experts; none for a dense model. Raises ConfigError for one that cannot be run."""
+    experts = spec.experts
+    if experts is None:
+        return {}
+    _check_routing(spec.family, experts)
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_score_function": "softmax",
+        # Softmax over the chosen logits alone is softmax over all of them, divided by the sum of the chosen ones.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": None,
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": topology.expert_size,
+        "expert_tensor_parallel_size": topology.expert_tensor_size,
+    }
+
+
+def experts_spec(linear: LinearBackend) -> ModuleSpec:
+    """Router and experts, each expert a gated block of the given linears, one after another.
+
+    Not as grouped products: those keep their weights under checkpoint keys and shapes of their own.
+    """
+    block = MLPSubmodules(linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear())
+    experts = ModuleSpec(module=SequentialMLP, submodules=block)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+
+
+class Router(TopKRouter):
+    """megatron-core's router with logits and probabilities in fp32. Its own fp32 mode, in 0.16, needs
+    Transformer Engine.
+    """
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Called by TopKRouter. [S, 1, H] -> [S, 1, E] fp32."""
+        return functional.linear(input.float(), self.weight.float())
+
+
+def mark_experts_sharded(policy: nn.Module) -> None:
+    """Say of every expert's weights that no other rank of the tensor group has the same.
+
+    An unmarked weight counts as replicated over the tensor group, and its gradient on tensor ranks above 0 would be
+    left out of the gradient norm. Each of these ranks has another expert or another part of one.
+    """
+    for module in policy.modules():
+        if isinstance(module, SequentialMLP):
+            for parameter in module.parameters():
+                vars(parameter)["tensor_model_parallel"] = True
+
+
+def _check_routing(family: str, experts: Experts) -> None:
+    if experts.per_token == 1 and experts.normalized:
+        raise ConfigError(
+            f"model ({family})",
+            "uses one expert per token with a weight normalised to 1, through which the router cannot learn",
+            expected="more experts per token, or weights that are not normalised",
+            fix="check num_experts_per_tok and norm_topk_prob in the model's config.json",
+        )
