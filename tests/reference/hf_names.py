@@ -1,8 +1,9 @@
-"""Tensors of a cut megatron-core Llama, put together under their HF names. Written from megatron's layout alone.
+"""Tensors of a cut megatron-core model, put together again, those of a Llama under their HF names.
 
-linear_qkv: for each key/value head, its query heads, then the key head, then the value head, head_dim rows each;
-tensor-parallel ranks hold consecutive key/value heads. linear_fc1: every tensor-parallel rank holds its rows of the
-gate, then its rows of the up projection.
+Written from megatron's layout alone. linear_qkv: for each key/value head, its query heads, then the key head, then the
+value head, head_dim rows each; tensor-parallel ranks hold consecutive key/value heads. linear_fc1 of a gated model:
+every tensor-parallel rank holds its rows of the gate, then its rows of the up projection. Norms, biases that are added
+to complete sums, and position embeddings are whole on every rank.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ OTHER_NAMES = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
+CUT_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "word_embeddings.weight", "output_layer.weight")
+CUT_ROWS_OF_BOTH_HALVES = ("linear_fc1.weight", "linear_fc1.bias")
+CUT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def local_tensors(stage: nn.Module, pick: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
@@ -38,31 +42,43 @@ def local_tensors(stage: nn.Module, pick: Callable[[nn.Parameter], Tensor]) -> d
     return named
 
 
-def to_hf(shards: Sequence[Mapping[str, Tensor]], config: LlamaConfig) -> dict[str, Tensor]:
-    """One stage: the local tensors of its tensor-parallel ranks in order -> whole tensors by HF name.
+def whole_tensors(shards: Sequence[Mapping[str, Tensor]], *, gated: bool = True) -> dict[str, Tensor]:
+    """One stage: the local tensors of its tensor-parallel ranks in order -> whole tensors by megatron's name.
 
     Raises ValueError if ranks disagree on a tensor that each holds whole.
     """
+    return {name: _whole(name, [shard[name] for shard in shards], gated) for name in shards[0]}
+
+
+def _whole(name: str, parts: Sequence[Tensor], gated: bool) -> Tensor:
+    if name.endswith(CUT_ROWS_OF_BOTH_HALVES) and gated:
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([*(gate for gate, _ in halves), *(up for _, up in halves)])
+    if name.endswith((*CUT_ROWS, *CUT_ROWS_OF_BOTH_HALVES)):
+        return torch.cat(list(parts))
+    if name.endswith(CUT_COLUMNS):
+        return torch.cat(list(parts), dim=1)
+    if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        raise ValueError(f"{name}: tensor-parallel ranks differ on a tensor that each holds whole")
+    return parts[0]
+
+
+def to_hf(shards: Sequence[Mapping[str, Tensor]], config: LlamaConfig) -> dict[str, Tensor]:
+    """`whole_tensors` of a Llama by HF name."""
     result: dict[str, Tensor] = {}
-    for name in shards[0]:
-        parts = [shard[name] for shard in shards]
+    for name, whole in whole_tensors(shards).items():
         if not name.startswith("decoder.layers."):
-            whole = _same(parts, name) if "norm" in name else torch.cat(parts)
             result[OTHER_NAMES[name]] = whole if "norm" in name else _without_padding(whole, config, name)
             continue
         index, _, rest = name.removeprefix("decoder.layers.").partition(".")
         layer = f"model.layers.{index}."
         if rest == "self_attention.linear_qkv.weight":
-            for letter, part in zip("qkv", _split_qkv(torch.cat(parts), config), strict=True):
+            for letter, part in zip("qkv", _split_qkv(whole, config), strict=True):
                 result[f"{layer}self_attn.{letter}_proj.weight"] = part
         elif rest == "mlp.linear_fc1.weight":
-            halves = [part.chunk(2) for part in parts]
-            result[f"{layer}mlp.gate_proj.weight"] = torch.cat([gate for gate, _ in halves])
-            result[f"{layer}mlp.up_proj.weight"] = torch.cat([up for _, up in halves])
-        elif rest in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
-            result[layer + LAYER_NAMES[rest]] = torch.cat(parts, dim=1)
+            result[f"{layer}mlp.gate_proj.weight"], result[f"{layer}mlp.up_proj.weight"] = whole.chunk(2)
         else:
-            result[layer + LAYER_NAMES[rest]] = _same(parts, name)
+            result[layer + LAYER_NAMES[rest]] = whole
     return result
 
 
@@ -83,9 +99,3 @@ def _without_padding(whole: Tensor, config: LlamaConfig, name: str) -> Tensor:
     if whole[config.vocab_size :].any():
         raise ValueError(f"{name}: rows beyond the vocabulary are not zero")
     return whole[: config.vocab_size]
-
-
-def _same(parts: Sequence[Tensor], name: str) -> Tensor:
-    if any(not torch.equal(part, parts[0]) for part in parts[1:]):
-        raise ValueError(f"{name}: tensor-parallel ranks differ on a tensor that each holds whole")
-    return parts[0]
