@@ -1,7 +1,7 @@
 """Every model family, converted, against Hugging Face (ChatGLM2: its published architecture): outputs and the way back.
 
 Outputs are logits at every response position and log-probs, or a reward model's scores, at every topology; the
-reference runs each prompt + candidate as a row of its own. `MARGINS=1 pytest -s` prints how far from the tolerance the
+reference runs each prompt + candidate as a row of its own. `PARITY_REPORT=1 pytest -s` prints how far from the tolerance the
 agreement is.
 """
 
@@ -176,7 +176,7 @@ def outcomes(root: Path) -> Iterator[dict[str, Outcome]]:
     for size in (1, 2, 4):
         result |= run_checks(size, checks_of(size, root), root / "workers")
     yield result
-    if "MARGINS" in os.environ:
+    if "PARITY_REPORT" in os.environ:
         print_margins(result)
 
 

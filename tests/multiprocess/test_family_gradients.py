@@ -112,7 +112,7 @@ def outcomes(root: Path) -> Iterator[dict[str, Outcome]]:
         result |= run_checks(size, checks, root / "workers")
         checks = []
     yield result
-    if "MARGINS" in os.environ:
+    if "PARITY_REPORT" in os.environ:
         print_margins(result)
 
 
