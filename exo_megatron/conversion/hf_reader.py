@@ -183,15 +183,12 @@ def _read_header(path: Path) -> dict[str, HfTensor]:
 def _no_weights(directory: Path) -> CheckpointError:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
-        program = (
-            "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-            f"[x.from_pretrained({str(directory)!r}).save_pretrained({f'{directory}-safetensors'!r}) for x in (M, T)]"
-        )
+        words = ["python", "tools/pickle_to_safetensors.py", "--hf", directory, "--output", f"{directory}-safetensors"]
         return CheckpointError(
             str(directory / pickles[0]),
             "is a pickle, which can run code when it is loaded",
             expected=f"{SINGLE_FILE} or {INDEX_FILE} with its shards",
-            fix=f"if you trust the file, convert it: python -c {shlex.quote(program)}",
+            fix=f"convert it, with nothing in it run: {shlex.join(map(str, words))}",
         )
     return CheckpointError(
         str(directory),

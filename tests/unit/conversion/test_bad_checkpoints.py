@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "wrong shape": (wrong_shape, r"embed_tokens.weight has shape \[99, 64\]; expected shape \[101, 64\]"),
     "quantised": (quantised, r"embed_tokens.weight is of type I8; expected weights of type F32, BF16, F16"),
     "mixed types": (mixed_types, r"q_proj.weight is torch.float16 but .* is torch.float32"),
-    "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*python -c .*save_pretrained"),
+    "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*python tools/pickle_to_safetensors.py --hf"),
     "no weights": (no_weights, r"holds no weights"),
     "index points outside": (index_outside, r"index.json: is not an index of safetensors shards"),
     "broken index": (lambda hf: (hf / "model.safetensors.index.json").write_text("{"), r"is not an index"),
