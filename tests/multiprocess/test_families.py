@@ -1,8 +1,8 @@
 """Every model family, converted, against Hugging Face (ChatGLM2: its published architecture): outputs and the way back.
 
 Outputs are logits at every response position and log-probs, or a reward model's scores, at every topology; the
-reference runs each prompt + candidate as a row of its own. `PARITY_REPORT=1 pytest -s` prints how far from the tolerance the
-agreement is.
+reference runs each prompt + candidate as a row of its own. `PARITY_REPORT=1 pytest -s` prints how far from the
+tolerance the agreement is.
 """
 
 from __future__ import annotations
