@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import list_steps, read_spec, read_step, resolve_checkpoint, tokenizer_path
+from exo_megatron.checkpoint.directory import list_steps, read_step, resolve_checkpoint
 from exo_megatron.config.stages import EvaluateConfig
 from exo_megatron.data.dataset import Prompt, load_prompts
-from exo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
-from exo_megatron.models.build import check_topology
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.rollout.stage import check_lengths
+from exo_megatron.rollout.start import find_policy, find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,16 @@ def make_plan(config: EvaluateConfig) -> Plan:
     Raises ExoError for a missing checkpoint, a model that cannot be cut as `parallel` says or has another
     vocabulary than the reference, fewer than two prompts, and prompts that leave no room for the samples.
     """
-    checkpoint = resolve_checkpoint(config.reference.checkpoint)
-    reference = Target(REFERENCE_NAME, read_step(checkpoint), checkpoint)
+    start = find_policy(config.reference.checkpoint, config.parallel)
+    reference = Target(REFERENCE_NAME, read_step(start.checkpoint), start.checkpoint)
     targets = tuple(target for name, path in config.models.items() for target in find_targets(name, path))
-    tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_path(checkpoint))
+    tokenizer = find_tokenizer(start, config.data.tokenizer)
     prompts = tuple(load_prompts(config.data, tokenizer))
     _check_prompts(prompts, config)
-    reference_spec = read_spec(checkpoint)
-    check_vocabulary(tokenizer, reference_spec.vocab_size)
     for target in (reference, *targets):
-        spec = read_spec(target.checkpoint)
-        check_topology(spec, config.parallel)
+        spec = find_policy(target.checkpoint, config.parallel).spec
         check_lengths(prompts, config.sampling, spec)
-        _check_vocabulary(target, spec, reference_spec)
+        _check_vocabulary(target, spec, start.spec)
     return Plan(reference, targets, tokenizer, prompts)
 
 

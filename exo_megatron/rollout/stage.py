@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resolve_checkpoint, tokenizer_path
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.config.stages import RolloutConfig
 from exo_megatron.data.candidates import CANDIDATES_FILE, ROLLOUT_FILE, write_candidates
 from exo_megatron.data.dataset import Prompt, load_prompts
-from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
 from exo_megatron.errors import DataError
-from exo_megatron.models.build import check_topology
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
+from exo_megatron.rollout.start import find_policy, find_tokenizer
 from exo_megatron.utils.files import write_json
 
 
@@ -27,15 +25,12 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     What can be wrong with tokenizer, prompts and sizes is raised (DataError, CheckpointError, TopologyError) before
     the model is built.
     """
-    checkpoint = resolve_checkpoint(config.model.checkpoint)
-    spec = read_spec(checkpoint)
-    check_topology(spec, config.parallel)
-    tokenizer = load_tokenizer(config.data.tokenizer or tokenizer_path(checkpoint))
-    check_vocabulary(tokenizer, spec.vocab_size)
+    start = find_policy(config.model.checkpoint, config.parallel)
+    tokenizer = find_tokenizer(start, config.data.tokenizer)
     prompts = load_prompts(config.data, tokenizer)
-    check_lengths(prompts, config.sampling, spec)
+    check_lengths(prompts, config.sampling, start.spec)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
-        model, spec = load_policy(checkpoint, topology, config.compute)
+        model, spec = load_policy(start.checkpoint, topology, config.compute)
         engine = NativeEngine(model, spec, topology, tokenizer.eos_id)
         records = generate_records(
             engine, prompts, tokenizer, config.sampling, seed=config.seed, topology=topology, runtime=runtime
@@ -45,7 +40,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
         write_json(
             config.output / ROLLOUT_FILE,
             {
-                "fingerprint": read_fingerprint(checkpoint),
+                "fingerprint": start.fingerprint,
                 "temperature": config.sampling.temperature,
                 "top_p": config.sampling.top_p,
                 "candidates": config.sampling.candidates,

@@ -6,31 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resolve_checkpoint, tokenizer_path
+from exo_megatron.checkpoint.directory import tokenizer_path
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.data.dataset import load_groups
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import CheckpointError
-from exo_megatron.models.build import check_topology
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
+from exo_megatron.rollout.start import Start, find_policy, find_tokenizer
 from exo_megatron.training.identity import data_digest, run_identity
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import make_trainee
-from exo_megatron.training.prepare import Start, check_groups, read_start
+from exo_megatron.training.prepare import check_groups
 from exo_megatron.training.reference import ReferenceModel, StoredKey, read_stored, store_logprobs
 from exo_megatron.training.trainer import GroupsOfStep, Trainer
 
 
 def run_align(config: AlignConfig, runtime: Runtime) -> None:
     """Align a policy; leaves checkpoints, metrics.jsonl, TensorBoard events and reference log-probs in the output."""
-    start = read_start(config)
+    start = find_policy(config.model.checkpoint, config.parallel)
     groups = load_groups(
         config.data,
-        start.tokenizer,
+        find_tokenizer(start, config.data.tokenizer),
         purpose="rewards" if config.loss.kind in ("exo_rw", "dpo_rw") else "preference",
         candidates=config.candidates,
     )
@@ -74,17 +74,17 @@ def _find_reference(config: AlignConfig, start: Start) -> _Reference:
     """The reference checkpoint. Raises CheckpointError if it has another vocabulary than the policy."""
     if config.reference is None:
         return _Reference(start.checkpoint, start.spec, start.fingerprint, True)
-    checkpoint = resolve_checkpoint(config.reference.checkpoint)
-    spec, fingerprint = read_spec(checkpoint), read_fingerprint(checkpoint)
-    if spec.vocab_size != start.spec.vocab_size:
+    reference = find_policy(config.reference.checkpoint, config.parallel)
+    if reference.spec.vocab_size != start.spec.vocab_size:
         raise CheckpointError(
-            f"reference.checkpoint {checkpoint}",
-            f"has a vocabulary of {spec.vocab_size}",
+            f"reference.checkpoint {reference.checkpoint}",
+            f"has a vocabulary of {reference.spec.vocab_size}",
             expected=f"{start.spec.vocab_size}, as the policy's",
             fix="take a reference with the policy's tokenizer",
         )
-    check_topology(spec, config.parallel)
-    return _Reference(checkpoint, spec, fingerprint, fingerprint == start.fingerprint)
+    return _Reference(
+        reference.checkpoint, reference.spec, reference.fingerprint, reference.fingerprint == start.fingerprint
+    )
 
 
 def _prepare_reference(
