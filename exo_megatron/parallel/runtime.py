@@ -70,6 +70,8 @@ def distributed_runtime() -> Iterator[Runtime]:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # About a default of megatron-core 0.16's own, on every construction of a model.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Of every expert that is whole on its rank: tokens come to it by all-to-all, also under sequence parallelism.
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model parallel size is")
     # torch 2.13 renames collectives that megatron-core and older torch versions know by these names only.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
     # One hardware queue keeps tensor-parallel communication in order with the products it overlaps.

@@ -102,7 +102,8 @@ def parts_of(policy: PolicyModel, pick: Callable[[Tensor], Tensor]) -> Iterator[
     for value in nested_values(policy.sharded_state_dict()):
         picked = pick(value.data)
         factory = isinstance(value, ShardedTensorFactory)
-        shards = nested_values(replace(value, data=picked).build()) if factory else [replace(value, data=picked)]
+        own = {"data": picked} if factory else {"data": picked, "dtype": picked.dtype}
+        shards = nested_values(replace(value, **own).build()) if factory else [replace(value, **own)]
         for shard in shards:
             assert isinstance(shard, ShardedTensor)
             yield _place(shard), shard.data
@@ -132,15 +133,6 @@ def policy_from_hf(path: Path, topology: Topology, compute: ComputeConfig) -> tu
     return policy, spec
 
 
-def logprobs(
-    runtime: Runtime, *, weights: Path, parallel: dict[str, Any], groups: list[Group], max_tokens: int, precision: str
-) -> list[tuple[float, ...]]:
-    compute = ComputeConfig(precision=precision, max_tokens_per_microbatch=max_tokens, logprob_chunk_rows=16)
-    with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        model, spec = policy_from_hf(weights, topology, compute)
-        return candidate_logprobs(model, spec, topology, groups, compute, temperature=0.8)
-
-
 def generate(
     runtime: Runtime,
     *,
@@ -160,8 +152,11 @@ def generate(
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rank saw. gradients (of the first step, before clipping) and weights (after the last) by place."""
+    """What one rank saw. logprobs: of every candidate of all steps, before them. gradients (of the first step, before
+    clipping) and weights (after the last) by place.
+    """
 
+    logprobs: list[tuple[float, ...]]
     results: list[StepResult]
     gradients: list[tuple[Place, Tensor]]
     weights: list[tuple[Place, Tensor]]
@@ -186,6 +181,8 @@ def train(
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
         policy, spec = policy_from_hf(weights, topology, settings)
         trainee = make_trainee(policy, spec, topology, settings, OptimizerConfig(**optimizer))
+        groups = [group for step in steps for group in step]
+        scores = candidate_logprobs(policy, spec, topology, groups, settings, temperature=objective.temperature)
         first = 0
         if resume is not None:
             first, path = resume
@@ -212,7 +209,7 @@ def train(
                     runtime=runtime,
                 )
         final = [(place, part.detach().clone()) for place, part in parts_of(policy, lambda p: p)]
-        return Trained(results, gradients, final)
+        return Trained(scores, results, gradients, final)
 
 
 def _pack(groups: Sequence[Group], trainee: Trainee) -> list[RowBatch]:
