@@ -89,15 +89,15 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     staging = staging_path(config.output)
     on_main(lambda: _prepare(staging, config.output, entries))
     mine = shards[runtime.rank :: runtime.world_size]
-    together(lambda: _write_shards(checkpoint, staging, mine, show=runtime.is_main))
-    on_main(lambda: _complete(checkpoint, staging, shards))
-    if config.verify:
-        try:
+    try:
+        together(lambda: _write_shards(checkpoint, staging, mine, show=runtime.is_main))
+        on_main(lambda: _complete(checkpoint, staging, shards))
+        if config.verify:
             check_conversion(staging, checkpoint, config.output, runtime)
-        except CheckpointError:
-            if runtime.is_main:
-                remove_tree(staging)
-            raise
+    except CheckpointError:
+        if runtime.is_main:
+            remove_tree(staging)
+        raise
     on_main(lambda: _put_in_place(staging, config.output))
 
 

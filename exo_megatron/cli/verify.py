@@ -14,7 +14,6 @@ from exo_megatron.utils.progress import Progress
 if TYPE_CHECKING:
     from exo_megatron.conversion.rules import Entry
     from exo_megatron.conversion.verifying import Comparison, Direction, TensorDifference
-    from exo_megatron.evaluation.logits import Rounding
     from exo_megatron.models.spec import ModelSpec
     from exo_megatron.parallel.runtime import Runtime
 
@@ -71,25 +70,28 @@ def run_checks(wanted: Verification, runtime: Runtime) -> list[Check]:
     from exo_megatron.checkpoint.collective import together
     from exo_megatron.checkpoint.directory import read_spec, resolve_checkpoint
     from exo_megatron.checkpoint.load import verify_together
-    from exo_megatron.cli.verify_logits import check_logits
+    from exo_megatron.cli.verify_logits import check_logits, read_rows
     from exo_megatron.models.build import check_topology
+    from exo_megatron.parallel.topology import model_parallel
 
     checkpoint = together(lambda: resolve_checkpoint(wanted.checkpoint))
     spec = together(lambda: read_spec(checkpoint))
     together(lambda: check_topology(spec, wanted.parallel))
     verify_together(checkpoint)
-    made = together(lambda: _direction(wanted.hf, checkpoint))
-    comparison = together(lambda: _compare_headers(wanted.hf, checkpoint, made))
+    if wanted.tensors_only:
+        return _check_weights(wanted.hf, checkpoint, spec, runtime)[0]
+    with model_parallel(runtime, wanted.parallel, seed=0) as topology:
+        rows = together(lambda: read_rows(wanted.prompts, checkpoint, spec))
+        checks, comparison = _check_weights(wanted.hf, checkpoint, spec, runtime)
+        return [*checks, check_logits(wanted, checkpoint, comparison, topology, rows, runtime)]
+
+
+def _check_weights(hf: Path, checkpoint: Path, spec: ModelSpec, runtime: Runtime) -> tuple[list[Check], Comparison]:
+    from exo_megatron.checkpoint.collective import together
+
+    comparison = together(lambda: _compare_headers(hf, checkpoint, _direction(hf, checkpoint)))
     description = together(lambda: _check_description(comparison, checkpoint, spec))
-    tensors = _check_tensors(comparison, checkpoint, runtime)
-    if comparison.problems:
-        logits = Check("logits", "-", "-", "not compared", ("tensors are missing or of another shape, see above",))
-    else:
-        rounding = _rounding(comparison, made)
-        logits = check_logits(
-            wanted, checkpoint, spec, parameters=comparison.parameters, rounding=rounding, runtime=runtime
-        )
-    return [description, tensors, logits]
+    return [description, _check_tensors(comparison, checkpoint, runtime)], comparison
 
 
 def _fitting_cut(spec: ModelSpec, world_size: int) -> ParallelConfig:
@@ -179,13 +181,3 @@ def _differences(
             found += comparison.differences(entry, tensors.read)
             progress.advance()
     return found
-
-
-def _rounding(comparison: Comparison, made: Direction) -> Rounding:
-    """With `--dtype` all that was made has one type, in which the other side's weights must be taken, too."""
-    from exo_megatron.evaluation.logits import Rounding
-
-    stored, hf = comparison.stored_dtypes, comparison.hf_dtypes
-    if made == "import":
-        return Rounding(hf=next(iter(stored)) if len(stored) == 1 else None)
-    return Rounding(ours=next(iter(hf)) if len(hf) == 1 else None)

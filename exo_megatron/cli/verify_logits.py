@@ -9,38 +9,47 @@ from exo_megatron.cli.verification import Check, Verification
 from exo_megatron.errors import DataError
 
 if TYPE_CHECKING:
+    from exo_megatron.conversion.verifying import Comparison
     from exo_megatron.data.records import SourceRecord
     from exo_megatron.data.tokenizer import Tokenizer
     from exo_megatron.evaluation.logits import Agreement, Example, Rounding, Rows
     from exo_megatron.models.spec import ModelSpec
     from exo_megatron.parallel.runtime import Runtime
+    from exo_megatron.parallel.topology import Topology
 
 REMOTE_CODE = frozenset({"chatglm"})
 """Families whose HF code is not in transformers but beside the weights. It is never run, so HF has no logits."""
 
 
 def check_logits(
-    wanted: Verification, checkpoint: Path, spec: ModelSpec, *, parameters: int, rounding: Rounding, runtime: Runtime
+    wanted: Verification, checkpoint: Path, comparison: Comparison, topology: Topology, rows: Rows, runtime: Runtime
 ) -> Check:
-    """Compare logits (scores of a reward model) on the prompts. Collective over the world; the same on every rank."""
-    from exo_megatron.checkpoint.collective import together
+    """Compare logits (scores of a reward model) on the rows. Collective over the world; the same on every rank."""
     from exo_megatron.evaluation.logits import compare_outputs, memory_shortage
-    from exo_megatron.parallel.topology import model_parallel
 
+    spec = comparison.spec
     name = "logits" if spec.labels is None else "scores"
-    rows = together(lambda: _rows(wanted, checkpoint, spec))
-    if wanted.tensors_only:
-        return Check(name, "-", "-", "not compared", ("tensors only, as asked",))
+    if comparison.problems:
+        return Check(name, "-", "-", "not compared", ("tensors are missing or of another shape, see above",))
     if spec.family in REMOTE_CODE:
         why = f"transformers has no {spec.family}, and the code that comes with HF checkpoints is never run"
         return Check(name, "-", "-", "not comparable", (why,))
-    with model_parallel(runtime, wanted.parallel, seed=0) as topology:
-        shortage = memory_shortage(runtime, topology, parameters=parameters, spec=spec, rows=rows)
-        if shortage is not None:
-            return Check(name, "-", "-", "not compared", (shortage,))
-        agreement = compare_outputs(wanted.hf, checkpoint, topology, spec, rows, rounding)
+    shortage = memory_shortage(runtime, topology, parameters=comparison.parameters, spec=spec, rows=rows)
+    if shortage is not None:
+        return Check(name, "-", "-", "not compared", (shortage,))
+    agreement = compare_outputs(wanted.hf, checkpoint, topology, spec, rows, _rounding(comparison))
     found = runtime.broadcast_object([each for each in runtime.gather_objects(agreement) or [] if each is not None])
     return _verdict(name, found[0], wanted)
+
+
+def _rounding(comparison: Comparison) -> Rounding:
+    """With `--dtype` all that was made has one type, in which the other side's weights must be taken, too."""
+    from exo_megatron.evaluation.logits import Rounding
+
+    stored, hf = comparison.stored_dtypes, comparison.hf_dtypes
+    if comparison.made == "import":
+        return Rounding(hf=next(iter(stored)) if len(stored) == 1 else None)
+    return Rounding(ours=next(iter(hf)) if len(hf) == 1 else None)
 
 
 def _verdict(name: str, found: Agreement, wanted: Verification) -> Check:
@@ -54,15 +63,16 @@ def _verdict(name: str, found: Agreement, wanted: Verification) -> Check:
     return Check(name, compared, difference, "FAIL", (f"{found.difference:.3g} at {found.worst}; {limit}",))
 
 
-def _rows(wanted: Verification, checkpoint: Path, spec: ModelSpec) -> Rows:
+def read_rows(prompts: Path | None, checkpoint: Path, spec: ModelSpec) -> Rows:
+    """The user's prompts, each in a row of its own, or the built-in ones. Raises DataError."""
     from exo_megatron.evaluation.logits import built_in_examples
 
-    if wanted.prompts is None:
+    if prompts is None:
         return built_in_examples(spec)
-    return [[example] for example in read_examples(wanted.prompts, checkpoint, spec)]
+    return [[example] for example in _read_examples(prompts, checkpoint, spec)]
 
 
-def read_examples(path: Path, checkpoint: Path, spec: ModelSpec) -> list[Example]:
+def _read_examples(path: Path, checkpoint: Path, spec: ModelSpec) -> list[Example]:
     """Tokenise a file of prompts with the checkpoint's tokenizer; see `Verification.prompts`.
 
     A prompt without completions is divided: its first half is the prompt, and the rest, also backwards and cut short,

@@ -58,7 +58,7 @@ class Comparison:
         """
         family, self.spec = hf_spec(hf)
         self._hf = HfTensors(hf)
-        self._made = made
+        self.made = made
         self._repeats = dict([family.tied_output[::-1]]) if self.spec.tied_embeddings else {}
         entries = [entry for rule in family.tensors(self.spec) for entry in rule.entries()]
         wrong_keys = dict(_wrong_keys(entries, stored))
@@ -84,7 +84,7 @@ class Comparison:
         for name, part in zip(entry.sources, parts, strict=True):
             repeated = self._repeats.get(name)
             for each in (name, repeated) if repeated in self._hf.tensors else (name,):
-                found = _compare(each, self._hf.read(each), part, self._made)
+                found = _compare(each, self._hf.read(each), part, self.made)
                 if found is not None:
                     yield found
 

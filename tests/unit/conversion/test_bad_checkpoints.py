@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from tests.reference.tiny_llama import tiny_tokenizer
 from tests.unit.conversion.conftest import make_hf
-from tools import convert_hf_to_megatron, convert_megatron_to_hf
+from tools import convert_hf_to_megatron, convert_megatron_to_hf, verify_conversion
 
 Damage = Callable[[Path], object]
 
 
-def run(program: Callable[[list[str]], int], **arguments: Path) -> int:
+def run(program: Callable[[list[str]], int], **arguments: Path | int) -> int:
     """Exit code of a tool. One that fails leaves its process group to the end of the process, which here goes on."""
     try:
         return program([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
@@ -100,6 +107,10 @@ def index_outside(hf: Path) -> None:
     edit_json(hf / "model.safetensors.index.json", lambda v: v["weight_map"].update({"lm_head.weight": "../x"}))
 
 
+def larger_tokenizer(hf: Path) -> None:
+    tiny_tokenizer(150).save_pretrained(hf)
+
+
 BAD: dict[str, tuple[Damage, str]] = {
     "missing shard": (missing_shard, r"model-00002-of-\d+.safetensors: is missing; expected the shard that"),
     "truncated shard": (truncated, r"model-00001-of-\d+.safetensors: is truncated or not safetensors"),
@@ -110,6 +121,10 @@ BAD: dict[str, tuple[Damage, str]] = {
     "wrong shape": (wrong_shape, r"embed_tokens.weight has shape \[99, 64\]; expected shape \[101, 64\]"),
     "quantised": (quantised, r"embed_tokens.weight is of type I8; expected weights of type F32, BF16, F16"),
     "mixed types": (mixed_types, r"q_proj.weight is torch.float16 but .* is torch.float32"),
+    "vocabulary smaller than the tokenizer": (
+        larger_tokenizer,
+        r"hf: the tokenizer has 150 entries, the model 101 embedding rows; expected .* no more entries",
+    ),
     "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*python tools/pickle_to_safetensors.py --hf"),
     "no weights": (no_weights, r"holds no weights"),
     "index points outside": (index_outside, r"index.json: is not an index of safetensors shards"),
@@ -136,26 +151,121 @@ BAD: dict[str, tuple[Damage, str]] = {
 }
 
 
+def the_line(errors: str) -> str:
+    """The one line that a command wrote to standard error: what was seen, what is expected, what to do."""
+    (line,) = errors.splitlines()
+    assert re.fullmatch(r"exo-megatron: .+: .+; expected .+; fix: .+", line), line
+    return line
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     damage, message = BAD[kind]
     hf = make_hf(tmp_path / "hf", shard="60KB")
     damage(hf)
+    capsys.readouterr()
     assert run(convert_hf_to_megatron.main, hf=hf, output=tmp_path / "checkpoint") == 2
-    (line,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("exo-megatron:"))
-    assert re.search(message, line), line
+    assert re.search(message, the_line(capsys.readouterr().err))
     assert [child.name for child in tmp_path.iterdir()] == ["hf"]
 
 
-def test_output_that_is_not_empty(tmp_path: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "checkpoint"
-    assert run(convert_hf_to_megatron.main, hf=hf, output=output) == 0
-    manifest = (output / "manifest.json").read_text()
-    assert run(convert_hf_to_megatron.main, hf=hf, output=output) == 2
-    assert "already holds a complete output" in capsys.readouterr().err
-    assert (output / "manifest.json").read_text() == manifest
-    assert run(convert_megatron_to_hf.main, checkpoint=output, output=hf) == 2
-    assert "is not empty" in capsys.readouterr().err
+def with_experts(checkpoint: Path) -> None:
+    """The size of the cut is checked before any tensor is looked at."""
+    experts = {"count": 4, "per_token": 2, "ffn_hidden_size": 96, "normalized": True}
+    edit_json(checkpoint / "model.json", lambda values: values.update(experts=experts))
+
+
+CUTS: dict[str, tuple[Damage, dict[str, int], str]] = {
+    "heads": (lambda checkpoint: None, {"tensor": 3}, r"parallel.tensor: 3 does not divide the model's 4 attention"),
+    "kv heads": (lambda checkpoint: None, {"tensor": 4}, r"tensor: 4 does not divide the model's 2 key/value heads"),
+    "layers": (lambda checkpoint: None, {"pipeline": 4}, r"pipeline: 4 does not divide the model's 2 layers; .* of 2"),
+    "no experts": (lambda checkpoint: None, {"expert": 2}, r"parallel.expert: 2, but the model \(llama\) has no exper"),
+    "experts": (with_experts, {"expert": 3}, r"parallel.expert: 3 does not divide the model's 4 experts; .* of 4"),
+    "processes": (
+        lambda checkpoint: None,
+        {"tensor": 2},
+        r"parallel: .* = 2 does not divide the world size 1; .* of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_topology_that_does_not_fit_the_model(
+    checkpoint: Path, hf: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    damage, cut, message = CUTS[kind]
+    damage(checkpoint)
+    capsys.readouterr()
+    assert run(verify_conversion.main, hf=hf, checkpoint=checkpoint, **cut) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, the_line(captured.err))
+    assert not captured.out
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, hf: Path) -> Path:
+    assert run(convert_hf_to_megatron.main, hf=hf, output=tmp_path / "converted") == 0
+    return tmp_path / "converted"
+
+
+def test_output_that_is_not_empty(
+    tmp_path: Path, hf: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(checkpoint) | content(hf)
+    capsys.readouterr()
+    assert run(convert_hf_to_megatron.main, hf=hf, output=checkpoint) == 2
+    line = the_line(capsys.readouterr().err)
+    assert f"{checkpoint}: already holds a complete output (manifest.json); expected an output directory" in line
+    assert run(convert_megatron_to_hf.main, checkpoint=checkpoint, output=hf) == 2
+    assert f"{hf}: is not empty (config.json, " in the_line(capsys.readouterr().err)
+    assert content(checkpoint) | content(hf) == before
+    assert {child.name for child in tmp_path.iterdir()} == {"hf", "converted"}
+
+
+def content(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.mark.parametrize("tool", [convert_hf_to_megatron, convert_megatron_to_hf], ids=["import", "export"])
+def test_too_little_space(
+    tmp_path: Path,
+    hf: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tool: ModuleType,
+) -> None:
+    source = {"hf": hf} if tool is convert_hf_to_megatron else {"checkpoint": checkpoint}
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1234, 1234))
+    assert run(tool.main, **source, output=tmp_path / "out") == 2
+    needed = r"out: needs \d+,\d{3}(,\d{3})? bytes but 1,234 are free on its file system; expected enough room"
+    assert re.search(needed, the_line(capsys.readouterr().err))
+    assert {child.name for child in tmp_path.iterdir()} == {"hf", "converted"}
+
+
+@pytest.mark.parametrize("tool", [convert_hf_to_megatron, convert_megatron_to_hf], ids=["import", "export"])
+def test_disk_fills_up_while_writing(tmp_path: Path, hf: Path, checkpoint: Path, tool: ModuleType) -> None:
+    """A program of its own whose files may not grow beyond 100 KB."""
+    source = ["--hf", hf] if tool is convert_hf_to_megatron else ["--checkpoint", checkpoint]
+    program = [sys.executable, tool.__file__, *source, "--output", tmp_path / "out"]
+    ended = subprocess.run(
+        ["bash", "-c", f"ulimit -f 100; exec {shlex.join(map(str, program))}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 2, ended
+    written = r"could not be written: File too large, [\d,]+ bytes are free; expected room for [\d,]+ bytes; fix: free"
+    assert re.search(written, the_line(ended.stderr))
+    assert {child.name for child in tmp_path.iterdir()} == {"hf", "converted"}
 
 
 def test_export_of_what_is_no_checkpoint(tmp_path: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
