@@ -79,11 +79,10 @@ PLACES = [
     *(Place(name, {"pipeline": 2}) for name in NAMES),
     *(
         Place(name, {"tensor": 2, "sequence": False})
-        for name in ("gpt2", "gpt_neox", "llama", "qwen2", "gemma3_text", "glm4", "mixtral", "gemma2-1-labels")
+        for name in ("gpt2", "gpt_neox", "llama", "qwen2", "gemma3_text", "glm4", "gemma2-1-labels")
     ),
     *(Place(name, {"expert": 2}) for name in MOE),
     *(Place(name, {"tensor": 2, "expert": 2}) for name in MOE),
-    Place("mixtral", {"tensor": 2, "expert": 2, "sequence": False}),
     Place("mixtral-1-labels", {"expert": 2}),
     Place("mixtral", {"tensor": 2, "expert": 4}),
     Place("qwen3_moe", {"expert": 2, "pipeline": 2}),
