@@ -9,12 +9,10 @@ again) and copy everything to host memory first; torch's synchronous writer, use
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
+from exo_megatron.checkpoint.manifest import FileRecord
+from exo_megatron.checkpoint.shard_writer import ShardWriter
 from exo_megatron.checkpoint.unpickling import COMMON_FILE
 from exo_megatron.errors import ExoError
 
@@ -89,90 +85,39 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no 
         return data.contiguous()
 
 
-class _RecordingFile(BufferedWriter):
-    """A file whose writes do not fail but are recorded as failed.
-
-    torch's zip writer calls `write` from C++, where an exception is lost (an error about file positions comes
-    instead) and can leave the interpreter damaged.
-    """
-
-    def __init__(self, path: Path, failures: list[OSError]) -> None:
-        super().__init__(FileIO(path, "wb"))
-        self._failures = failures
-
-    def write(self, data: Any) -> int:
-        if not self._failures:
-            try:
-                return super().write(data)
-            except OSError as error:
-                self._failures.append(error)
-        return memoryview(data).nbytes
-
-
-class _RecordingFileSystem(FileSystem):
-    """Local files, and the failures to write them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failures: list[OSError] = []
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with _RecordingFile(Path(path), self.failures) as file:
-            yield file
-            if self.failures:
-                raise self.failures[0]
-
-
-class _Writer(FileSystemWriter):
-    """torch's synchronous writer, which fails with the OSError that made it fail."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path, thread_count=1, sync_files=True)
-        self._files = _RecordingFileSystem()
-        self.fs = self._files
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if self._files.failures:
-                raise self._files.failures[0] from error
-            raise
-
-
 class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
-    """Writes in this process, one file per rank, flushed to the disk."""
+    """Writes in this process, one file per rank, flushed to the disk.
+
+    written: name -> content of the file that this rank wrote.
+    """
 
     def __init__(self, produce: Producer | None) -> None:
         super().__init__("torch_dist", 1)
         self._produce = produce
+        self.written: dict[str, FileRecord] = {}
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         """Collective over the world. Raises torch's CheckpointException on every rank if any rank failed."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=_Writer(checkpoint_dir),
-            planner=_Planner(self._produce),
-        )
+        writer = ShardWriter(checkpoint_dir)
+        save(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=_Planner(self._produce))
+        self.written = writer.written
 
 
-def write_sharded(sharded_state: dict[str, Any], weights: Path, produce: Producer | None = None) -> None:
+def write_sharded(
+    sharded_state: dict[str, Any], weights: Path, produce: Producer | None = None
+) -> dict[str, FileRecord]:
     """Save a sharded state dict into an existing empty directory. Collective over the world.
 
-    Values that are not sharded must be the same on all ranks. Shards on the meta device are made by `produce`.
+    Values that are not sharded must be the same on all ranks. Shards on the meta device are made by `produce`, in a
+    thread of its own. Returns the name and the content of the tensor file that this rank wrote.
     """
+    strategy = _SynchronousSave(produce)
     with _quiet():
-        dist_checkpointing.save(
-            without_extra_state(sharded_state), str(weights), sharded_strategy=_SynchronousSave(produce)
-        )
+        dist_checkpointing.save(without_extra_state(sharded_state), str(weights), sharded_strategy=strategy)
         if dist.get_rank() == 0 and not (weights / COMMON_FILE).exists():
             torch.save(dist_checkpointing.load_common_state_dict(str(weights)), weights / COMMON_FILE)
+    return strategy.written
 
 
 def planned_state(shards: Iterable[PlannedShard]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,7 +65,7 @@ def make_manifest(files: dict[str, FileRecord], *, step: int | None, kind: Check
     files below `weights/` are left out: they name paths and times of the save, not weights.
     """
     files = dict(sorted(files.items()))
-    named = [name for name in files if name == "model.json" or _holds_tensors(name)]
+    named = [name for name in files if name == "model.json" or holds_tensors(name)]
     text = "".join(f"{name} {files[name].sha256}\n" for name in named)
     return Manifest(fingerprint=hashlib.sha256(text.encode()).hexdigest(), files=files, step=step, kind=kind)
 
@@ -98,20 +99,29 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def check_file(checkpoint: Path, name: str, record: FileRecord) -> None:
-    """Raise CheckpointError unless a file has the recorded size and SHA-256."""
+def check_size(checkpoint: Path, name: str, record: FileRecord) -> None:
+    """Raise CheckpointError unless a file is there and has the recorded size."""
     path = checkpoint / name
     if not path.is_file():
         raise _damaged(path, "is missing", f"{record.bytes} bytes")
     size = path.stat().st_size
     if size != record.bytes:
         raise _damaged(path, f"has {size} bytes", f"{record.bytes} bytes")
-    seen = sha256_file(path)
+
+
+def check_file(checkpoint: Path, name: str, record: FileRecord, stop: Event | None = None) -> None:
+    """Raise CheckpointError unless a file has the recorded size and SHA-256. Once `stop` is set, returns unread."""
+    check_size(checkpoint, name, record)
+    path = checkpoint / name
+    seen = sha256_file(path, stop)
+    if stop is not None and stop.is_set():
+        return
     if seen != record.sha256:
         raise _damaged(path, f"is corrupt (SHA-256 {seen[:12]}...)", f"SHA-256 {record.sha256[:12]}...")
 
 
-def _holds_tensors(name: str) -> bool:
+def holds_tensors(name: str) -> bool:
+    """Whether a file of a checkpoint is one of those that grow with the model."""
     return name.startswith(f"{WEIGHTS_DIRECTORY}/") and name.endswith(".distcp")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_b
 from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
 from exo_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
+    WEIGHTS_DIRECTORY,
     CheckpointKind,
     FileRecord,
     list_files,
@@ -35,8 +35,6 @@ from exo_megatron.errors import CheckpointError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.utils.files import write_json, write_text
-
-_SHARD_NAME = re.compile(r".*/__(\d+)_\d+\.distcp")
 
 _SMALL_FILES = 64 * 2**20
 """Bytes allowed for everything but tensors: tokenizer, index, manifest."""
@@ -64,17 +62,18 @@ def save_checkpoint(
         CheckpointError.
     step: optimizer steps done; then `latest` beside the target is set to it. trainer_state: JSON, as on rank 0.
 
-    Everything is made in `tmp-<name>` beside the target, flushed, checksummed by all ranks, and renamed. A step that
-    exists already is replaced. On failure every rank raises CheckpointError and the target is as it was before.
+    Everything is made in `tmp-<name>` beside the target, flushed, and renamed; checksums of tensors are taken of what
+    is written. A step that exists already is replaced. On failure every rank raises CheckpointError and the target is
+    as it was before.
     """
     staging = staging_path(target)
     needed = sum(together(lambda: _gather_sizes(runtime, sharded_state))) + _SMALL_FILES
     on_main(lambda: _prepare(staging, target, hf_files, kind, needed))
     try:
-        _write_weights(sharded_state, staging, produce, needed)
+        written = _write_weights(sharded_state, staging, produce, needed)
         on_main(lambda: _write_small_files(staging, spec, hf_files, trainer_state))
-        files = _checksum(staging, runtime)
-        on_main(lambda: _complete(staging, files, step, kind))
+        shards = _gather_records(written, runtime)
+        on_main(lambda: _complete(staging, shards, step, kind))
         if inspect is not None:
             inspect(staging)
         on_main(lambda: _put_in_place(staging, target, step, kind))
@@ -114,10 +113,12 @@ def _prepare(staging: Path, target: Path, hf_files: Path, kind: CheckpointKind, 
         raise write_failure(target, error, needed=needed) from error
 
 
-def _write_weights(sharded_state: dict[str, Any], staging: Path, produce: Producer | None, needed: int) -> None:
-    """Collective; torch gathers the failures of all ranks and raises them on each."""
+def _write_weights(
+    sharded_state: dict[str, Any], staging: Path, produce: Producer | None, needed: int
+) -> dict[str, FileRecord]:
+    """Collective; torch gathers the failures of all ranks and raises them on each. Returns this rank's file."""
     try:
-        write_sharded(sharded_state, weights_path(staging), produce)
+        return write_sharded(sharded_state, weights_path(staging), produce)
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
         for cause in causes:
@@ -140,22 +141,17 @@ def _write_small_files(staging: Path, spec: ModelSpec, hf_files: Path, trainer_s
         raise write_failure(staging, error, needed=None) from error
 
 
-def _checksum(staging: Path, runtime: Runtime) -> dict[str, FileRecord]:
-    """Checksums of all files; each rank reads what it wrote itself. On rank 0 the whole, on the others nothing."""
-    names = runtime.broadcast_object(list_files(staging) if runtime.is_main else [])
-    mine = [name for name in names if _writer(name) % runtime.world_size == runtime.rank]
-    parts = runtime.gather_objects(together(lambda: record_files(staging, mine)))
-    return {name: record for part in parts or [] for name, record in part.items()}
+def _gather_records(written: dict[str, FileRecord], runtime: Runtime) -> dict[str, FileRecord]:
+    """The tensor files of all ranks, by their names in the checkpoint, on rank 0; nothing on the others."""
+    parts = runtime.gather_objects(written) or []
+    return {f"{WEIGHTS_DIRECTORY}/{name}": record for part in parts for name, record in part.items()}
 
 
-def _writer(name: str) -> int:
-    match = _SHARD_NAME.fullmatch(name)
-    return int(match.group(1)) if match else 0
-
-
-def _complete(staging: Path, files: dict[str, FileRecord], step: int | None, kind: CheckpointKind) -> None:
+def _complete(staging: Path, shards: dict[str, FileRecord], step: int | None, kind: CheckpointKind) -> None:
+    """shards: the files whose content is known from writing them; all others are small, and read."""
     try:
-        write_manifest(staging, make_manifest(files, step=step, kind=kind))
+        others = [name for name in list_files(staging) if name not in shards]
+        write_manifest(staging, make_manifest({**shards, **record_files(staging, others)}, step=step, kind=kind))
     except OSError as error:
         raise write_failure(staging, error, needed=None) from error
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from exo_megatron.checkpoint.unpickling import read_metadata, tensor_entries
 from exo_megatron.errors import CheckpointError
+
+Shape = tuple[int, ...]
 
 
 class StoredTensors:
@@ -24,6 +29,7 @@ class StoredTensors:
         self._weights = weights
         self._entries = tensor_entries(metadata)
         self._storage = metadata.storage_data
+        self._by_index: dict[tuple[str, int], Mapping[Shape, Sequence[ChunkStorageMetadata]] | None] = {}
 
     def keys(self) -> list[str]:
         """Keys of all tensors, sorted."""
@@ -40,14 +46,18 @@ class StoredTensors:
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """The tensor at `index` of its leading (stacked) axes, on the CPU, of shape `shape(key)[len(index):]`.
 
-        Reads only the chunks that overlap it. Raises CheckpointError if they do not cover it or cannot be read.
+        Reads only the chunks that overlap it; one that is all of it is not copied. Raises CheckpointError if they do
+        not cover it or cannot be read.
         """
         shape = self.shape(key)
         start = (*index, *(0 for _ in shape[len(index) :]))
         size = (*(1 for _ in index), *shape[len(index) :])
+        chunks = self._chunks_at(key, index)
+        if len(chunks) == 1 and (tuple(chunks[0].offsets), tuple(chunks[0].sizes)) == (start, size):
+            return self._read_chunk(key, chunks[0]).reshape(shape[len(index) :])
         result = torch.empty(size, dtype=self.dtype(key))
         covered = 0
-        for chunk in self._entries[key].chunks:
+        for chunk in chunks:
             overlap = _overlap(chunk, start, size)
             if overlap is not None:
                 source, target = overlap
@@ -62,18 +72,73 @@ class StoredTensors:
             )
         return result.reshape(shape[len(index) :])
 
+    def _chunks_at(self, key: str, index: Shape) -> Sequence[ChunkStorageMetadata]:
+        """The chunks that may overlap what is at `index`: of ten thousands of experts, those of one."""
+        place = (key, len(index))
+        if place not in self._by_index:
+            self._by_index[place] = _group(self._entries[key].chunks, len(index))
+        groups = self._by_index[place]
+        return self._entries[key].chunks if groups is None else groups.get(index, ())
+
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[MetadataIndex(key, chunk.offsets)]
         path = self._weights / info.relative_path
         try:
-            with open(path, "rb") as file:
-                file.seek(info.offset)
-                data = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            with open(path, "rb", buffering=0) as file:
+                window = _Window(file, info.offset, info.length)
+                data = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise _bad_chunk(path, key, " ".join(str(error).split())[:160]) from None
         if not isinstance(data, Tensor) or tuple(data.shape) != tuple(chunk.sizes):
             raise _bad_chunk(path, key, f"a {type(data).__name__} of another shape than the index says")
         return data
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own, so that torch reads a record straight into the tensor's memory."""
+
+    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
+        super().__init__()
+        self._file = file
+        self._start = start
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the part reaches."""
+        view = memoryview(buffer).cast("B")[: max(0, self._size - self._position)]
+        self._file.seek(self._start + self._position)
+        done = 0
+        while done < len(view):
+            read = self._file.readinto(view[done:])
+            if not read:
+                break
+            done += read
+        self._position += done
+        return done
+
+
+def _group(chunks: Sequence[ChunkStorageMetadata], axes: int) -> Mapping[Shape, Sequence[ChunkStorageMetadata]] | None:
+    """Chunks by their index on the leading axes; None if some extend over several indices."""
+    groups: dict[Shape, list[ChunkStorageMetadata]] = defaultdict(list)
+    for chunk in chunks:
+        if any(size != 1 for size in chunk.sizes[:axes]):
+            return None
+        groups[tuple(chunk.offsets[:axes])].append(chunk)
+    return groups
 
 
 def _overlap(

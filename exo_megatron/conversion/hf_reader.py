@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import mmap
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,35 +26,68 @@ INDEX_FILE = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+_CHUNK = 2**24
+"""Bytes compared at once."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
 class HfTensor:
-    """Where a tensor lies, and what the file says about it."""
+    """Where a tensor lies, and what the file says about it.
 
+    stored_as: the type in the words of safetensors. start: of its bytes in the file.
+    """
+
+    name: str
     path: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    stored_as: str
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type, for weights; a CheckpointError for types that `check_type` refuses."""
+        self.check_type()
+        return DTYPES[self.stored_as]
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def check_type(self) -> None:
+        """Raise CheckpointError unless the type is one of weights. Tensors that are not used may have any."""
+        if self.stored_as not in DTYPES:
+            raise CheckpointError(
+                str(self.path),
+                f"{self.name} is of type {self.stored_as}",
+                expected=f"weights of type {', '.join(DTYPES)}",
+                fix="use the unquantised weights of the model",
+            )
 
 
 class HfTensors:
     """The tensors of an HF checkpoint directory."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read the headers of all files. Raises CheckpointError that names the file or tensor that is wrong."""
+    def __init__(self, directory: Path, family: Family | None = None) -> None:
+        """Read the headers of all files. Raises CheckpointError that names the file or tensor that is wrong.
+
+        family: tensors whose names lack its prefix get it. None: they are called as in the files.
+        """
         self.directory = directory
-        self.tensors = _read_headers(directory)
+        tensors = _read_headers(directory)
+        if family is not None and not any(name.startswith(family.base_prefix) for name in tensors):
+            tensors = {family.full_name(name): tensor for name, tensor in tensors.items()}
+        self.tensors = tensors
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, mapped from its file."""
+        """One tensor, on the CPU, mapped from its file: no copy is made, and nothing stays when it is dropped."""
         tensor = self.tensors[name]
         try:
-            with safe_open(str(tensor.path), framework="pt") as file:
-                data: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            return _map(tensor)
+        except (OSError, ValueError) as error:
             raise _damaged(tensor.path, error) from None
-        return data
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -94,6 +131,7 @@ def check_tensors(hf: HfTensors, entries: Iterable[Entry], family: Family, *, ti
                 expected=f"shape {list(shape)}, as config.json says",
                 fix="use the config.json that belongs to these weights",
             )
+        hf.tensors[name].check_type()
     for name in sorted(hf.tensors.keys() - expected.keys()):
         if any(pattern.fullmatch(name) for pattern in family.ignored):
             continue
@@ -109,13 +147,24 @@ def check_tensors(hf: HfTensors, entries: Iterable[Entry], family: Family, *, ti
 
 
 def _check_tied(hf: HfTensors, output: str, embedding: str) -> None:
-    if not torch.equal(hf.read(output), hf.read(embedding)):
+    if not _same_content(hf.tensors[output], hf.tensors[embedding]):
         raise CheckpointError(
             str(hf.tensors[output].path),
             f"{output} differs from {embedding}, though config.json has tie_word_embeddings: true",
             expected="equal tensors, or tie_word_embeddings: false",
             fix="set tie_word_embeddings to false in config.json to keep both",
         )
+
+
+def _same_content(one: HfTensor, other: HfTensor) -> bool:
+    """Whether two tensors are equal bit for bit; read in parts, so that neither is in memory as a whole."""
+    if (one.shape, one.stored_as) != (other.shape, other.stored_as):
+        return False
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        sizes = (min(_CHUNK, one.bytes - start) for start in range(0, one.bytes, _CHUNK))
+        return all(first.read(size) == second.read(size) for size in sizes)
 
 
 def _read_headers(directory: Path) -> dict[str, HfTensor]:
@@ -164,20 +213,41 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, HfTensor]:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            found = {name: (tuple(item.get_shape()), str(item.get_dtype())) for name, item in slices.items()}
-    except (SafetensorError, OSError) as error:
+        # Checks that header and file size agree, and that the tensors fill the file without overlapping.
+        with safe_open(str(path), framework="pt"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            fields = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    for name, (_, dtype) in found.items():
-        if dtype not in DTYPES:
-            raise CheckpointError(
-                str(path),
-                f"{name} is of type {dtype}",
-                expected=f"weights of type {', '.join(DTYPES)}",
-                fix="use the unquantised weights of the model",
-            )
-    return {name: HfTensor(path, shape, DTYPES[dtype]) for name, (shape, dtype) in found.items()}
+    return {
+        name: HfTensor(name, path, tuple(field["shape"]), field["dtype"], 8 + length + field["data_offsets"][0])
+        for name, field in fields.items()
+        if name != "__metadata__"
+    }
+
+
+def _map(tensor: HfTensor) -> Tensor:
+    size = tensor.bytes
+    if not size:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    before = tensor.start % mmap.ALLOCATIONGRANULARITY
+    with open(tensor.path, "rb") as file:
+        # Private and writable, because torch has no read-only tensors; nobody writes.
+        mapped = mmap.mmap(
+            file.fileno(),
+            before + size,
+            flags=mmap.MAP_PRIVATE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=tensor.start - before,
+        )
+    with contextlib.suppress(OSError):  # advice, which not every file system takes
+        mapped.madvise(mmap.MADV_WILLNEED)
+    data = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=before)
+    if tensor.start % tensor.dtype.itemsize:
+        data = data.clone()
+    return data.view(tensor.dtype).reshape(tensor.shape)
 
 
 def _no_weights(directory: Path) -> CheckpointError:

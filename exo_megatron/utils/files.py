@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import IO, Any, Literal
 
 from exo_megatron.errors import DataError
@@ -121,10 +122,14 @@ def parse_json_object(line: str, where: str) -> dict[str, Any]:
     return value
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, stop: Event | None = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal; of its beginning once `stop` is set."""
+    digest = hashlib.sha256()
+    view = memoryview(bytearray(2**20))
+    with open(path, "rb", buffering=0) as file:
+        while (size := file.readinto(view)) and not (stop is not None and stop.is_set()):
+            digest.update(view[:size])
+    return digest.hexdigest()
 
 
 def _decode(line: bytes, where: str) -> str:

@@ -92,5 +92,5 @@ def killed_while_saving(runtime: Runtime, *, source: Path, target: Path) -> None
         os.kill(os.getpid(), signal.SIGKILL)
 
     if runtime.rank == 1:
-        saving.record_files = die  # type: ignore[assignment]
+        saving._gather_records = die  # type: ignore[assignment]
     load_and_save(runtime, source=source, target=target, tensor=1, pipeline=2)

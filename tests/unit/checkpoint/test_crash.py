@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from exo_megatron.checkpoint import dist_format, publish
+from exo_megatron.checkpoint import publish, shard_writer
 from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.directory import list_steps, resolve_checkpoint
 from exo_megatron.checkpoint.load import verify_checkpoint
@@ -104,7 +104,7 @@ class FullDisk(FileIO):
 @pytest.mark.parametrize(
     ("module", "name", "failing"),
     [
-        (dist_format, "FileIO", FullDisk),
+        (shard_writer, "FileIO", FullDisk),
         (saving, "write_json", no_space_left),
         (saving, "write_manifest", no_space_left),
     ],
