@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from exo_megatron.errors import CheckpointError
-from exo_megatron.models.spec import RotaryScaling
+
+_FIX = "correct config.json; a model that needs this value cannot be converted"
 
 
 @dataclass(frozen=True)
 class HfConfig:
-    """The values of a config.json; `where` is its path."""
+    """The values of a config.json; `where` is its path.
+
+    A null is the default, like an absent key, except where a method says otherwise.
+    """
 
     values: Mapping[str, Any]
     where: str
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.unsupported(key, value, "a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            what = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
+            raise self.unsupported(key, value, what)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -32,6 +37,22 @@ class HfConfig:
             raise self.unsupported(key, value, "a positive number")
         return float(value)
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive finite numbers."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.unsupported(key, value, f"a list of {count} numbers")
+        items = HfConfig({f"{key}[{index}]": item for index, item in enumerate(value)}, self.where)
+        return tuple(items.number(each) for each in items.values)
+
+    def optional_integer(self, key: str, default: int | None) -> int | None:
+        """A positive whole number, or None for null; an absent key is the default."""
+        return self.integer(key, default) if self.values.get(key, default) is not None else None
+
+    def optional_number(self, key: str, default: float | None) -> float | None:
+        """A positive finite number, or None for null; an absent key is the default."""
+        return self.number(key, default) if self.values.get(key, default) is not None else None
+
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
         value = self._get(key, default)
@@ -39,11 +60,11 @@ class HfConfig:
             raise self.unsupported(key, value, "true or false")
         return value
 
-    def require(self, key: str, allowed: tuple[object, ...]) -> None:
+    def require(self, key: str, allowed: tuple[object, ...], why: str = "") -> None:
         """Accept a key only if it is absent, null, or has one of these values."""
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise self.unsupported(key, value, " or ".join(repr(item) for item in allowed))
+            raise self.unsupported(key, value, " or ".join(repr(item) for item in allowed) or "null", why)
 
     def section(self, key: str) -> HfConfig:
         """A nested mapping; empty if absent or null."""
@@ -54,45 +75,15 @@ class HfConfig:
             raise self.unsupported(key, value, "a mapping")
         return HfConfig(value, f"{self.where}: {key}")
 
-    def unsupported(self, key: str, value: object, expected: str) -> CheckpointError:
-        """The error for a value that cannot be converted."""
+    def unsupported(self, key: str, value: object, expected: str, why: str = "") -> CheckpointError:
+        """The error for a value that cannot be converted. why: what stands in the way, where it is not plain."""
         return CheckpointError(
             self.where,
-            f"{key} is {value!r}" if key in self.values else f"{key} is missing",
+            (f"{key} is {value!r}" if key in self.values else f"{key} is missing") + (f": {why}" if why else ""),
             expected=f"{key}: {expected}",
-            fix="correct config.json; a model that needs this value cannot be converted",
+            fix=_FIX,
         )
 
     def _get(self, key: str, default: object) -> Any:
         value = self.values.get(key)
         return default if value is None else value
-
-
-def read_rotary(config: HfConfig, *, default_base: float) -> tuple[float, RotaryScaling | None]:
-    """Rotary base and scaling, from transformers 5 (`rope_parameters`) or 4 (`rope_theta` and `rope_scaling`)."""
-    parameters, scaling = config.section("rope_parameters"), config.section("rope_scaling")
-    if parameters.values and scaling.values and dict(parameters.values) != dict(scaling.values):
-        raise config.unsupported("rope_scaling", scaling.values, "one of rope_parameters and rope_scaling, not both")
-    rope = parameters if parameters.values else scaling
-    base = rope.number("rope_theta") if "rope_theta" in rope.values else config.number("rope_theta", default_base)
-    for section in (rope, config):
-        section.require("partial_rotary_factor", (1, 1.0))
-    return base, _read_scaling(rope)
-
-
-def _read_scaling(rope: HfConfig) -> RotaryScaling | None:
-    key = "rope_type" if "rope_type" in rope.values else "type"
-    kind = rope.values.get(key)
-    if kind in (None, "default"):
-        return None
-    if kind == "linear":
-        return RotaryScaling(kind="linear", factor=rope.number("factor"))
-    if kind == "llama3":
-        return RotaryScaling(
-            kind="llama3",
-            factor=rope.number("factor"),
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
-            original_max_positions=rope.integer("original_max_position_embeddings"),
-        )
-    raise rope.unsupported(key, kind, "default, linear or llama3")

@@ -46,7 +46,7 @@ class ImportPlan:
         config = read_config(directory)
         family = find_family(config, where)
         self.spec: ModelSpec = family.read_config(config, where)
-        self._hf = HfTensors(directory)
+        self._hf = HfTensors(directory, family)
         rules = family.tensors(self.spec)
         check_tensors(
             self._hf, [entry for rule in rules for entry in rule.entries()], family, tied=self.spec.tied_embeddings

@@ -13,6 +13,9 @@ from exo_megatron.models.spec import ModelSpec
 
 Shape = tuple[int, ...]
 
+SCORE = "score.weight"
+"""HF's name of the head of every sequence classifier."""
+
 
 @dataclass(frozen=True)
 class TensorRule:
@@ -63,9 +66,10 @@ class Entry:
 class Family:
     """A model family. One file in `families/` makes one, and `families/__init__.py` lists it.
 
-    model_type: of HF's config.json. architectures: those whose tensors the rules describe.
+    model_type: of HF's config.json. architectures: those whose tensors the rules describe, the usual one first.
     read_config: HF config and the path to name in errors -> ModelSpec; CheckpointError for what is not supported.
     tensors: the rules for a model.
+    base_prefix: of HF's names of everything but the head. Published files of some models have the names without it.
     tied_output: names of the output layer and of the embedding that it repeats in checkpoints of tied models.
     ignored: HF tensors that hold nothing to convert (buffers that older versions of transformers saved).
     """
@@ -74,5 +78,10 @@ class Family:
     architectures: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any], str], ModelSpec]
     tensors: Callable[[ModelSpec], tuple[TensorRule, ...]]
+    base_prefix: str
     tied_output: tuple[str, str]
     ignored: tuple[re.Pattern[str], ...] = ()
+
+    def full_name(self, name: str) -> str:
+        """The name of a tensor of a checkpoint whose names lack `base_prefix`."""
+        return name if name in (self.tied_output[0], SCORE) else self.base_prefix + name

@@ -58,6 +58,27 @@ def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Transform:
     return Transform(join=join, split=split)
 
 
+def regrouped(hf: Transform, ours: Transform) -> Transform:
+    """One HF tensor that fuses the parts of `ours`. hf: how it is made of the same parts, in the same order."""
+    return Transform(
+        join=lambda parts: ours.join(hf.split(parts[0])), split=lambda whole: (hf.join(ours.split(whole)),)
+    )
+
+
+def transposed(how: Transform) -> Transform:
+    """`how` for HF matrices that are stored as [inputs, outputs]."""
+    return Transform(
+        join=lambda parts: how.join([part.t() for part in parts]),
+        split=lambda whole: [part.t() for part in how.split(whole)],
+    )
+
+
+def fused_qkv(heads: int, kv_heads: int, head_dim: int) -> Transform:
+    """One tensor with the rows of all query heads, then of all key heads, then of all value heads, in our order."""
+    rows = stacked_rows(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    return regrouped(rows, grouped_qkv(heads, kv_heads, head_dim))
+
+
 def check_one_dtype(where: str, dtypes: dict[str, torch.dtype]) -> torch.dtype:
     """The dtype that tensors which become one share. Raises CheckpointError if they differ."""
     if len(set(dtypes.values())) > 1:

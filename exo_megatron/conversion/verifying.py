@@ -57,7 +57,7 @@ class Comparison:
         Raises CheckpointError where HF's config.json or a file of weights cannot be read.
         """
         family, self.spec = hf_spec(hf)
-        self._hf = HfTensors(hf)
+        self._hf = HfTensors(hf, family)
         self.made = made
         self._repeats = dict([family.tied_output[::-1]]) if self.spec.tied_embeddings else {}
         entries = [entry for rule in family.tensors(self.spec) for entry in rule.entries()]

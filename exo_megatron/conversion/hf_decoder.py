@@ -1,0 +1,179 @@
+"""What HF configs of several families say with the same keys, as values of a ModelSpec.
+
+Keys of dropout and of the router's losses are not read anywhere: they are settings of the training that made the
+model. Inference ignores them, and training here does not use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exo_megatron.conversion.hf_config import HfConfig
+from exo_megatron.conversion.hf_rope import WHOLE_HEADS, RopeKeys, read_rope
+from exo_megatron.models.spec import Experts, ModelSpec
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ConfigReader = Callable[[Mapping[str, Any], str], ModelSpec]
+
+CLASSIFIER = "ForSequenceClassification"
+"""How the architectures of sequence classifiers end."""
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    # One function, written in several ways.
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class DecoderDefaults:
+    """What absent keys mean in a family, as in its configuration class in transformers.
+
+    kv_heads, head_dim: None where an absent key means one per attention head, or hidden_size / heads.
+    """
+
+    positions: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    norm_epsilon: float = 1e-6
+    tied: bool = False
+    rope: RopeKeys = WHOLE_HEADS
+
+
+def with_head(read: Callable[[HfConfig], ModelSpec]) -> ConfigReader:
+    """A reader of language models, made to read the sequence classifiers of the same family too."""
+
+    def read_config(values: Mapping[str, Any], where: str) -> ModelSpec:
+        config = HfConfig(values, where)
+        spec = read(config)
+        labels = _labels(config)
+        if labels is None:
+            return spec
+        return spec.model_copy(update={"labels": labels, "tied_embeddings": False, "logit_softcap": None})
+
+    return read_config
+
+
+def read_decoder(config: HfConfig, defaults: DecoderDefaults, **rest: Any) -> ModelSpec:
+    """A decoder with RMSNorm, rotary positions and grouped heads, whose config has the keys that Llama's has.
+
+    rest: what the family adds, as fields of ModelSpec; they take precedence.
+    """
+    hidden = config.integer("hidden_size")
+    heads, kv_heads, head_dim = read_heads(config, hidden, defaults)
+    rotary, positions = read_rope(
+        config,
+        defaults.rope,
+        head_dim=head_dim,
+        positions=config.integer("max_position_embeddings", defaults.positions),
+    )
+    fields: dict[str, Any] = {
+        "layers": config.integer("num_hidden_layers"),
+        "hidden_size": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": config.integer("vocab_size"),
+        "max_positions": positions,
+        "norm_epsilon": config.number("rms_norm_eps", defaults.norm_epsilon),
+        "rotary": rotary,
+        "tied_embeddings": config.flag("tie_word_embeddings", defaults.tied),
+    }
+    if "ffn_hidden_size" not in rest:
+        fields["ffn_hidden_size"] = config.integer("intermediate_size")
+    if "activation" not in rest:
+        fields["activation"] = read_activation(config, "hidden_act", "silu")
+    return ModelSpec(**fields | rest)
+
+
+def read_heads(config: HfConfig, hidden: int, defaults: DecoderDefaults) -> tuple[int, int, int]:
+    """Attention heads, key/value heads, and the size of a head."""
+    heads = config.integer("num_attention_heads")
+    kv_heads = config.optional_integer("num_key_value_heads", defaults.kv_heads) or heads
+    if heads % kv_heads:
+        raise config.unsupported("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")
+    head_dim = config.integer("head_dim", defaults.head_dim or even_share(config, hidden, heads))
+    return heads, kv_heads, head_dim
+
+
+def even_share(config: HfConfig, hidden: int, heads: int, key: str = "num_attention_heads") -> int:
+    """hidden_size / heads. Raises CheckpointError where it is needed and not whole."""
+    if hidden % heads and config.values.get("head_dim") is None:
+        raise config.unsupported(key, heads, f"a divisor of hidden_size ({hidden})")
+    return hidden // heads
+
+
+def read_activation(config: HfConfig, key: str, default: str) -> Activation:
+    """Name of an activation in transformers -> ours."""
+    name = config.values.get(key)
+    name = default if name is None else name
+    if name not in _ACTIVATIONS:
+        raise config.unsupported(key, name, " or ".join(repr(each) for each in _ACTIVATIONS))
+    return _ACTIVATIONS[name]
+
+
+def read_layer_types(config: HfConfig, layers: int, is_sliding: Callable[[int], bool]) -> list[bool]:
+    """Which layers have a window. is_sliding: the family's rule for a config without `layer_types`."""
+    types = config.values.get("layer_types")
+    if types is None:
+        return [is_sliding(layer) for layer in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(each not in known for each in types):
+        raise config.unsupported("layer_types", types, f"{layers} entries that are {' or '.join(known)}")
+    return [each == "sliding_attention" for each in types]
+
+
+def windows(config: HfConfig, sliding: Sequence[bool], window: int | None, positions: int) -> tuple[int | None, ...]:
+    """ModelSpec.windows. window: of the sliding layers. One that holds all positions is none at all."""
+    if any(sliding) and window is None:
+        raise config.unsupported("sliding_window", None, "a number, because some layers have a window")
+    if window is None or window >= positions or not any(sliding):
+        return ()
+    return tuple(window if each else None for each in sliding)
+
+
+def with_window(config: HfConfig, spec: ModelSpec, window: int | None) -> ModelSpec:
+    """The model with the same window in all layers, or with none."""
+    found = windows(config, [window is not None] * spec.layers, window, spec.max_positions)
+    return spec.model_copy(update={"windows": found})
+
+
+def with_upper_windows(config: HfConfig, spec: ModelSpec) -> ModelSpec:
+    """The model with the windows that a Qwen config gives it: none, or in the layers from `max_window_layers` on."""
+    window = config.optional_integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
+    full = config.integer("max_window_layers", 28, minimum=0)
+    sliding = read_layer_types(config, spec.layers, lambda layer: window is not None and layer >= full)
+    return spec.model_copy(update={"windows": windows(config, sliding, window, spec.max_positions)})
+
+
+def read_experts(config: HfConfig, *, count: int, per_token: int, ffn_hidden_size: int, normalized: bool) -> Experts:
+    """The mixture of experts. Raises CheckpointError where a token takes more of them than there are."""
+    if per_token > count:
+        raise config.unsupported("num_experts_per_tok", per_token, f"at most the {count} experts")
+    return Experts(count=count, per_token=per_token, ffn_hidden_size=ffn_hidden_size, normalized=normalized)
+
+
+def forbid_attention_bias(config: HfConfig) -> None:
+    """For families where it means a bias of the attention output too, beside a feed-forward block without any."""
+    config.require("attention_bias", (False,), "biases of attention alone are not supported in this family")
+
+
+def _labels(config: HfConfig) -> int | None:
+    """Outputs of a sequence classifier: transformers' default is 2. None: the model is not a classifier."""
+    architectures = config.values.get("architectures") or [""]
+    if not architectures[0].endswith(CLASSIFIER):
+        return None
+    named = config.section("id2label").values
+    count = config.integer("num_labels", len(named) or 2)
+    if named and count != len(named):
+        raise config.unsupported("num_labels", count, f"{len(named)}, as id2label has")
+    return count

@@ -1,0 +1,174 @@
+"""Rotary embeddings in HF configs: `rope_parameters` of transformers 5, or keys beside `rope_scaling` of 4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from exo_megatron.conversion.hf_config import HfConfig
+from exo_megatron.models.spec import Rotary, RotaryScaling
+
+_DYNAMIC = "the frequencies of dynamic scaling depend on the length of the text"
+
+
+@dataclass(frozen=True)
+class RopeKeys:
+    """What differs between families.
+
+    base: when the config says none. base_key: its name beside the other keys of the model.
+    local_base: base of layers with a window when the config says none; None: they have the same as the others.
+    partial: fraction of a head that is rotated when the config says none; None: the family rotates whole heads.
+    partial_key: its name beside the other keys. original: positions before scaling when the config says none beside
+    the other keys; None: as the section of the scaling says. kinds: of scaling. aliases: other names of these.
+    """
+
+    base: float = 10000.0
+    base_key: str = "rope_theta"
+    local_base: float | None = None
+    partial: float | None = None
+    partial_key: str = "partial_rotary_factor"
+    interleaved: bool = False
+    original: int | None = None
+    kinds: tuple[str, ...] = ("linear", "llama3", "yarn", "longrope")
+    aliases: tuple[tuple[str, str], ...] = ()
+
+
+WHOLE_HEADS = RopeKeys()
+"""Of most families."""
+
+
+def read_rope(config: HfConfig, keys: RopeKeys, *, head_dim: int, positions: int) -> tuple[Rotary, int]:
+    """The rotary embedding, and how many of the model's positions it serves (fewer with longrope, see `_longrope`)."""
+    rope, local_base = (_parameters(config), None) if keys.local_base is None else _by_layer(config, keys.local_base)
+    base = rope.number("rope_theta") if "rope_theta" in rope.values else config.number(keys.base_key, keys.base)
+    dim = _dim(config, rope, keys, head_dim)
+    scaling = _scaling(config, rope, keys, dim, positions)
+    if scaling is not None and scaling.kind == "longrope":
+        positions = scaling.original_max_positions
+    rotary = Rotary(base=base, dim=dim, interleaved=keys.interleaved, scaling=scaling, local_base=local_base)
+    return rotary, positions
+
+
+def _scaling(config: HfConfig, rope: HfConfig, keys: RopeKeys, dim: int, positions: int) -> RotaryScaling | None:
+    key = "rope_type" if "rope_type" in rope.values else "type"
+    kind = rope.values.get(key)
+    kind = dict(keys.aliases).get(kind, kind) if isinstance(kind, str) else kind
+    if kind in (None, "default"):
+        return None
+    if kind not in keys.kinds:
+        expected = " or ".join(repr(each) for each in ("default", *keys.kinds))
+        raise rope.unsupported(key, kind, expected, _DYNAMIC if kind == "dynamic" else "")
+    inside = rope.integer("original_max_position_embeddings", positions)
+    original = config.integer("original_max_position_embeddings", keys.original or inside)
+    return _READERS[kind](rope, _Lengths(dim, original, positions))
+
+
+def _parameters(config: HfConfig) -> HfConfig:
+    parameters, scaling = config.section("rope_parameters"), config.section("rope_scaling")
+    if parameters.values and scaling.values and dict(parameters.values) != dict(scaling.values):
+        raise config.unsupported("rope_scaling", scaling.values, "one of rope_parameters and rope_scaling, not both")
+    rope = parameters if parameters.values else scaling
+    for key, value in rope.values.items():
+        if isinstance(value, dict):
+            raise rope.unsupported(key, value, "one rotary embedding for all layers")
+    return rope
+
+
+def _by_layer(config: HfConfig, local_base: float) -> tuple[HfConfig, float]:
+    """The section of layers that see all tokens, and the base of layers with a window."""
+    nested, scaling = config.section("rope_parameters"), config.section("rope_scaling")
+    if not nested.values:
+        return scaling, config.number("rope_local_base_freq", local_base)
+    if scaling.values or nested.values.keys() - {"full_attention", "sliding_attention"}:
+        raise config.unsupported("rope_parameters", nested.values, "only full_attention and sliding_attention")
+    local = nested.section("sliding_attention")
+    for key in ("rope_type", "type"):
+        local.require(key, ("default",), "the rotary embedding of layers with a window is not scaled here")
+    return nested.section("full_attention"), local.number("rope_theta", local_base)
+
+
+def _dim(config: HfConfig, rope: HfConfig, keys: RopeKeys, head_dim: int) -> int:
+    """Rotated elements of a head; a fraction is rounded down, as transformers does."""
+    if keys.partial is None:
+        for section in (rope, config):
+            section.require(keys.partial_key, (1, 1.0), "transformers rotates whole heads of this family")
+        dim = head_dim
+    else:
+        inside = "partial_rotary_factor"
+        fraction = rope.number(inside) if inside in rope.values else config.number(keys.partial_key, keys.partial)
+        dim = int(head_dim * fraction)
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise config.unsupported(
+            keys.partial_key, dim / head_dim, f"an even number of rotated elements of the {head_dim} of a head"
+        )
+    return dim
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Rotated elements of a head; positions before scaling; positions of the model."""
+
+    dim: int
+    original: int
+    positions: int
+
+
+def _linear(rope: HfConfig, lengths: _Lengths) -> RotaryScaling:
+    return RotaryScaling(kind="linear", factor=rope.number("factor"))
+
+
+def _llama3(rope: HfConfig, lengths: _Lengths) -> RotaryScaling:
+    return RotaryScaling(
+        kind="llama3",
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_positions=lengths.original,
+    )
+
+
+def _yarn(rope: HfConfig, lengths: _Lengths) -> RotaryScaling:
+    factor = rope.number("factor", lengths.positions / lengths.original)
+    above, below = rope.optional_number("mscale", None), rope.optional_number("mscale_all_dim", None)
+    if above is not None and below is not None:
+        usual = _yarn_factor(factor, above) / _yarn_factor(factor, below)
+    else:
+        usual = _yarn_factor(factor, 1.0)
+    return RotaryScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=lengths.original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        truncate=rope.flag("truncate", True),
+        attention_factor=rope.number("attention_factor", usual),
+    )
+
+
+def _yarn_factor(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(rope: HfConfig, lengths: _Lengths) -> RotaryScaling:
+    """Two sets of divisors, one for texts up to the original length and one for longer ones; transformers chooses by
+    the longest text of a batch. The first is converted, and the model limited to the original length, where it is
+    exact.
+    """
+    factor = rope.number("factor", lengths.positions / lengths.original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(lengths.original)) if factor > 1 else 1.0
+    return RotaryScaling(
+        kind="longrope",
+        factor=factor,
+        original_max_positions=lengths.original,
+        frequency_divisors=rope.numbers("short_factor", lengths.dim // 2),
+        attention_factor=rope.number("attention_factor", usual),
+    )
+
+
+_READERS: dict[str, Callable[[HfConfig, _Lengths], RotaryScaling]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
