@@ -16,7 +16,8 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 def check_tokenizer_files(hf: Path, spec: ModelSpec) -> list[str]:
     """What to tell the user about a tokenizer that is absent or cannot be used; nothing where all is well.
 
-    Weights without a tokenizer are converted. Raises DataError if the tokenizer can give ids that the model lacks.
+    Weights without a tokenizer are converted, and those of models whose tokenizer names special tokens (of images,
+    say) that they lack. Raises DataError if ordinary text can have ids that the model lacks.
     """
     from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
 
@@ -26,5 +27,11 @@ def check_tokenizer_files(hf: Path, spec: ModelSpec) -> list[str]:
         tokenizer = load_tokenizer(hf)
     except DataError as error:
         return [f"note: the tokenizer of {hf} is copied but cannot be used ({error.problem}); give data.tokenizer"]
-    check_vocabulary(tokenizer, spec.vocab_size)
+    if tokenizer.text_vocab_size > spec.vocab_size:
+        check_vocabulary(tokenizer, spec.vocab_size)
+    if tokenizer.vocab_size > spec.vocab_size:
+        return [
+            f"note: the tokenizer of {hf} has special tokens from id {spec.vocab_size} on, which the model lacks; "
+            "stages that read text need a tokenizer without them in data.tokenizer"
+        ]
     return []

@@ -26,7 +26,10 @@ class HfCodec:
         description["truncation"] = description["padding"] = None
         self._start = BackendTokenizer.from_str(json.dumps(description))
         self._continuation = BackendTokenizer.from_str(json.dumps(_without_prefix_space(description)))
-        self.vocab_size = max(self._start.get_vocab(with_added_tokens=True).values()) + 1
+        ids = set(self._start.get_vocab(with_added_tokens=True).values())
+        special = {id for id, token in self._start.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = max(ids) + 1
+        self.text_vocab_size = max(ids - special, default=-1) + 1
         self.eos_id = _eos_id(path, tokenizer)
         self.prefix_ids = _default_prefix(tokenizer)
 

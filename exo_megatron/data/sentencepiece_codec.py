@@ -38,6 +38,7 @@ class SentencePieceCodec:
                 fix="restore the file",
             ) from None
         self.vocab_size: int = self._start.get_piece_size()
+        self.text_vocab_size = self.vocab_size
         self.eos_id: int = self._start.eos_id()
         if self.eos_id < 0:
             raise DataError(

@@ -30,6 +30,10 @@ class TextCodec(Protocol):
         """All ids are below this."""
 
     @property
+    def text_vocab_size(self) -> int:
+        """All ids are below this but those of special tokens that were added to the tokenizer."""
+
+    @property
     def eos_id(self) -> int:
         """Id of the end-of-sequence token."""
 
@@ -58,6 +62,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """All ids are below this."""
         return self._codec.vocab_size
+
+    @property
+    def text_vocab_size(self) -> int:
+        """All ids are below this but those of special tokens that were added, which a text holds if it spells them."""
+        return self._codec.text_vocab_size
 
     @property
     def eos_id(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exo_megatron.config.load import load_run_config, load_stage_config
+from exo_megatron.conversion.families import FAMILIES
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,3 +57,16 @@ def test_the_configuration_of_the_readme_is_valid(tmp_path: Path) -> None:
 def test_the_run_file_of_the_documents_is_valid(tmp_path: Path) -> None:
     run = load_run_config(yaml_block(ROOT / "docs" / "config.md", tmp_path), ["stages.exo.optimizer.lr=5e-7"])
     assert [stage.upstream for stage in run.stages] == [(), ("sft",), ("rollout",), ("sft", "score")]
+
+
+def test_the_table_of_families_is_complete() -> None:
+    text = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    section = text.partition("## Families\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section, re.MULTILINE)
+    assert [model_type for model_type, _ in rows] == sorted(FAMILIES)
+    for model_type, row in rows:
+        models, cut, reward, embeddings, _ = (cell.strip() for cell in row.split("|"))
+        classifies = any(name.endswith("ForSequenceClassification") for name in FAMILIES[model_type].architectures)
+        assert models and embeddings
+        assert ("EP" in cut) == (model_type in ("mixtral", "qwen3_moe"))
+        assert reward.startswith("yes" if classifies else "no"), model_type
