@@ -10,7 +10,9 @@ import torch.distributed as dist
 from exo_megatron.checkpoint.collective import together
 from exo_megatron.checkpoint.directory import read_spec, resolve_checkpoint, weights_path
 from exo_megatron.checkpoint.dist_format import template_shapes
-from exo_megatron.checkpoint.load import load_module, load_sharded, verify_together
+from exo_megatron.checkpoint.integrity import verify_together
+from exo_megatron.checkpoint.load import load_module, load_sharded
+from exo_megatron.checkpoint.tensors import OPTIMIZER_PREFIX
 from exo_megatron.checkpoint.unpickling import read_metadata, tensor_entries
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import CheckpointError
@@ -18,9 +20,6 @@ from exo_megatron.models.build import build_policy
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
-
-OPTIMIZER_PREFIX = "optimizer."
-"""Keys of optimizer state in a training checkpoint; all other tensors are the model's."""
 
 
 def load_policy(path: Path, topology: Topology, compute: ComputeConfig) -> tuple[PolicyModel, ModelSpec]:

@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from exo_megatron.checkpoint.unpickling import read_metadata, tensor_entries
 from exo_megatron.errors import CheckpointError
 
+OPTIMIZER_PREFIX = "optimizer."
+"""Keys of optimizer state in a training checkpoint; all other tensors are the model's."""
+
 Shape = tuple[int, ...]
 
 
@@ -42,6 +45,10 @@ class StoredTensors:
     def dtype(self, key: str) -> torch.dtype:
         """Element type of a tensor."""
         return self._entries[key].properties.dtype
+
+    def of_model(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and type of the model's own tensors by key, without the optimizer's."""
+        return {key: (self.shape(key), self.dtype(key)) for key in self.keys() if not key.startswith(OPTIMIZER_PREFIX)}
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """The tensor at `index` of its leading (stacked) axes, on the CPU, of shape `shape(key)[len(index):]`.

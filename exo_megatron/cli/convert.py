@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ def run_import(config: ImportConfig, runtime: Runtime) -> None:
     for note in together(lambda: check_tokenizer_files(config.hf, plan.spec)):
         say(runtime, note)
     mine = _share(plan.entries, runtime)
-    meter = _Meter("import", sum(item.bytes for item in mine), enabled=runtime.is_main)
+    meter = _Meter("import", _bytes(mine), _bytes(plan.entries), runtime)
 
     def produce(key: str, offset: tuple[int, ...]) -> Tensor:
         data = plan.produce(key, offset)
@@ -72,25 +72,26 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
 
     The checkpoint may be a converted model or any step of a training stage, saved at any topology. The ranks divide
     the safetensors files. With `dtype: keep` tensors have the type they have in the checkpoint, and config.json says
-    so. Raises CheckpointError for a damaged checkpoint, before anything is written, and for an output directory that
-    holds something else; VerificationFailed with `verify`, and the output is then not put into its place.
+    so. Checksums of tensors are compared while they are read, and the output is put into its place only if all agree.
+    Raises CheckpointError for a damaged checkpoint and for an output directory that holds something else, and
+    VerificationFailed with `verify`; nothing is left then.
     """
     from exo_megatron.checkpoint.collective import on_main, together
     from exo_megatron.checkpoint.directory import resolve_checkpoint
-    from exo_megatron.checkpoint.load import verify_together
+    from exo_megatron.checkpoint.integrity import tensors_verified, verify_small_files
     from exo_megatron.checkpoint.publish import remove_tree, staging_path
     from exo_megatron.cli.verify import check_conversion
     from exo_megatron.conversion.hf_writer import plan_shards
 
     checkpoint = together(lambda: resolve_checkpoint(config.model.checkpoint))
-    verify_together(checkpoint)
+    verify_small_files(checkpoint)
     entries = together(lambda: _plan_export(checkpoint, config))
     shards = plan_shards(entries)
     staging = staging_path(config.output)
     on_main(lambda: _prepare(staging, config.output, entries))
-    mine = shards[runtime.rank :: runtime.world_size]
     try:
-        together(lambda: _write_shards(checkpoint, staging, mine, show=runtime.is_main))
+        with tensors_verified(checkpoint):
+            together(lambda: _write_shards(checkpoint, staging, shards, runtime))
         on_main(lambda: _complete(checkpoint, staging, shards))
         if config.verify:
             check_conversion(staging, checkpoint, config.output, runtime)
@@ -131,16 +132,20 @@ def _convert(config: ImportConfig | ExportConfig) -> None:
 
 
 class _Meter:
-    """Progress in megabytes of this rank's share."""
+    """Progress of the whole conversion in megabytes, estimated by rank 0 from its share."""
 
-    def __init__(self, label: str, total: int, *, enabled: bool) -> None:
-        self._progress = Progress(label, -(-total // _MEGABYTE), "MB", enabled=enabled)
+    def __init__(self, label: str, mine: int, total: int, runtime: Runtime) -> None:
+        self._progress = Progress(label, -(-total // _MEGABYTE), "MB", enabled=runtime.is_main)
+        self._mine = max(mine, 1)
+        self._total = total
         self._bytes = 0
+        self._shown = 0
 
     def count(self, number: int) -> None:
-        before = -(-self._bytes // _MEGABYTE)
         self._bytes += number
-        self._progress.advance(-(-self._bytes // _MEGABYTE) - before)
+        shown = -(-self._bytes * self._total // self._mine // _MEGABYTE)
+        self._progress.advance(shown - self._shown)
+        self._shown = shown
 
     def close(self) -> None:
         self._progress.close()
@@ -160,14 +165,11 @@ def _share(entries: Sequence[ImportEntry], runtime: Runtime) -> list[ImportEntry
 
 def _plan_export(checkpoint: Path, config: ExportConfig) -> list[ExportEntry]:
     from exo_megatron.checkpoint.directory import read_spec, tokenizer_path, weights_path
-    from exo_megatron.checkpoint.policy import OPTIMIZER_PREFIX
     from exo_megatron.checkpoint.tensors import StoredTensors
     from exo_megatron.conversion.exporting import plan_export
     from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
 
-    tensors = StoredTensors(weights_path(checkpoint))
-    keys = [key for key in tensors.keys() if not key.startswith(OPTIMIZER_PREFIX)]  # noqa: SIM118 - not a dict
-    stored = {key: (tensors.shape(key), tensors.dtype(key)) for key in keys}
+    stored = StoredTensors(weights_path(checkpoint)).of_model()
     hf = tokenizer_path(checkpoint)
     return plan_export(read_spec(checkpoint), read_config(hf), stored, config.dtype, str(hf / CONFIG_FILE))
 
@@ -176,7 +178,7 @@ def _prepare(staging: Path, output: Path, entries: Sequence[ExportEntry]) -> Non
     from exo_megatron.checkpoint.collective import check_space, write_failure
     from exo_megatron.checkpoint.publish import claim
 
-    needed = sum(item.bytes for item in entries)
+    needed = _bytes(entries)
     try:
         claim(output, EXPORT_MARKER)
         check_space(output, needed)
@@ -185,7 +187,8 @@ def _prepare(staging: Path, output: Path, entries: Sequence[ExportEntry]) -> Non
         raise write_failure(output, error, needed=needed) from error
 
 
-def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], *, show: bool) -> None:
+def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], runtime: Runtime) -> None:
+    """Write this rank's shards."""
     from exo_megatron.checkpoint.collective import write_failure
     from exo_megatron.checkpoint.directory import weights_path
     from exo_megatron.checkpoint.tensors import StoredTensors
@@ -193,20 +196,19 @@ def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], *, s
     from exo_megatron.conversion.hf_writer import write_shard
 
     tensors = StoredTensors(weights_path(checkpoint))
-    needed = sum(item.bytes for shard in shards for item in shard.entries)
-    meter = _Meter("export", needed, enabled=show)
-
-    def counted(shard: Shard) -> Iterator[Tensor]:
-        for tensor in hf_tensors(shard, tensors.read):
-            yield tensor
-            meter.count(tensor.nbytes)
-
+    mine = shards[runtime.rank :: runtime.world_size]
+    needed = _bytes(item for shard in shards for item in shard.entries)
+    meter = _Meter("export", _bytes(item for shard in mine for item in shard.entries), needed, runtime)
     try:
-        for shard in shards:
-            write_shard(staging, shard, counted(shard))
+        for shard in mine:
+            write_shard(staging, shard, hf_tensors(shard, tensors.read), meter.count)
     except OSError as error:
         raise write_failure(staging, error, needed=needed) from error
     meter.close()
+
+
+def _bytes(entries: Iterable[ImportEntry | ExportEntry]) -> int:
+    return sum(item.bytes for item in entries)
 
 
 def _complete(checkpoint: Path, staging: Path, shards: Sequence[Shard]) -> None:

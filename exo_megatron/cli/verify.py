@@ -69,7 +69,7 @@ def run_checks(wanted: Verification, runtime: Runtime) -> list[Check]:
     """
     from exo_megatron.checkpoint.collective import together
     from exo_megatron.checkpoint.directory import read_spec, resolve_checkpoint
-    from exo_megatron.checkpoint.load import verify_together
+    from exo_megatron.checkpoint.integrity import verify_together
     from exo_megatron.cli.verify_logits import check_logits, read_rows
     from exo_megatron.models.build import check_topology
     from exo_megatron.parallel.topology import model_parallel
@@ -123,13 +123,10 @@ def _direction(hf: Path, checkpoint: Path) -> Direction:
 
 def _compare_headers(hf: Path, checkpoint: Path, made: Direction) -> Comparison:
     from exo_megatron.checkpoint.directory import weights_path
-    from exo_megatron.checkpoint.policy import OPTIMIZER_PREFIX
     from exo_megatron.checkpoint.tensors import StoredTensors
     from exo_megatron.conversion.verifying import Comparison
 
-    tensors = StoredTensors(weights_path(checkpoint))
-    keys = [key for key in tensors.keys() if not key.startswith(OPTIMIZER_PREFIX)]  # noqa: SIM118 - not a dict
-    return Comparison(hf, {key: (tensors.shape(key), tensors.dtype(key)) for key in keys}, made)
+    return Comparison(hf, StoredTensors(weights_path(checkpoint)).of_model(), made)
 
 
 def _check_description(comparison: Comparison, checkpoint: Path, spec: ModelSpec) -> Check:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from exo_megatron.conversion.importing import CHOICES, DtypeChoice
 from exo_megatron.conversion.rules import Shape, TensorRule
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.spec import ModelSpec
+from exo_megatron.utils.ahead import made_ahead
 
 ReadEntry = Callable[[str, Shape], Tensor]
 """Reads a tensor of the checkpoint by key and index on its stacked axes."""
@@ -49,12 +51,9 @@ def plan_export(
     ]
 
 
-def hf_tensors(shard: Shard, read: ReadEntry) -> Iterator[Tensor]:
-    """The HF tensors of a shard, in order, read one entry at a time."""
-    for item in shard.entries:
-        rule = item.entry.rule
-        whole = read(rule.key, item.entry.index)
-        yield from rule.transform.split(whole.to(item.dtype))
+def hf_tensors(shard: Shard, read: ReadEntry) -> Iterator[Sequence[Tensor]]:
+    """The HF tensors of each entry of a shard, in order, contiguous; read in a thread, one entry ahead of its use."""
+    return made_ahead((item.bytes, partial(_take_apart, item, read)) for item in shard.entries)
 
 
 def config_dtype(entries: list[ExportEntry]) -> torch.dtype:
@@ -63,6 +62,12 @@ def config_dtype(entries: list[ExportEntry]) -> torch.dtype:
     for item in entries:
         sizes[item.dtype] = sizes.get(item.dtype, 0) + item.bytes
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _take_apart(item: ExportEntry, read: ReadEntry) -> Sequence[Tensor]:
+    rule = item.entry.rule
+    parts = rule.transform.split(read(rule.key, item.entry.index).to(item.dtype))
+    return [part.contiguous() for part in parts]
 
 
 def _check_stored(rules: tuple[TensorRule, ...], stored: Mapping[str, tuple[Shape, torch.dtype]], where: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,15 @@ class Shard:
 
 
 def plan_shards(entries: Sequence[ExportEntry], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Divide entries, in their order, among files of at most `limit` bytes (an entry that is larger has its own)."""
-    groups: list[list[ExportEntry]] = [[]]
-    used = 0
-    for entry in entries:
-        if groups[-1] and used + entry.bytes > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(entry)
-        used += entry.bytes
+    """Divide entries, in their order, among files of about the same size.
+
+    A file has at most `limit` bytes, but for an entry that is larger and has its own.
+    """
+    total = sum(entry.bytes for entry in entries)
+    count = -(-total // limit)
+    while any(len(group) > 1 and sum(entry.bytes for entry in group) > limit for group in _cut(entries, count)):
+        count += 1
+    groups = _cut(entries, count)
     if len(groups) == 1:
         return [Shard(SINGLE_FILE, _aligned(groups[0]))]
     count = len(groups)
@@ -63,16 +64,39 @@ def plan_shards(entries: Sequence[ExportEntry], limit: int = SHARD_BYTES) -> lis
     ]
 
 
-def write_shard(directory: Path, shard: Shard, tensors: Iterable[Tensor]) -> None:
-    """Write one file. tensors: the HF tensors of the shard's entries, in order; each is dropped once it is written."""
+def write_shard(
+    directory: Path, shard: Shard, tensors: Iterator[Sequence[Tensor]], count: Callable[[int], None]
+) -> None:
+    """Write one file and flush it to the disk.
+
+    tensors: the HF tensors of each of the shard's entries, contiguous; dropped once written. count: told the bytes of
+    each entry that has been written.
+    """
     with open(directory / shard.file_name, "wb") as file:
         file.write(_header(shard))
-        for (name, shape, dtype), tensor in zip(_planned(shard), tensors, strict=True):
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, planned {shape} {dtype}")
-            file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy().data))
+        for item in shard.entries:
+            _write_entry(file, item, next(tensors))
+            count(item.bytes)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut(entries: Sequence[ExportEntry], count: int) -> list[list[ExportEntry]]:
+    """At most `count` groups that are not empty; an entry belongs to the part of all bytes that its middle is in."""
+    total = sum(entry.bytes for entry in entries)
+    groups: list[list[ExportEntry]] = [[] for _ in range(count)]
+    before = 0
+    for entry in entries:
+        groups[(2 * before + entry.bytes) * count // (2 * total)].append(entry)
+        before += entry.bytes
+    return [group for group in groups if group]
+
+
+def _write_entry(file: BufferedWriter, item: ExportEntry, tensors: Sequence[Tensor]) -> None:
+    for (name, shape), tensor in zip(item.entry.sources.items(), tensors, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != item.dtype:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, planned {shape} {item.dtype}")
+        file.write(memoryview(tensor.view(torch.uint8).numpy().data))
 
 
 def write_index(directory: Path, shards: Sequence[Shard]) -> None:

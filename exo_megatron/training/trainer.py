@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo_megatron.checkpoint.directory import list_steps, step_directory
-from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_together
+from exo_megatron.checkpoint.integrity import verify_together
+from exo_megatron.checkpoint.load import load_sharded, read_trainer_state
 from exo_megatron.checkpoint.save import prune, save_checkpoint
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group

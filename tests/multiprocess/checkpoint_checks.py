@@ -12,7 +12,7 @@ from torch import Tensor
 from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.collective import together
 from exo_megatron.checkpoint.directory import resolve_checkpoint, tokenizer_path
-from exo_megatron.checkpoint.load import verify_together
+from exo_megatron.checkpoint.integrity import verify_together
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.cli.convert import run_export, run_import

@@ -16,7 +16,7 @@ import pytest
 from exo_megatron.checkpoint import publish, shard_writer
 from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.directory import list_steps, resolve_checkpoint
-from exo_megatron.checkpoint.load import verify_checkpoint
+from exo_megatron.checkpoint.integrity import verify_checkpoint
 from exo_megatron.errors import CheckpointError
 from tests.unit.checkpoint.conftest import Saver
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from exo_megatron.checkpoint.directory import read_spec, weights_path
 from exo_megatron.checkpoint.dist_format import template_shapes
-from exo_megatron.checkpoint.load import verify_checkpoint
+from exo_megatron.checkpoint.integrity import verify_checkpoint
 from exo_megatron.checkpoint.manifest import list_files, make_manifest, record_files, write_manifest
 from exo_megatron.checkpoint.tensors import StoredTensors
 from exo_megatron.cli import convert as conversion
