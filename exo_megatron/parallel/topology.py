@@ -84,8 +84,19 @@ def model_parallel(runtime: Runtime, parallel: ParallelConfig, *, seed: int) -> 
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
         yield _describe(runtime, parallel)
-    finally:
-        parallel_state.destroy_model_parallel()
+    except BaseException:
+        parallel_state.destroy_model_parallel()  # other ranks may not be here: nothing to wait for
+        raise
+    runtime.barrier()  # a group that one rank has left fails under the others
+    _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    """Give back the threads and communicators of the groups, which megatron-core only forgets."""
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # the world's own
+            torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def check_expert_cut(parallel: ParallelConfig) -> None:
