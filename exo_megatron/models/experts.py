@@ -23,7 +23,10 @@ from exo_megatron.parallel.topology import Topology, check_expert_cut
 
 
 def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Raise TopologyError unless the experts can be cut this way, and for any cut of experts that are not there."""
+    """Raise TopologyError unless the experts can be cut this way, and for any cut of experts that are not there.
+
+    Raises ConfigError for experts that megatron-core does not run.
+    """
     tensor, expert = parallel.tensor, parallel.expert
     experts = spec.experts
     if experts is None:
@@ -35,6 +38,7 @@ def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
                 fix="remove parallel.expert; parallel.tensor and parallel.pipeline cut a dense model",
             )
         return
+    _check_routing(spec.family, experts)
     check_expert_cut(parallel)
     if experts.count % expert:
         raise TopologyError(
@@ -62,11 +66,10 @@ def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
 
 
 def expert_settings(spec: ModelSpec, topology: Topology) -> dict[str, object]:
-    """TransformerConfig keys of the experts; none for a dense model. Raises ConfigError for one that cannot be run."""
+    """TransformerConfig keys of the experts; none for a dense model."""
     experts = spec.experts
     if experts is None:
         return {}
-    _check_routing(spec.family, experts)
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
