@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exo_megatron.conversion.transforms import Transform, check_one_dtype, grouped_qkv, padded_rows, same, stacked_rows
+from exo_megatron.conversion.transforms import (
+    Transform,
+    check_one_dtype,
+    fused_qkv,
+    grouped_qkv,
+    padded_rows,
+    same,
+    stacked_rows,
+    transposed,
+)
 from exo_megatron.errors import CheckpointError
 
 
@@ -22,6 +31,18 @@ def test_qkv_keeps_the_order_within_a_head() -> None:
     assert joined.tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
 
 
+def test_fused_qkv_is_regrouped() -> None:
+    """All query heads, all key heads, all value heads -> the order by group."""
+    fused = torch.tensor([0, 1, 2, 3, 10, 11, 20, 21])
+    assert fused_qkv(4, 2, 1).join([fused]).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_transposed_columns_are_rows() -> None:
+    """[inputs, outputs] = [2, 4]: query, query, key, value columns of one group."""
+    fused = torch.tensor([[0, 1, 10, 20], [5, 6, 15, 25]])
+    assert transposed(fused_qkv(2, 1, 1)).join([fused]).tolist() == [[0, 5], [1, 6], [10, 15], [20, 25]]
+
+
 @pytest.mark.parametrize(
     ("transform", "shapes"),
     [
@@ -31,6 +52,11 @@ def test_qkv_keeps_the_order_within_a_head() -> None:
         (padded_rows(5, 8), [(5, 4)]),
         (grouped_qkv(6, 2, 4), [(24, 7), (8, 7), (8, 7)]),
         (grouped_qkv(3, 1, 2), [(6,), (2,), (2,)]),
+        (fused_qkv(6, 2, 4), [(40, 7)]),
+        (fused_qkv(3, 1, 2), [(10,)]),
+        (transposed(fused_qkv(6, 2, 4)), [(7, 40)]),
+        (transposed(same()), [(3, 5)]),
+        (transposed(stacked_rows(3, 5)), [(2, 3), (2, 5)]),
     ],
 )
 def test_split_undoes_join(transform: Transform, shapes: list[tuple[int, ...]]) -> None:
