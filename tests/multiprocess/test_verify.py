@@ -198,4 +198,4 @@ def test_the_tool_under_a_launcher(root: Path, alone: dict[str, Outcome], tmp_pa
     assert re.search(r"^tensors +21 tensors +.*FAIL$", log, re.MULTILINE)
     assert re.search(r"^tensors: model.embed_tokens.weight\[7, 5\]: .* 1 elements differ$", log, re.MULTILINE)
     assert "Traceback" not in log
-    assert (tmp_path / "rank1.log").read_text() == ""
+    assert "tensors" not in (tmp_path / "rank1.log").read_text()
