@@ -122,7 +122,8 @@ def _convert(config: ImportConfig | ExportConfig) -> None:
     from exo_megatron.config.dump import config_digest
     from exo_megatron.parallel.runtime import distributed_runtime
 
-    with distributed_runtime() as runtime, leaving_together(runtime):
+    models = isinstance(config, ImportConfig) or config.verify
+    with distributed_runtime(models=models) as runtime, leaving_together(runtime):
         check_agreement(config_digest(config), runtime)
         if isinstance(config, ImportConfig):
             run_import(config, runtime)

@@ -57,10 +57,11 @@ class Runtime:
 
 
 @contextmanager
-def distributed_runtime() -> Iterator[Runtime]:
+def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     """Join the world that the launcher made: NCCL with one CUDA device per process, gloo without CUDA.
 
     Raises TopologyError if the launcher's variables are incomplete or there are fewer devices than local ranks.
+    models: megatron-core will be used, and is imported and prepared (seconds).
     The group is destroyed at the end; after an exception it is left to the process's exit, because peers may be
     waiting in a collective.
     """
@@ -78,7 +79,8 @@ def distributed_runtime() -> Iterator[Runtime]:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     launch = detect_launch()
     device = _choose_device(launch)
-    cpu_backend.install()
+    if models:
+        cpu_backend.install()
     _join(launch, device)
     yield Runtime(launch.rank, launch.world_size, launch.local_rank, device, launch.launcher)
     dist.destroy_process_group()
