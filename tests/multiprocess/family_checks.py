@@ -1,33 +1,36 @@
 """What the worker processes of the family tests do. Run by tests/multiprocess/harness.py on every rank.
 
-What one of our own errors ends, on all ranks alike, is `Refused`: the group goes on with the other models.
+Many models share the process groups of one topology. What one of our own errors ends, on all ranks alike, is
+`Refused`: the group goes on with the next model.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from exo_megatron.checkpoint.policy import load_policy
-from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
+from exo_megatron.cli.convert import run_export, run_import
+from exo_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig, SamplingConfig
+from exo_megatron.config.stages import ExportConfig, ImportConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import ExoError
 from exo_megatron.logprobs.sequence import token_logprobs
-from exo_megatron.models.layout import build_layout
+from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.rollout.pipeline import forward_only, run_stage
 from exo_megatron.rollout.scoring import candidate_logprobs
-from tests.multiprocess import align_checks
 from tests.reference.tiny_llama import EOS_ID
+
+T = TypeVar("T")
 
 COMPUTE = ComputeConfig(precision="fp32", max_tokens_per_microbatch=256, logprob_chunk_rows=7)
 
@@ -39,21 +42,12 @@ class Refused:
     message: str
 
 
-def refusals(check: Callable[..., Any]) -> Callable[..., Any]:
-    """The check, returning Refused where it would raise one of our errors."""
-
-    @functools.wraps(check)
-    def attempt(runtime: Runtime, **arguments: Any) -> Any:
-        try:
-            return check(runtime, **arguments)
-        except ExoError as error:
-            return Refused(str(error))
-
-    return attempt
-
-
-import_checkpoint = refusals(align_checks.import_checkpoint)
-export_checkpoint = refusals(align_checks.export_checkpoint)
+def attempt(do: Callable[[], T]) -> T | Refused:
+    """What it returns, or Refused where it raises one of our errors."""
+    try:
+        return do()
+    except ExoError as error:
+        return Refused(str(error))
 
 
 @dataclass(frozen=True)
@@ -78,58 +72,87 @@ class Generated:
     scored: float
 
 
-@refusals
-def outputs_of_groups(
+def import_checkpoint(runtime: Runtime, *, hf: Path, output: Path) -> Refused | None:
+    """HF directory to distributed checkpoint."""
+    return attempt(lambda: run_import(ImportConfig(hf=hf, output=output, dtype="keep"), runtime))
+
+
+def export_checkpoint(runtime: Runtime, *, checkpoint: Path, output: Path) -> Refused | None:
+    """Distributed checkpoint to HF directory."""
+    config = ExportConfig(model=ModelConfig(checkpoint=checkpoint), output=output, dtype="keep")
+    return attempt(lambda: run_export(config, runtime))
+
+
+def outputs_of_models(
     runtime: Runtime,
     *,
-    checkpoint: Path,
+    checkpoints: Sequence[Path],
     parallel: dict[str, Any],
     prompts: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Sequence[int]]],
     temperature: float,
-) -> Outputs | None:
-    """One packed row through a converted checkpoint, as in training and reference scoring."""
+) -> dict[str, Outputs | Refused | None]:
+    """By name: one packed row through each converted checkpoint, as in training and reference scoring."""
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        model, spec = load_policy(checkpoint, topology, COMPUTE)
         layout = build_layout(prompts, candidates, multiple=topology.row_multiple)
-        with forward_only(model):
-            hidden = run_stage(model, layout, topology)
-            if hidden is None:
-                return None
-            if spec.labels is not None:
-                return Outputs(topology.data_rank, topology.tensor_rank, hidden.clone(), None)
-            logits = hidden @ model.output_weight().t()
-            if spec.logit_softcap is not None:
-                logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
-            logprobs = token_logprobs(
-                hidden,
-                model.output_weight(),
-                layout,
-                spec=spec,
-                temperature=temperature,
-                chunk_rows=COMPUTE.logprob_chunk_rows,
-                topology=topology,
-            )
+        return {
+            path.name: attempt(lambda path=path: _outputs(path, layout, topology, temperature)) for path in checkpoints
+        }
+
+
+def _outputs(checkpoint: Path, layout: GroupLayout, topology: Topology, temperature: float) -> Outputs | None:
+    model, spec = load_policy(checkpoint, topology, COMPUTE)
+    with forward_only(model):
+        hidden = run_stage(model, layout, topology)
+        if hidden is None:
+            return None
+        if spec.labels is not None:
+            return Outputs(topology.data_rank, topology.tensor_rank, hidden.clone(), None)
+        logits = hidden @ model.output_weight().t()
+        if spec.logit_softcap is not None:
+            logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+        logprobs = token_logprobs(
+            hidden,
+            model.output_weight(),
+            layout,
+            spec=spec,
+            temperature=temperature,
+            chunk_rows=COMPUTE.logprob_chunk_rows,
+            topology=topology,
+        )
     natural = torch.argsort(layout.token_order)
     logits = logits[layout.token_row[natural]].clone()
     return Outputs(topology.data_rank, topology.tensor_rank, logits, logprobs[natural].clone())
 
 
-@refusals
 def generate_and_score(
-    runtime: Runtime, *, checkpoint: Path, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], seed: int
-) -> list[list[Generated]]:
-    """Candidates of every prompt drawn through the KV cache, and scored in a packed row without it."""
+    runtime: Runtime,
+    *,
+    checkpoints: Sequence[Path],
+    prompts: Sequence[Sequence[int]],
+    sampling: dict[str, Any],
+    seed: int,
+) -> dict[str, list[list[Generated]] | Refused]:
+    """By name: candidates of every prompt drawn through the KV cache, and scored in a packed row without it."""
     settings = SamplingConfig(**sampling)
     asked = [Prompt(id=f"prompt-{i}", text="", ids=tuple(ids)) for i, ids in enumerate(prompts)]
     with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
-        model, spec = load_policy(checkpoint, topology, COMPUTE)
-        drawn = NativeEngine(model, spec, topology, EOS_ID).generate(asked, settings, seed=seed, progress=None)
-        groups = [
-            Group(id=prompt.id, prompt=prompt.ids, candidates=tuple(c.token_ids for c in group.candidates))
-            for prompt, group in zip(asked, drawn, strict=True)
-        ]
-        scored = candidate_logprobs(model, spec, topology, groups, COMPUTE, temperature=settings.temperature)
+        return {
+            path.name: attempt(lambda path=path: _generated(path, topology, asked, settings, seed))
+            for path in checkpoints
+        }
+
+
+def _generated(
+    checkpoint: Path, topology: Topology, asked: Sequence[Prompt], sampling: SamplingConfig, seed: int
+) -> list[list[Generated]]:
+    model, spec = load_policy(checkpoint, topology, COMPUTE)
+    drawn = NativeEngine(model, spec, topology, EOS_ID).generate(asked, sampling, seed=seed, progress=None)
+    groups = [
+        Group(id=prompt.id, prompt=prompt.ids, candidates=tuple(c.token_ids for c in group.candidates))
+        for prompt, group in zip(asked, drawn, strict=True)
+    ]
+    scored = candidate_logprobs(model, spec, topology, groups, COMPUTE, temperature=sampling.temperature)
     return [
         [Generated(c.token_ids, c.logprob, value) for c, value in zip(group.candidates, values, strict=True)]
         for group, values in zip(drawn, scored, strict=True)

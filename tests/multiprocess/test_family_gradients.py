@@ -26,7 +26,7 @@ from tests.multiprocess.align_checks import RankRecord
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.hf_names import whole_tensors
 from tests.reference.objective import align_loss
-from tests.reference.tiny_llama import save_hf
+from tests.reference.tiny_llama import save_hf, tiny_tokenizer
 from tests.reference.tiny_models import LANGUAGE_MODELS
 from tests.reference.weights import perturbed
 
@@ -62,7 +62,8 @@ def expected(name: str) -> Expected:
     policy, reference = models(name)
     loss = align_loss(policy, reference, reward_groups(), objective("exo_rw"))
     loss.backward()
-    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    names = {"lm_head.weight": "embed_out.weight"} if name == "gpt_neox" else {}  # as transformers calls it in files
+    gradients = {names.get(key, key): p.grad for key, p in policy.named_parameters() if p.grad is not None}
     return Expected(loss.item(), gradients, torch.cat([g.flatten() for g in gradients.values()]).norm().item())
 
 
@@ -72,7 +73,7 @@ def stage_config(name: str, topology: str, root: Path) -> dict[str, Any]:
         "output": root / "runs" / f"{name} {topology}",
         "model": {"checkpoint": root / f"{name}-policy"},
         "reference": {"checkpoint": root / f"{name}-reference"},
-        "data": {"path": str(root / "rewards.jsonl")},
+        "data": {"path": str(root / "rewards.jsonl"), "tokenizer": root / "tokenizer"},
         "parallel": settings["parallel"],
         "compute": {
             "precision": "fp32",
@@ -92,6 +93,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         for role, model in zip(("policy", "reference"), models(name), strict=True):
             save_hf(model, directory / f"hf-{name}-{role}")
+    # Beside Qwen's config.json, transformers would add a token to it.
+    tiny_tokenizer().save_pretrained(directory / "tokenizer")
     write_records(directory / "rewards.jsonl", reward_groups(), fields="rewards")
     return directory
 
