@@ -19,7 +19,7 @@ def check_tokenizer_files(hf: Path, spec: ModelSpec) -> list[str]:
     Weights without a tokenizer are converted, and those of models whose tokenizer names special tokens (of images,
     say) that they lack. Raises DataError if ordinary text can have ids that the model lacks.
     """
-    from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+    from exo_megatron.data.tokenizer import load_tokenizer
 
     if not any((hf / name).is_file() for name in _FILES):
         return [f"note: {hf} has no tokenizer; stages that read text need one in data.tokenizer"]
@@ -27,11 +27,9 @@ def check_tokenizer_files(hf: Path, spec: ModelSpec) -> list[str]:
         tokenizer = load_tokenizer(hf)
     except DataError as error:
         return [f"note: the tokenizer of {hf} is copied but cannot be used ({error.problem}); give data.tokenizer"]
-    if tokenizer.text_vocab_size > spec.vocab_size:
-        check_vocabulary(tokenizer, spec.vocab_size)
-    if tokenizer.vocab_size > spec.vocab_size:
+    if tokenizer.fitted_to(spec.vocab_size).vocab_size < tokenizer.vocab_size:
         return [
             f"note: the tokenizer of {hf} has special tokens from id {spec.vocab_size} on, which the model lacks; "
-            "stages that read text need a tokenizer without them in data.tokenizer"
+            "a text that spells one is refused"
         ]
     return []

@@ -79,11 +79,10 @@ def _read_examples(path: Path, checkpoint: Path, spec: ModelSpec) -> list[Exampl
     are the candidates. Raises DataError for what cannot be read or is longer than the model allows.
     """
     from exo_megatron.checkpoint.directory import tokenizer_path
-    from exo_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+    from exo_megatron.data.tokenizer import load_tokenizer
     from exo_megatron.evaluation.logits import longest_example
 
-    tokenizer = load_tokenizer(tokenizer_path(checkpoint))
-    check_vocabulary(tokenizer, spec.vocab_size)
+    tokenizer = load_tokenizer(tokenizer_path(checkpoint)).fitted_to(spec.vocab_size)
     examples = []
     for record in _read_records(path):
         example = _example(record, tokenizer)

@@ -99,8 +99,8 @@ class _Encoder:
             raise DataError(
                 record.where,
                 f"{name!r} has token id {max(ids)}",
-                expected=f"ids below {self.tokenizer.vocab_size}, the size of tokenizer {self.tokenizer.path}",
-                fix="use the tokenizer that made the file (data.tokenizer), or make the file again",
+                expected=f"ids below {self.tokenizer.vocab_size}, which tokenizer {self.tokenizer.path} and model have",
+                fix="use the tokenizer that made the file (data.tokenizer), or remove what the model has no token for",
             )
         return tuple(ids)
 

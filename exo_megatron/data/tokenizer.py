@@ -54,19 +54,33 @@ class TextCodec(Protocol):
 class Tokenizer:
     """Text <-> token ids of one model."""
 
-    def __init__(self, path: Path, codec: TextCodec) -> None:
+    def __init__(self, path: Path, codec: TextCodec, embedding_rows: int | None = None) -> None:
+        """embedding_rows: of the model it is for, see `fitted_to`."""
         self.path = path
         self._codec = codec
+        self._embedding_rows = embedding_rows
 
     @property
     def vocab_size(self) -> int:
-        """All ids are below this."""
-        return self._codec.vocab_size
+        """Ids below this are those of the tokenizer that its model has, as far as it knows the model."""
+        entries = self._codec.vocab_size
+        return entries if self._embedding_rows is None else min(entries, self._embedding_rows)
 
-    @property
-    def text_vocab_size(self) -> int:
-        """All ids are below this but those of special tokens that were added, which a text holds if it spells them."""
-        return self._codec.text_vocab_size
+    def fitted_to(self, embedding_rows: int) -> Tokenizer:
+        """The tokenizer for a model with this many embedding rows.
+
+        Raises DataError if ordinary text, or the end of a sequence, can have ids that the model lacks. Added special
+        tokens that it lacks (of images, say) do no harm until a text spells one, which `vocab_size` lets a reader see.
+        """
+        entries = max(self._codec.text_vocab_size, self.eos_id + 1)
+        if entries > embedding_rows:
+            raise DataError(
+                str(self.path),
+                f"the tokenizer has {entries} entries, the model {embedding_rows} embedding rows",
+                expected="a tokenizer with no more entries than the model's vocabulary",
+                fix="use the tokenizer that belongs to the checkpoint (data.tokenizer)",
+            )
+        return Tokenizer(self.path, self._codec, embedding_rows)
 
     @property
     def eos_id(self) -> int:
@@ -143,17 +157,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     from exo_megatron.data.hf_codec import load_hf_codec
 
     return Tokenizer(path, load_hf_codec(path))
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise DataError if the tokenizer can give ids that a model with `vocab_size` embedding rows does not have."""
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            str(tokenizer.path),
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model {vocab_size} embedding rows",
-            expected="a tokenizer with no more entries than the model's vocabulary",
-            fix="use the tokenizer that belongs to the checkpoint (data.tokenizer)",
-        )
 
 
 def _load_sentencepiece(path: Path, file: Path) -> Tokenizer:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resolve_checkpoint, tokenizer_path
 from exo_megatron.config.sections import ParallelConfig
-from exo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.build import check_topology
 from exo_megatron.models.spec import ModelSpec
@@ -42,7 +42,5 @@ def find_policy(path: Path, parallel: ParallelConfig) -> Start:
 
 
 def find_tokenizer(start: Start, other: Path | None) -> Tokenizer:
-    """The checkpoint's own tokenizer, or the `other` one. Raises ExoError if the vocabulary is too small for it."""
-    tokenizer = load_tokenizer(other or tokenizer_path(start.checkpoint))
-    check_vocabulary(tokenizer, start.spec.vocab_size)
-    return tokenizer
+    """The checkpoint's own tokenizer, or the `other` one. Raises DataError if the vocabulary is too small for it."""
+    return load_tokenizer(other or tokenizer_path(start.checkpoint)).fitted_to(start.spec.vocab_size)

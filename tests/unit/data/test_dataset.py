@@ -16,8 +16,9 @@ from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
 from exo_megatron.data.dataset import Purpose, load_groups, load_prompts
 from exo_megatron.data.groups import Group
-from exo_megatron.data.tokenizer import Tokenizer
+from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError
+from tests.reference.tiny_llama import tiny_tokenizer
 
 GOOD, BAD, DULL = " was good .", " was bad .", " is not so dull ."
 PAIR = {"id": "p", "prompt": "The movie", "chosen": GOOD, "rejected": BAD}
@@ -259,6 +260,18 @@ class TestScoredCandidates:
         with pytest.raises(DataError) as error:
             load_groups(DataConfig(path=str(path), **settings), spm, purpose="rewards")
         assert str(error.value).startswith(f"{path}:1") and expected in str(error.value)
+
+
+def test_a_special_token_that_the_model_lacks_is_refused_where_a_text_spells_it(file: Path, tmp_path: Path) -> None:
+    """As in Gemma 3 1B, whose tokenizer has a token of images beyond the embedding."""
+    words = tiny_tokenizer(20)
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    words.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path).fitted_to(20)
+    plain = {"id": "a", "prompt": "w3 w4", "chosen": "w5", "rejected": "w6"}
+    assert len(groups(file, tokenizer, "preference", plain)) == 1
+    with pytest.raises(DataError, match=r"'prompt' has token id 20.*ids below 20"):
+        groups(file, tokenizer, "preference", plain | {"prompt": "w3 <image>"})
 
 
 def test_reading_imports_no_heavy_library() -> None:

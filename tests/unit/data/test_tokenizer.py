@@ -10,7 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from exo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError
 from tests.unit.data.tokenizers_made_here import CHAT_TEMPLATE, hf_directory, sentencepiece_model
 
@@ -190,8 +190,9 @@ class TestLoading:
         assert not (tmp_path / "ran").exists()
 
 
-def test_check_vocabulary(spm: Tokenizer) -> None:
-    check_vocabulary(spm, spm.vocab_size)
+def test_a_model_with_fewer_rows_than_text_needs(spm: Tokenizer) -> None:
+    assert spm.fitted_to(spm.vocab_size).vocab_size == spm.vocab_size
+    assert spm.fitted_to(spm.vocab_size + 3).vocab_size == spm.vocab_size
     with pytest.raises(DataError, match=rf"{spm.vocab_size} entries, the model {spm.vocab_size - 1} embedding rows"):
-        check_vocabulary(spm, spm.vocab_size - 1)
+        spm.fitted_to(spm.vocab_size - 1)
     assert max(spm.encode_prompt("The movie é 漢")) < spm.vocab_size
