@@ -12,7 +12,7 @@
 #   CONFIG           configuration file of the stage [for align: examples/configs/align_6b.yaml]
 #   OUTPUT           output directory, on a file system that all nodes share [outputs/STAGE-JOBID]
 #   MODEL, DATA      checkpoint and data of the stage (align: model.checkpoint and data.path)
-#   TP, PP           tensor- and pipeline-parallel size
+#   TP, PP, EP       tensor-, pipeline- and expert-parallel size
 #   EXTRA            more key=value settings, separated by blanks
 #   GPUS_PER_NODE    tasks per node, where it differs from sbatch's --ntasks-per-node
 #   VENV, PYTHON     virtual environment to use, or the Python to run [python3]
@@ -76,6 +76,7 @@ settings() {
     [ -z "${DATA:-}" ] || echo "$DATA_KEY=$DATA"
     [ -z "${TP:-}" ] || echo "$PARALLEL_KEY.tensor=$TP"
     [ -z "${PP:-}" ] || echo "$PARALLEL_KEY.pipeline=$PP"
+    [ -z "${EP:-}" ] || echo "$PARALLEL_KEY.expert=$EP"
     local word
     for word in ${EXTRA:-}; do echo "$word"; done
 }

@@ -39,7 +39,15 @@ def test_script_as_it_is_fits_two_nodes_of_eight_gpus(cluster: Cluster, tmp_path
 def test_tasks_get_their_settings_and_one_address(cluster: Cluster, tmp_path: Path) -> None:
     program = f'echo "$SLURM_PROCID $SLURM_LOCALID $MASTER_ADDR:$MASTER_PORT $*" > {tmp_path}/task-$SLURM_PROCID'
     job_id = submit(
-        cluster, tmp_path, program, MODEL="ckpt", DATA="d.jsonl", TP="2", PP="1", EXTRA="loss.kind=dpo_rw seed=7"
+        cluster,
+        tmp_path,
+        program,
+        MODEL="ckpt",
+        DATA="d.jsonl",
+        TP="2",
+        PP="1",
+        EP="2",
+        EXTRA="loss.kind=dpo_rw seed=7",
     )
     assert cluster.wait(job_id, ENDED, timeout=60)["JobState"] == "COMPLETED", log(tmp_path, job_id)
     tasks = [(tmp_path / f"task-{rank}").read_text().split(maxsplit=3) for rank in range(4)]
@@ -50,7 +58,7 @@ def test_tasks_get_their_settings_and_one_address(cluster: Cluster, tmp_path: Pa
     config = SCRIPT.parents[1] / "examples" / "configs" / "align_6b.yaml"
     assert tasks[0][3].strip() == (
         f"-m exo_megatron align --config {config} output={tmp_path}/out model.checkpoint=ckpt data.path=d.jsonl "
-        "parallel.tensor=2 parallel.pipeline=1 loss.kind=dpo_rw seed=7"
+        "parallel.tensor=2 parallel.pipeline=1 parallel.expert=2 loss.kind=dpo_rw seed=7"
     )
     assert not (tmp_path / ".exo-slurm").exists()
 
