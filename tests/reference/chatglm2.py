@@ -121,13 +121,13 @@ def _rotate(head: Tensor) -> Tensor:
     """[S, d], row p at position p."""
     rotated = head.clone()
     half = head.shape[1] // 2
-    for position in range(len(head)):
-        for i in range(half // 2):
-            angle = torch.tensor(position * 10000.0 ** (-2 * i / half), dtype=torch.float64)
-            cos, sin = angle.cos().item(), angle.sin().item()
-            x, y = head[position, 2 * i], head[position, 2 * i + 1]
-            rotated[position, 2 * i] = x * cos - y * sin
-            rotated[position, 2 * i + 1] = x * sin + y * cos
+    positions = torch.arange(len(head), dtype=torch.float64)
+    for i in range(half // 2):
+        angles = positions * 10000.0 ** (-2 * i / half)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        x, y = head[:, 2 * i], head[:, 2 * i + 1]
+        rotated[:, 2 * i] = x * cos - y * sin
+        rotated[:, 2 * i + 1] = x * sin + y * cos
     return rotated
 
 
