@@ -1,4 +1,4 @@
-"""Mixture-of-experts models against Hugging Face's, single-process: log-probs, loss, every gradient, weights after three
+"""Mixture-of-experts models against Hugging Face in one process: log-probs, loss, every gradient, weights after three
 steps, resumption at another cut, and generation with uneven work, over tensor, pipeline, expert and data ranks.
 
 Choosing the experts of a token is discontinuous: where two router logits are nearly equal, rounding decides. The first
@@ -8,7 +8,7 @@ test says that no token of the test is near such a place. Tolerances: see test_a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -206,13 +206,31 @@ class Worlds:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     root = tmp_path_factory.mktemp("experts")
     for name in ("mixtral", "qwen3_moe"):
         policy = models(name)[0]
         torch.save((policy.config, policy.state_dict()), root / f"{name}.pt")
     save_hf(models("mixtral")[1], root / "hf")
-    return Worlds(root)
+    worlds = Worlds(root)
+    yield worlds
+    if "PARITY_REPORT" in os.environ:  # run with -s
+        print_margins(worlds)
+
+
+def print_margins(worlds: Worlds) -> None:
+    """How far from the tolerances the agreement is."""
+    for case in CASES:
+        reference, ranks = expected(case.model), worlds.values("train", case)
+        steps = reference.steps[1 if case.resumes else 0 :]
+        pairs = [pair for trained in ranks for pair in zip(trained.results, steps, strict=True)]
+        loss = max(abs(ours.loss / theirs.loss - 1) for ours, theirs in pairs)
+        norm = max(abs(ours.grad_norm / theirs.grad_norm - 1) for ours, theirs in pairs)
+        theirs, after = whole(case.model, steps[0].gradients), whole(case.model, reference.after)
+        found = [item for trained in ranks for item in errors(trained.gradients, theirs).items()]
+        gradient = max(error / theirs[key].abs().max().item() for key, error in found)
+        weight = max(error for trained in ranks for error in errors(trained.weights, after).values()) / LR
+        print(f"{case.name}: loss {loss:.1e}, norm {norm:.1e}, gradients {gradient:.1e}, weights {weight:.1e} lr")
 
 
 def by_name(case: Case) -> str:
@@ -292,23 +310,3 @@ def test_copies_that_share_experts_wait_for_each_other(case: Case, worlds: World
                 assert [c.token_ids for c in ours.candidates] == [c.token_ids for c in wanted.candidates]
     busy = [bool(groups) for groups in worlds.values("generate", case)]
     assert sum(busy) == len(busy) // 2
-
-
-if "EXPERTS_REPORT" in os.environ:
-
-    def test_margins(worlds: Worlds) -> None:
-        for case in CASES:
-            reference = expected(case.model)
-            first = 1 if case.resumes else 0
-            theirs = whole(case.model, reference.steps[first].gradients)
-            after = whole(case.model, reference.after)
-            all_trained = worlds.values("train", case)
-            loss = max(abs(o.loss / t.loss - 1) for r in all_trained for o, t in zip(r.results, reference.steps[first:]))
-            norm = max(
-                abs(o.grad_norm / t.grad_norm - 1) for r in all_trained for o, t in zip(r.results, reference.steps[first:])
-            )
-            grad = max(
-                e / theirs[k].abs().max().item() for r in all_trained for k, e in errors(r.gradients, theirs).items()
-            )
-            weight = max(e for r in all_trained for e in errors(r.weights, after).values()) / LR
-            print(f"{case.name}: loss {loss:.1e} norm {norm:.1e} gradients {grad:.1e} weights {weight:.1e} lr")
