@@ -8,8 +8,11 @@ then does, one after the other:
     import   tools/convert_hf_to_megatron.py
     export   tools/convert_megatron_to_hf.py
 
-Before each of them everything is flushed to the disk and its input is dropped from the page cache, so that all three
-read cold files; all three end with their output flushed to the disk. A conversion is a new program: its time begins
+Before each of them everything is flushed to the disk, its input is dropped from the page cache (so that all three
+read cold files), and --settle seconds pass. Those matter in a virtual machine that gives free memory back to its host
+within seconds: pages that were freed just now are several times faster to write to than others, and a copy that
+begins at once would find them, while a conversion, which first starts Python, would not. All three end with their
+output flushed to the disk. A conversion is a new program: its time begins
 with the start of Python (or torchrun) and ends when it has gone. What the start alone takes is shown by the
 conversion of a tiny model (rows "start of ..."). The exported tensors are compared with the originals byte by byte.
 
@@ -30,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-bytes", type=float, default=2e9, help="size of the safetensors files (default: 2e9)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=2, help="how often everything is measured (default: 2)")
+    parser.add_argument("--settle", type=float, default=10, help="seconds of rest before each (default: 10)")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     arguments = parser.parse_args(argv)
     place = Path(tempfile.mkdtemp(prefix="bench-conversion-", dir=arguments.directory.resolve()))
     try:
-        bench = Bench(place, arguments.parameters, int(arguments.shard_bytes))
+        bench = Bench(place, arguments.parameters, int(arguments.shard_bytes), arguments.settle)
         for number in range(1, arguments.rounds + 1):
             for processes in arguments.processes:
                 bench.round(number, processes)
@@ -100,8 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Bench:
     """A large and a tiny checkpoint, and what was measured with them."""
 
-    def __init__(self, place: Path, parameters: float, shard_bytes: int) -> None:
+    def __init__(self, place: Path, parameters: float, shard_bytes: int, settle: float) -> None:
         self.place = place
+        self.settle = settle
         self.tiny = make_checkpoint(place / "tiny", 1e5, shard_bytes)
         self.hf = make_checkpoint(place / "hf", parameters, shard_bytes)
         self.measured: list[Measurement] = []
@@ -109,17 +114,14 @@ class Bench:
 
     def round(self, number: int, processes: int) -> None:
         """Copy, import, export and compare once; then the tiny model."""
-        start = time.perf_counter()
-        for file in self.hf.files:
-            drop_from_cache(file)
-        os.sync()
-        start = time.perf_counter()
+        self._settle(self.hf.path)
+        start, cpu = time.perf_counter(), time.process_time()
         (self.place / "copied").mkdir()
         for file in self.hf.files:
             copy_flushed(file, self.place / "copied" / file.name)
-        copied_in = time.perf_counter() - start
+        copied_in, cpu = time.perf_counter() - start, time.process_time() - cpu
         shutil.rmtree(self.place / "copied")
-        self._record("copy", 1, number, copied_in, copied_in, 0.0, 0.0)
+        self._record("copy", 1, number, copied_in, copied_in, cpu, 0.0)
         self._there_and_back(self.hf, "", processes, number, copied_in)
         self._there_and_back(self.tiny, "start of ", processes, number, copied_in)
 
@@ -141,7 +143,7 @@ class Bench:
         lines = [
             f"{self.hf.parameters / 1e9:.2f}e9 parameters, {gigabytes:.2f} GB in {len(self.hf.files)} files, "
             f"largest tensor {largest:.0f} MiB, exported tensors {'identical' if self.identical else 'DIFFERENT'}",
-            f"{'':<16} {'processes':>9} {'seconds':>8} {'CPU s':>7} {'MB/s':>7} {'ratio to copy':>14} {'peak RSS MiB':>13}",
+            f"{'':<16} {'processes':>9} {'seconds':>8} {'CPU s':>7} {'MB/s':>7} {'ratio to copy':>18} {'peak MiB':>9}",
         ]
         for what, processes in dict.fromkeys((item.what, item.processes) for item in self.measured):
             runs = [item for item in self.measured if (item.what, item.processes) == (what, processes)]
@@ -162,10 +164,7 @@ class Bench:
             ("import", "convert_hf_to_megatron.py", ("--hf", hf.path), checkpoint),
             ("export", "convert_megatron_to_hf.py", ("--checkpoint", checkpoint), exported),
         ):
-            for file in source[1].rglob("*"):
-                if file.is_file():
-                    drop_from_cache(file)
-            os.sync()
+            self._settle(source[1])
             command = [TOOLS / program, *source, "--output", target]
             seconds, cpu, peak = run_program([str(word) for word in command], processes)
             self._record(f"{prefix}{what}", processes, number, seconds, copied_in, cpu, peak)
@@ -175,6 +174,13 @@ class Bench:
             print(f"{len(different)} tensors differ: {', '.join(different[:3])}", flush=True)
         shutil.rmtree(checkpoint)
         shutil.rmtree(exported)
+
+    def _settle(self, source: Path) -> None:
+        for file in source.rglob("*"):
+            if file.is_file():
+                drop_from_cache(file)
+        os.sync()
+        time.sleep(self.settle)
 
     def _record(
         self, what: str, processes: int, number: int, seconds: float, copied_in: float, cpu: float, peak: float
@@ -243,7 +249,11 @@ def make_checkpoint(directory: Path, parameters: float, shard_bytes: int) -> Che
         "dtype": "bfloat16",
     }
     (directory / "config.json").write_text(json.dumps(config))
-    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}}
+    words = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"},
+    }
     (directory / "tokenizer.json").write_text(json.dumps(words))
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     shapes = _shapes(hidden, layers, vocabulary)
