@@ -18,7 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import ScoreRule, kernels_for, prompt_pass, segment_pass
+from exo_megatron.models.attention_kernels import kernels_for
+from exo_megatron.models.attention_pass import ScoreRule, prompt_pass, segment_pass
 from exo_megatron.models.decode import DecodeLayout, Layout
 from exo_megatron.models.layout import GroupLayout
 from exo_megatron.models.rotary import rotary_table

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import ScoreRule, kernels_for, segment_pass
+from exo_megatron.models.attention_kernels import kernels_for
+from exo_megatron.models.attention_pass import ScoreRule, segment_pass
 from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.models.products import product
 from exo_megatron.models.softcap import soft_cap_

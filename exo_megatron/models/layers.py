@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exo_megatron.models.attention import GroupAttention
-from exo_megatron.models.attention_kernels import ScoreRule
+from exo_megatron.models.attention_pass import ScoreRule
 from exo_megatron.models.decode import Layout
 from exo_megatron.models.experts import experts_spec
 from exo_megatron.models.linear import LinearBackend
@@ -57,10 +58,22 @@ class ParallelResidualLayer(TransformerLayer):
         return hidden_states, None
 
 
+class SequentialLayer(TransformerLayer):
+    """A layer whose feed-forward block reads what attention has left.
+
+    megatron-core turns gradients on around residual connections, where a bias or a norm would then keep the whole
+    graph of a pass without gradients. Here the caller's mode holds everywhere.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias_dropout_add_exec_handler = nullcontext
+
+
 def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int) -> ModuleSpec:
     """A pre-norm decoder layer: norm, self attention over candidate groups, norm, feed-forward block or experts."""
     return ModuleSpec(
-        module=ParallelResidualLayer if spec.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if spec.parallel_residual else SequentialLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm(spec),
             self_attention=_attention(spec, linear, layer),

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from exo_megatron.models.attention import group_attention
-from exo_megatron.models.attention_kernels import BatchedKernels, PlainKernel, ScoreRule
+from exo_megatron.models.attention_kernels import BatchedKernels
+from exo_megatron.models.attention_pass import ScoreRule
+from exo_megatron.models.dense_attention import PlainKernel
 from exo_megatron.models.layout import GroupLayout, build_layout
 
 RULE = ScoreRule(scale=0.37)  # not 1/sqrt(d), so that an ignored scale is seen
@@ -166,6 +168,17 @@ def test_windows_and_soft_caps(name: str, window: int | None, softcap: float | N
     layout = make_layout(groups, multiple)
     rule = ScoreRule(0.37, softcap, window)
     compare(groups, layout, random_qkv(layout.row_length, 6, 2, torch.float64), 1e-13, rule)
+
+
+@pytest.mark.parametrize("piece", [1, 200, 900])
+@pytest.mark.parametrize("window", [None, 1000, 3, 9])
+def test_any_size_of_pieces(piece: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries one at a time, a few at a time, and windows that begin inside a piece."""
+    monkeypatch.setattr("exo_megatron.models.dense_attention.PIECE", piece)
+    groups = [(30, (3, 45, 3)), (1, (40,))]
+    layout = make_layout(groups, 8)
+    rule = ScoreRule(0.37, 1.5, window)
+    compare(groups, layout, random_qkv(layout.row_length, 4, 2, torch.float64), 1e-13, rule)
 
 
 def test_windows_in_bf16() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import ScoreRule
+from exo_megatron.models.attention_pass import ScoreRule
 from exo_megatron.models.decode import KvCache, build_decode_layout
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

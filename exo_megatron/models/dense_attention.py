@@ -1,0 +1,190 @@
+"""Attention of blocks of equal shape: dense tensors in, dense tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from exo_megatron.models.attention_pass import AttentionPass, ScoreRule
+from exo_megatron.models.products import product
+from exo_megatron.models.softcap import soft_cap_, soft_cap_slope
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+PIECE = 2**25
+"""Scores that PlainKernel has in memory at once: 128 MiB in fp32, a few times over in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """b blocks of equal shape of a pass: the rows of their queries, `own` [b, q], and of their keys, `seen` [b, k]."""
+
+    which: AttentionPass
+    own: Tensor
+    seen: Tensor
+
+
+class DenseKernel(Protocol):
+    """Attention of blocks: query and output [b, hq, q, d], key and value [b, hkv, k, d], LSE [b, hq, q]."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        blocks: Blocks,
+        rule: ScoreRule,
+    ) -> Triple:
+        """Gradients of query, key and value."""
+        ...
+
+
+class CpuFlashKernel:
+    """ATen's flash attention for the CPU, fp32, fp64 and half precision; no soft cap, no window. See DenseKernel."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule
+    ) -> tuple[Tensor, Tensor]:
+        """See DenseKernel."""
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, blocks.which.causal, scale=rule.scale
+        )
+        return output, lse
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        blocks: Blocks,
+        rule: ScoreRule,
+    ) -> Triple:
+        """See DenseKernel."""
+        d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, output, lse.contiguous(), 0.0, blocks.which.causal, scale=rule.scale
+        )
+        return d_query, d_key, d_value
+
+
+class PlainKernel:
+    """Matrix products, a piece of the queries at a time, over the keys that some of them may see. See DenseKernel.
+
+    Does all that a rule asks for. At most about PIECE scores are in memory, and a window makes the work proportional
+    to its length. Half-precision operands are multiplied as such; products, scores, LSE and probabilities are fp32.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule
+    ) -> tuple[Tensor, Tensor]:
+        """See DenseKernel."""
+        parts = [
+            _forward_piece(
+                query[:, :, rows], key[:, :, keys], value[:, :, keys], _hidden(blocks, rows, keys, rule), rule
+            )
+            for rows, keys in _pieces(query, key, blocks.which.causal, rule)
+        ]
+        return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        blocks: Blocks,
+        rule: ScoreRule,
+    ) -> Triple:
+        """As flash attention computes it: P = exp(scores - LSE), delta = rowsum(dO * O). See DenseKernel."""
+        d_query = torch.empty_like(query)
+        d_key, d_value = (torch.zeros(each.shape, dtype=lse.dtype, device=each.device) for each in (key, value))
+        delta = (grad.to(lse.dtype) * output).sum(-1)
+        for rows, keys in _pieces(query, key, blocks.which.causal, rule):
+            own = (grad[:, :, rows], query[:, :, rows], lse[:, :, rows], delta[:, :, rows])
+            hidden = _hidden(blocks, rows, keys, rule)
+            dq, dk, dv = _backward_piece(*own, key[:, :, keys], value[:, :, keys], hidden, rule)
+            d_query[:, :, rows] = dq
+            d_key[:, :, keys] += dk
+            d_value[:, :, keys] += dv
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+def _pieces(query: Tensor, key: Tensor, causal: bool, rule: ScoreRule) -> Iterator[tuple[slice, slice]]:
+    """Slices of the queries and, for each, of the keys outside of which none of its queries sees any."""
+    count, seen = query.shape[2], key.shape[2]
+    widest = seen if rule.window is None else min(seen, 2 * rule.window)
+    size = max(1, PIECE // (query.shape[0] * query.shape[1] * widest))
+    if rule.window is not None and causal:
+        size = min(size, rule.window)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        first = 0
+        if rule.window is not None:
+            # Not causal: the keys are a prompt, and the first query is the first token after it.
+            first = max(0, (start if causal else seen) - rule.window + 1)
+        yield slice(start, stop), slice(first, stop if causal else seen)
+
+
+def _hidden(blocks: Blocks, rows: slice, keys: slice, rule: ScoreRule) -> Tensor:
+    """[b, 1, 1, q, k]: which keys a query does not see: later ones if causal, and those that its window has left."""
+    positions = blocks.which.query_positions[blocks.own[:, rows]], blocks.which.key_positions[blocks.seen[:, keys]]
+    ago = positions[0].int().unsqueeze(-1) - positions[1].int().unsqueeze(-2)
+    hidden = ago < 0 if blocks.which.causal else torch.zeros_like(ago, dtype=torch.bool)
+    if rule.window is not None:
+        hidden |= ago >= rule.window
+    return hidden[:, None, None]
+
+
+def _forward_piece(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
+    scores = _scores(query, key, rule).masked_fill_(hidden, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp_()
+    output = product(_by_group(weights.flatten(1, 2).to(value.dtype), key), value.flatten(0, 1))
+    return output.view(query.shape).to(query.dtype), lse.flatten(1, 2)
+
+
+def _backward_piece(
+    grad: Tensor, query: Tensor, lse: Tensor, delta: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rule: ScoreRule
+) -> Triple:
+    """Gradients of this piece's queries, in their dtype, and its shares of those of key and value, in that of LSE."""
+    keys, values, d_out = key.flatten(0, 1), value.flatten(0, 1), _by_group(grad, key)
+    capped = _scores(query, key, rule)
+    probabilities = (capped - lse.reshape(capped.shape[:-1]).unsqueeze(-1)).exp_().masked_fill_(hidden, 0.0)
+    d_value = product(_by_group(probabilities.flatten(1, 2).to(value.dtype), key).transpose(1, 2), d_out)
+    d_weights = product(d_out, values.transpose(1, 2)).view(capped.shape) - delta.reshape(capped.shape[:-1])[..., None]
+    d_scores = probabilities.mul_(d_weights).mul_(rule.scale)
+    if rule.softcap is not None:
+        d_scores.mul_(soft_cap_slope(capped, rule.softcap))
+    d_scores = _by_group(d_scores.flatten(1, 2).to(query.dtype), key)
+    d_query = product(d_scores, keys).view(query.shape).to(query.dtype)
+    d_key = product(d_scores.transpose(1, 2), _by_group(query, key))
+    return d_query, d_key.view(key.shape), d_value.view(key.shape)
+
+
+def _by_group(heads: Tensor, key: Tensor) -> Tensor:
+    """[b, hq, q, *] -> [b * hkv, hq / hkv * q, *]: the rows of the query heads that share a key head together."""
+    return heads.reshape(key.shape[0] * key.shape[1], -1, heads.shape[-1])
+
+
+def _scores(query: Tensor, key: Tensor, rule: ScoreRule) -> Tensor:
+    """[b, hkv, hq / hkv, q, k] scaled and capped, fp32 (fp64 for fp64)."""
+    scores = product(_by_group(query, key), key.flatten(0, 1).transpose(1, 2))
+    scores = scores.view(key.shape[0], key.shape[1], -1, query.shape[2], key.shape[2])
+    return soft_cap_(scores.mul_(rule.scale), rule.softcap)
