@@ -168,14 +168,22 @@ def _same_content(one: HfTensor, other: HfTensor) -> bool:
 
 
 def _read_headers(directory: Path) -> dict[str, HfTensor]:
-    index = directory / INDEX_FILE
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if not index.is_file():
-        if not (directory / SINGLE_FILE).is_file():
+        if not single.is_file():
             raise _no_weights(directory)
-        return _read_header(directory / SINGLE_FILE)
+        return _read_header(single)
     weight_map = _read_index(index)
+    file_names = sorted(set(weight_map.values()))
+    if single.is_file() and file_names != [SINGLE_FILE]:
+        raise CheckpointError(
+            str(directory),
+            f"holds {SINGLE_FILE} beside {INDEX_FILE}, which places the weights in other files",
+            expected="one of the two",
+            fix=f"remove {SINGLE_FILE} to use the shards, or the index to use {SINGLE_FILE}, as transformers does",
+        )
     tensors: dict[str, HfTensor] = {}
-    for file_name in sorted(set(weight_map.values())):
+    for file_name in file_names:
         path = directory / file_name
         if not path.is_file():
             raise CheckpointError(

@@ -103,6 +103,10 @@ def no_weights(hf: Path) -> None:
         path.unlink()
 
 
+def single_file_too(hf: Path) -> None:
+    shutil.copyfile(shards(hf)[0], hf / "model.safetensors")
+
+
 def index_outside(hf: Path) -> None:
     edit_json(hf / "model.safetensors.index.json", lambda v: v["weight_map"].update({"lm_head.weight": "../x"}))
 
@@ -127,6 +131,10 @@ BAD: dict[str, tuple[Damage, str]] = {
     ),
     "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*python tools/pickle_to_safetensors.py --hf"),
     "no weights": (no_weights, r"holds no weights"),
+    "single file beside shards": (
+        single_file_too,
+        r"hf: holds model.safetensors beside model.safetensors.index.json.*fix: remove model.safetensors to use",
+    ),
     "index points outside": (index_outside, r"index.json: is not an index of safetensors shards"),
     "broken index": (lambda hf: (hf / "model.safetensors.index.json").write_text("{"), r"is not an index"),
     "broken config": (lambda hf: (hf / "config.json").write_text("{"), r"config.json: is not JSON"),
@@ -277,6 +285,7 @@ def test_export_of_what_is_no_checkpoint(tmp_path: Path, hf: Path, capsys: pytes
 def test_interrupted_conversion_starts_clean(tmp_path: Path, hf: Path) -> None:
     leftover = tmp_path / "tmp-checkpoint"
     (leftover / "weights").mkdir(parents=True)
+    (leftover / ".exo-staging").touch()
     (leftover / "weights" / "__0_0.distcp").write_bytes(b"half")
     assert run(convert_hf_to_megatron.main, hf=hf, output=tmp_path / "checkpoint") == 0
     assert not leftover.exists()

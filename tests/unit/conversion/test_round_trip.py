@@ -157,6 +157,12 @@ def test_tied_model_that_stores_its_output_layer(tmp_path: Path, convert: Import
     assert exported.keys() == tensors.keys() - {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
 
 
+def test_index_of_the_single_file(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
+    index = {"weight_map": dict.fromkeys(tensors_of(hf), "model.safetensors")}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert tensors_of(export(convert(hf, tmp_path / "c"), tmp_path / "e")).keys() == tensors_of(hf).keys()
+
+
 def test_progress_counts_all_bytes(
     tmp_path: Path, hf: Path, convert: Imports, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
