@@ -229,11 +229,11 @@ def drop_from_cache(path: Path) -> None:
 
 
 def make_checkpoint(directory: Path, parameters: float, shard_bytes: int) -> Checkpoint:
-    """A random Llama of about this size, as Llama 3.2 is shaped: grouped-query heads, tied embeddings."""
+    """A random Llama of at least this size, as Llama 3.2 is shaped: grouped-query heads, tied embeddings."""
     hidden, vocabulary = next(
         (pair for pair in reversed(MODELS) if (parameters - pair[0] * pair[1]) / _layer_size(pair[0]) >= 16), MODELS[0]
     )
-    layers = max(1, round((parameters - hidden * vocabulary) / _layer_size(hidden)))
+    layers = max(1, math.ceil((parameters - hidden * vocabulary) / _layer_size(hidden)))
     directory.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],

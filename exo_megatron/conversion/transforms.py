@@ -34,6 +34,8 @@ def padded_rows(rows: int, padded: int) -> Transform:
 
     def join(parts: Sequence[Tensor]) -> Tensor:
         (part,) = parts
+        if padded == rows:
+            return part
         return torch.cat([part, part.new_zeros(padded - rows, *part.shape[1:])])
 
     return Transform(join=join, split=lambda whole: (whole[:rows],))
