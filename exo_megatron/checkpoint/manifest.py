@@ -15,6 +15,8 @@ from exo_megatron.utils.files import read_json, sha256_file, write_json
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_DIRECTORY = "weights"
+STAGING_MARKER = ".exo-staging"
+"""In a directory that a run of ours is making, or was making when it was stopped: never complete."""
 
 CheckpointKind = Literal["model", "training"]
 
@@ -45,9 +47,9 @@ class Manifest(BaseModel):
 
 
 def list_files(checkpoint: Path) -> list[str]:
-    """Relative paths of all files below a checkpoint but the manifest, sorted."""
+    """Relative paths of all files below a checkpoint but the manifest and the marker of staging, sorted."""
     paths = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
-    return sorted(name for name in paths if name != MANIFEST_FILE)
+    return sorted(name for name in paths if name not in (MANIFEST_FILE, STAGING_MARKER))
 
 
 def record_files(checkpoint: Path, names: Iterable[str]) -> dict[str, FileRecord]:

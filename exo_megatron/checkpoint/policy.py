@@ -28,7 +28,11 @@ def load_policy(path: Path, topology: Topology, compute: ComputeConfig) -> tuple
     path: a checkpoint, or the output of a training stage (its newest complete step). Collective over the world.
     Raises CheckpointError if there is none, if a file is damaged, or if the tensors are not those of its model.json.
     """
-    checkpoint = together(lambda: resolve_checkpoint(path))
+    return load_checkpoint(together(lambda: resolve_checkpoint(path)), topology, compute)
+
+
+def load_checkpoint(checkpoint: Path, topology: Topology, compute: ComputeConfig) -> tuple[PolicyModel, ModelSpec]:
+    """`load_policy` from the very directory of a checkpoint, which may be one that is not yet in its place."""
     verify_together(checkpoint)
     spec = together(lambda: read_spec(checkpoint))
     model = build_policy(spec, topology, compute)

@@ -1,21 +1,30 @@
 """Outputs that appear whole or not at all: staged beside the target, moved into place, marked last.
 
 A target may already exist and hold the files that the command line writes for a stage (`config.yaml`, ...), which
-stay. Whatever else a user has there is never touched: the target is refused.
+stay. Whatever else a user has there is never touched: the target is refused. So is a directory of the user's that has
+the name of the staging directory: ours hold, from their first moment to the last, a file that says who makes them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
+import psutil
+
+from exo_megatron.checkpoint.manifest import STAGING_MARKER
 from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import fsync_directory, read_json, write_json
 from exo_megatron.utils.stages import COMPLETE_FILE, CONFIG_FILE, STARTED_FILE
 
 PUBLISHED_FILE = ".published"
 """In a target that was not empty: the names of what was moved into it, which are ours to remove."""
+
+_SAME_START = 5.0
+"""Seconds by which two readings of a process's start may differ, as clocks are set."""
 
 STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
 
@@ -29,39 +38,64 @@ def claim(target: Path, marker: str) -> None:
     """Make sure that an output may be written to `target`, and remove what an interrupted run of ours left there.
 
     marker: the file that marks such an output as complete.
-    Raises CheckpointError if the target is a file, is already complete, or holds anything that is not ours.
+    Raises CheckpointError, with nothing touched, if the target is a file, is already complete, or holds anything that
+    is not ours, and if the place of its staging directory is taken.
     """
-    if target.exists() and not target.is_dir():
-        raise _refuse(target, "is a file", "a directory that is empty or does not exist")
-    left_behind = _left_behind(target)
-    names = _names(target) - left_behind - STAGE_FILES
-    if marker in names:
-        raise _refuse(target, f"already holds a complete output ({marker})", "an output directory that is empty")
-    if names:
-        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        raise _refuse(target, f"is not empty ({shown})", "an output directory that is empty or does not exist")
+    unfinished = is_ours(target)
+    left_behind = set() if unfinished else _left_behind(target)
+    if unfinished:
+        _check_unused(target)
+    else:
+        _check_target(target, left_behind, marker)
+    _check_staging(target)
     remove_tree(staging_path(target))
+    if unfinished:
+        remove_tree(target)
     # The marker first, so that nothing that is left counts as whole; the list of names last.
     for name in sorted(left_behind, key=lambda name: (name != marker, name == PUBLISHED_FILE)):
         _remove(target / name)
 
 
+def clear_staging(target: Path) -> None:
+    """Remove what an interrupted run of ours left in the staging directory of `target`, or an empty directory there.
+
+    Raises CheckpointError, with nothing touched, if something there is not ours, or another process is writing it.
+    """
+    _check_staging(target)
+    remove_tree(staging_path(target))
+
+
+def make_staging(target: Path) -> Path:
+    """Make the staging directory of `target`, which must not exist, with the file that says that this process does."""
+    staging = staging_path(target)
+    staging.mkdir(parents=True)
+    process = psutil.Process()
+    owner = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    # Not by way of a temporary file: nothing must be in the directory before the marker.
+    (staging / STAGING_MARKER).write_text(json.dumps(owner))
+    return staging
+
+
 def publish(staging: Path, target: Path, marker: str) -> None:
     """Move a finished output from `staging` to `target`, which `claim` has cleared.
 
-    One rename if the target is absent or empty. Otherwise the files are moved one by one, the marker last.
+    One rename if the target is absent or empty, and what has been renamed is complete once the marker of staging is
+    gone. Otherwise the files are moved one by one, `marker` last.
     """
     sync_tree(staging)
     if not _names(target):
         os.rename(staging, target)
+        fsync_directory(target.parent)
+        (target / STAGING_MARKER).unlink()
+        fsync_directory(target)
     else:
-        names = sorted(_names(staging), key=lambda name: (name == marker, name))
+        names = sorted(_names(staging) - {STAGING_MARKER}, key=lambda name: (name == marker, name))
         write_json(target / PUBLISHED_FILE, names)
         for name in names:
             os.rename(staging / name, target / name)
-        staging.rmdir()
         fsync_directory(target)
-    fsync_directory(target.parent)
+        remove_tree(staging)
+        fsync_directory(target.parent)
 
 
 def sync_tree(root: Path) -> None:
@@ -75,9 +109,59 @@ def sync_tree(root: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all below it; nothing happens if there is none."""
+    """Remove a directory and all below it, the marker of staging last; nothing happens if there is none."""
+    for name in _names(path) - {STAGING_MARKER}:
+        _remove(path / name)
     if path.is_dir():
         shutil.rmtree(path)
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a run of ours has begun to make this directory and has not finished."""
+    return (directory / STAGING_MARKER).is_file()
+
+
+def _check_target(target: Path, left_behind: set[str], marker: str) -> None:
+    if target.exists() and not target.is_dir():
+        raise _refuse(target, "is a file", "a directory that is empty or does not exist")
+    names = _names(target) - left_behind - STAGE_FILES
+    if marker in names:
+        raise _refuse(target, f"already holds a complete output ({marker})", "an output directory that is empty")
+    if names:
+        raise _refuse(target, f"is not empty ({_shown(names)})", "an output directory that is empty or does not exist")
+
+
+def _check_staging(target: Path) -> None:
+    staging = staging_path(target)
+    expected = f"a free place for making {target.name}"
+    if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
+        raise _refuse(staging, "is not a directory", expected)
+    names = _names(staging)
+    if names and not is_ours(staging):
+        raise _refuse(staging, f"holds what no run of ours has made ({_shown(names)})", expected)
+    _check_unused(staging)
+
+
+def _check_unused(directory: Path) -> None:
+    """Raise CheckpointError if another process of this host, still running, is making this directory."""
+    try:
+        owner = json.loads((directory / STAGING_MARKER).read_text())
+        host, pid, started = owner["host"], int(owner["pid"]), float(owner["started"])
+        process = psutil.Process(pid)
+        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < _SAME_START
+    except (FileNotFoundError, ValueError, TypeError, KeyError, psutil.Error):
+        return  # nobody's, cut off while it was written, or of a process that is gone
+    if alive and host == socket.gethostname() and pid != psutil.Process().pid:
+        raise CheckpointError(
+            str(directory),
+            f"is being written by process {pid} of this host",
+            expected="one run at a time for an output",
+            fix="wait for it to end, or choose another output",
+        )
+
+
+def _shown(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _names(directory: Path) -> set[str]:

@@ -30,7 +30,15 @@ from exo_megatron.checkpoint.manifest import (
     record_files,
     write_manifest,
 )
-from exo_megatron.checkpoint.publish import claim, publish, remove_tree, staging_path
+from exo_megatron.checkpoint.publish import (
+    claim,
+    clear_staging,
+    is_ours,
+    make_staging,
+    publish,
+    remove_tree,
+    staging_path,
+)
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
@@ -68,7 +76,7 @@ def save_checkpoint(
     """
     staging = staging_path(target)
     needed = sum(together(lambda: _gather_sizes(runtime, sharded_state))) + _SMALL_FILES
-    on_main(lambda: _prepare(staging, target, hf_files, kind, needed))
+    on_main(lambda: _prepare(target, hf_files, kind, needed))
     try:
         written = _write_weights(sharded_state, staging, produce, needed)
         on_main(lambda: _write_small_files(staging, spec, hf_files, trainer_state))
@@ -77,7 +85,7 @@ def save_checkpoint(
         if inspect is not None:
             inspect(staging)
         on_main(lambda: _put_in_place(staging, target, step, kind))
-    except CheckpointError:
+    except Exception:
         if runtime.is_main:
             remove_tree(staging)
         raise
@@ -86,13 +94,15 @@ def save_checkpoint(
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints in `root`, and staging left by a crash. One rank calls it.
 
-    The manifest goes first, so that a removal cut short leaves nothing that looks complete.
+    The manifest goes first, so that a removal cut short leaves nothing that looks complete. What bears the name of
+    staging but is not ours stays.
     """
     for _, directory in list_steps(root)[:-keep]:
         (directory / MANIFEST_FILE).unlink()
         shutil.rmtree(directory)
     for leftover in root.glob("tmp-step-*"):
-        remove_tree(leftover)
+        if is_ours(leftover) or not any(leftover.iterdir()):
+            remove_tree(leftover)
 
 
 def _gather_sizes(runtime: Runtime, sharded_state: dict[str, Any]) -> list[int]:
@@ -100,15 +110,15 @@ def _gather_sizes(runtime: Runtime, sharded_state: dict[str, Any]) -> list[int]:
     return runtime.broadcast_object(sizes if sizes is not None else [])
 
 
-def _prepare(staging: Path, target: Path, hf_files: Path, kind: CheckpointKind, needed: int) -> None:
+def _prepare(target: Path, hf_files: Path, kind: CheckpointKind, needed: int) -> None:
     check_hf_files(hf_files)
     try:
         if kind == "training":
-            remove_tree(staging)
+            clear_staging(target)
         else:
             claim(target, MANIFEST_FILE)
         check_space(target, needed)
-        weights_path(staging).mkdir(parents=True)
+        weights_path(make_staging(target)).mkdir()
     except OSError as error:
         raise write_failure(target, error, needed=needed) from error
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from exo_megatron.cli.verification import EXPORT_MARKER
 from exo_megatron.config.stages import ExportConfig, ImportConfig
-from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import write_json
 from exo_megatron.utils.progress import Progress
 
@@ -51,7 +50,7 @@ def run_import(config: ImportConfig, runtime: Runtime) -> None:
     def inspect(made: Path) -> None:
         meter.close()
         if config.verify:
-            check_conversion(config.hf, made, config.output, runtime)
+            check_conversion(config.hf, made, config.output, "import", runtime)
 
     save_checkpoint(
         config.output,
@@ -88,18 +87,19 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     entries = together(lambda: _plan_export(checkpoint, config))
     shards = plan_shards(entries)
     staging = staging_path(config.output)
-    on_main(lambda: _prepare(staging, config.output, entries))
+    on_main(lambda: _prepare(config.output, entries))
     try:
         with tensors_verified(checkpoint):
             together(lambda: _write_shards(checkpoint, staging, shards, runtime))
-        on_main(lambda: _complete(checkpoint, staging, shards))
+        on_main(lambda: _write_small_files(checkpoint, staging, shards))
         if config.verify:
-            check_conversion(staging, checkpoint, config.output, runtime)
-    except CheckpointError:
+            check_conversion(staging, checkpoint, config.output, "export", runtime)
+        on_main(lambda: _complete(checkpoint, staging))
+        on_main(lambda: _put_in_place(staging, config.output))
+    except Exception:
         if runtime.is_main:
             remove_tree(staging)
         raise
-    on_main(lambda: _put_in_place(staging, config.output))
 
 
 def convert(config: ImportConfig | ExportConfig) -> int:
@@ -175,15 +175,15 @@ def _plan_export(checkpoint: Path, config: ExportConfig) -> list[ExportEntry]:
     return plan_export(read_spec(checkpoint), read_config(hf), stored, config.dtype, str(hf / CONFIG_FILE))
 
 
-def _prepare(staging: Path, output: Path, entries: Sequence[ExportEntry]) -> None:
+def _prepare(output: Path, entries: Sequence[ExportEntry]) -> None:
     from exo_megatron.checkpoint.collective import check_space, write_failure
-    from exo_megatron.checkpoint.publish import claim
+    from exo_megatron.checkpoint.publish import claim, make_staging
 
     needed = _bytes(entries)
     try:
         claim(output, EXPORT_MARKER)
         check_space(output, needed)
-        staging.mkdir(parents=True)
+        make_staging(output)
     except OSError as error:
         raise write_failure(output, error, needed=needed) from error
 
@@ -212,11 +212,10 @@ def _bytes(entries: Iterable[ImportEntry | ExportEntry]) -> int:
     return sum(item.bytes for item in entries)
 
 
-def _complete(checkpoint: Path, staging: Path, shards: Sequence[Shard]) -> None:
+def _write_small_files(checkpoint: Path, staging: Path, shards: Sequence[Shard]) -> None:
     from exo_megatron.checkpoint.collective import write_failure
-    from exo_megatron.checkpoint.directory import read_fingerprint, read_step, tokenizer_path
+    from exo_megatron.checkpoint.directory import tokenizer_path
     from exo_megatron.checkpoint.hf_files import copy_hf_files
-    from exo_megatron.checkpoint.manifest import list_files
     from exo_megatron.conversion.exporting import config_dtype
     from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
     from exo_megatron.conversion.hf_writer import exported_config, write_index
@@ -227,6 +226,16 @@ def _complete(checkpoint: Path, staging: Path, shards: Sequence[Shard]) -> None:
         copy_hf_files(hf, staging)
         write_json(staging / CONFIG_FILE, exported_config(read_config(hf), dtype))
         write_index(staging, shards)
+    except OSError as error:
+        raise write_failure(staging, error, needed=None) from error
+
+
+def _complete(checkpoint: Path, staging: Path) -> None:
+    from exo_megatron.checkpoint.collective import write_failure
+    from exo_megatron.checkpoint.directory import read_fingerprint, read_step
+    from exo_megatron.checkpoint.manifest import list_files
+
+    try:
         record = {
             "checkpoint": str(checkpoint.resolve()),
             "fingerprint": read_fingerprint(checkpoint),

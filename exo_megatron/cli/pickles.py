@@ -27,7 +27,7 @@ def convert_pickles(hf: Path, output: Path) -> int:
 def _convert(hf: Path, output: Path) -> None:
     from exo_megatron.checkpoint.collective import check_space, write_failure
     from exo_megatron.checkpoint.hf_files import copy_hf_files
-    from exo_megatron.checkpoint.publish import claim, publish, remove_tree, staging_path
+    from exo_megatron.checkpoint.publish import claim, make_staging, publish, remove_tree
     from exo_megatron.checkpoint.unpickling import refuse_unsafe_environment
     from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
     from exo_megatron.conversion.pickles import plan_parts, write_parts
@@ -36,15 +36,15 @@ def _convert(hf: Path, output: Path) -> None:
     read_config(hf)
     parts = plan_parts(hf)
     needed = sum(part.bytes for part in parts) + _SMALL_FILES
-    staging = staging_path(output)
     claim(output, CONFIG_FILE)
     check_space(output, needed)
     try:
-        staging.mkdir(parents=True)
-        copy_hf_files(hf, staging)
-        write_parts(parts, staging)
-        publish(staging, output, CONFIG_FILE)
+        staging = make_staging(output)
+        try:
+            copy_hf_files(hf, staging)
+            write_parts(parts, staging)
+            publish(staging, output, CONFIG_FILE)
+        finally:
+            remove_tree(staging)
     except OSError as error:
         raise write_failure(output, error, needed=needed) from error
-    finally:
-        remove_tree(staging)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from exo_megatron.config.sections import ParallelConfig
+
+if TYPE_CHECKING:
+    from exo_megatron.conversion.verifying import Direction
 
 EXPORT_MARKER = "exo_export.json"
 """Written last into an exported HF checkpoint: where it comes from, and its files with their sizes."""
@@ -27,7 +30,8 @@ class Verification:
     """What is compared, and how.
 
     prompts: a JSONL file ({"prompt": ..., "completions": [...]}; completions are optional) or a text file with a
-    prompt in every line; None: the built-in ones. tensors_only: without the logits.
+    prompt in every line; None: the built-in ones. tensors_only: without the logits. made: None: as the HF checkpoint
+    says of itself.
     """
 
     hf: Path
@@ -36,6 +40,7 @@ class Verification:
     tolerance: float = TOLERANCE
     prompts: Path | None = None
     tensors_only: bool = False
+    made: Direction | None = None
 
 
 @dataclass(frozen=True)

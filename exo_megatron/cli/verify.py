@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exo_megatron.cli.verification import EXPORT_MARKER, Check, Verification, render
 from exo_megatron.config.sections import ParallelConfig
-from exo_megatron.errors import TopologyError, VerificationFailed
+from exo_megatron.errors import ExoError, VerificationFailed
 from exo_megatron.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,20 +25,23 @@ def verify(wanted: Verification) -> int:
     0: all that can be compared agrees. 1: something differs, or logits could not be compared for want of memory.
     2: wrong input.
     """
+    from exo_megatron.checkpoint.collective import together
+    from exo_megatron.checkpoint.directory import resolve_checkpoint
     from exo_megatron.cli.failure import leaving_together, report
     from exo_megatron.cli.stages import say
     from exo_megatron.parallel.runtime import distributed_runtime
 
     try:
         with distributed_runtime() as runtime, leaving_together(runtime):
-            checks = run_checks(wanted, runtime)
+            checkpoint = together(lambda: resolve_checkpoint(wanted.checkpoint))
+            checks = run_checks(replace(wanted, checkpoint=checkpoint), runtime)
             say(runtime, render(checks))
     except (Exception, KeyboardInterrupt) as error:
         return report(error)
     return 0 if all(check.verdict in ("pass", "not comparable") for check in checks) else 1
 
 
-def check_conversion(hf: Path, checkpoint: Path, output: Path, runtime: Runtime) -> None:
+def check_conversion(hf: Path, checkpoint: Path, output: Path, made: Direction, runtime: Runtime) -> None:
     """Verify what a conversion has just written, with all ranks of the world. Collective over the world.
 
     hf, checkpoint: the two sides, one of which is the new one, not yet in its place `output`. Prints the table.
@@ -49,7 +53,8 @@ def check_conversion(hf: Path, checkpoint: Path, output: Path, runtime: Runtime)
     from exo_megatron.cli.stages import say
 
     spec = together(lambda: read_spec(checkpoint))
-    checks = run_checks(Verification(hf, checkpoint, _fitting_cut(spec, runtime.world_size)), runtime)
+    cut = _fitting_cut(spec, runtime.world_size)
+    checks = run_checks(Verification(hf, checkpoint, cut, made=made), runtime)
     say(runtime, render(checks))
     failed = [check for check in checks if check.verdict == "FAIL"]
     if failed:
@@ -64,32 +69,34 @@ def check_conversion(hf: Path, checkpoint: Path, output: Path, runtime: Runtime)
 def run_checks(wanted: Verification, runtime: Runtime) -> list[Check]:
     """All checks, the same on every rank. Collective over the world.
 
+    `wanted.checkpoint` is the very directory of a checkpoint, which need not be in its place yet.
     Raises CheckpointError for what cannot be read or fails the checksums of its manifest, TopologyError where the
     model cannot be cut as asked, DataError for prompts that cannot be used.
     """
     from exo_megatron.checkpoint.collective import together
-    from exo_megatron.checkpoint.directory import read_spec, resolve_checkpoint
+    from exo_megatron.checkpoint.directory import read_spec
     from exo_megatron.checkpoint.integrity import verify_together
     from exo_megatron.cli.verify_logits import check_logits, read_rows
     from exo_megatron.models.build import check_topology
     from exo_megatron.parallel.topology import model_parallel
 
-    checkpoint = together(lambda: resolve_checkpoint(wanted.checkpoint))
+    checkpoint = wanted.checkpoint
     spec = together(lambda: read_spec(checkpoint))
     together(lambda: check_topology(spec, wanted.parallel))
     verify_together(checkpoint)
     if wanted.tensors_only:
-        return _check_weights(wanted.hf, checkpoint, spec, runtime)[0]
+        return _check_weights(wanted, spec, runtime)[0]
     with model_parallel(runtime, wanted.parallel, seed=0) as topology:
         rows = together(lambda: read_rows(wanted.prompts, checkpoint, spec))
-        checks, comparison = _check_weights(wanted.hf, checkpoint, spec, runtime)
-        return [*checks, check_logits(wanted, checkpoint, comparison, topology, rows, runtime)]
+        checks, comparison = _check_weights(wanted, spec, runtime)
+        return [*checks, check_logits(wanted, comparison, topology, rows, runtime)]
 
 
-def _check_weights(hf: Path, checkpoint: Path, spec: ModelSpec, runtime: Runtime) -> tuple[list[Check], Comparison]:
+def _check_weights(wanted: Verification, spec: ModelSpec, runtime: Runtime) -> tuple[list[Check], Comparison]:
     from exo_megatron.checkpoint.collective import together
 
-    comparison = together(lambda: _compare_headers(hf, checkpoint, _direction(hf, checkpoint)))
+    hf, checkpoint = wanted.hf, wanted.checkpoint
+    comparison = together(lambda: _compare_headers(hf, checkpoint, wanted.made or _direction(hf, checkpoint)))
     description = together(lambda: _check_description(comparison, checkpoint, spec))
     return [description, _check_tensors(comparison, checkpoint, runtime)], comparison
 
@@ -104,7 +111,7 @@ def _fitting_cut(spec: ModelSpec, world_size: int) -> ParallelConfig:
             cut = ParallelConfig(tensor=tensor, pipeline=size // tensor)
             try:
                 check_topology(spec, cut)
-            except TopologyError:
+            except ExoError:
                 continue
             return cut
     return ParallelConfig()

@@ -22,7 +22,7 @@ REMOTE_CODE = frozenset({"chatglm"})
 
 
 def check_logits(
-    wanted: Verification, checkpoint: Path, comparison: Comparison, topology: Topology, rows: Rows, runtime: Runtime
+    wanted: Verification, comparison: Comparison, topology: Topology, rows: Rows, runtime: Runtime
 ) -> Check:
     """Compare logits (scores of a reward model) on the rows. Collective over the world; the same on every rank."""
     from exo_megatron.evaluation.logits import compare_outputs, memory_shortage
@@ -37,7 +37,7 @@ def check_logits(
     shortage = memory_shortage(runtime, topology, parameters=comparison.parameters, spec=spec, rows=rows)
     if shortage is not None:
         return Check(name, "-", "-", "not compared", (shortage,))
-    agreement = compare_outputs(wanted.hf, checkpoint, topology, spec, rows, _rounding(comparison))
+    agreement = compare_outputs(wanted.hf, wanted.checkpoint, topology, spec, rows, _rounding(comparison))
     found = runtime.broadcast_object([each for each in runtime.gather_objects(agreement) or [] if each is not None])
     return _verdict(name, found[0], wanted)
 

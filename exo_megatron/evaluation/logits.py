@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exo_megatron.checkpoint.collective import together
-from exo_megatron.checkpoint.policy import load_policy
+from exo_megatron.checkpoint.policy import load_checkpoint
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.layout import build_layout
@@ -139,7 +139,7 @@ def compare_outputs(
     own, and is gone before ours is loaded. Raises CheckpointError where transformers cannot run it, on every rank.
     """
     theirs = together(lambda: _hf_outputs(hf, spec, rows, rounding.hf) if _reports(topology) else [])
-    model, _ = load_policy(checkpoint, topology, ComputeConfig(precision="fp32"))
+    model, _ = load_checkpoint(checkpoint, topology, ComputeConfig(precision="fp32"))
     _round(model, rounding.ours)
     with forward_only(model):
         ours = [_row_outputs(model, spec, topology, row) for row in rows]

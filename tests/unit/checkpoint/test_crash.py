@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from exo_megatron.checkpoint import publish, shard_writer
 from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.directory import list_steps, resolve_checkpoint
 from exo_megatron.checkpoint.integrity import verify_checkpoint
-from exo_megatron.errors import CheckpointError
-from tests.unit.checkpoint.conftest import Saver
+from exo_megatron.checkpoint.manifest import STAGING_MARKER
+from exo_megatron.checkpoint.save import save_checkpoint
+from exo_megatron.errors import CheckpointError, DataError, ExoError
+from exo_megatron.parallel.runtime import Runtime
+from tests.unit.checkpoint.conftest import SPEC, Saver, sharded
 
 
 class Killed(BaseException):
@@ -58,6 +66,111 @@ def test_killed_at(save: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert [step for step, _ in list_steps(root)] == [1, 2]
     assert sorted(child.name for child in root.iterdir()) == ["latest", "step-00000001", "step-00000002"]
     assert (root / "latest").read_text() == "step-00000002\n"
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_killed_right_after_the_rename(
+    save: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    target = tmp_path / "root" / ("model" if step is None else "step-00000002")
+
+    def rename(source: Path, destination: Path) -> None:
+        os.rename(source, destination)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "os", SimpleNamespace(rename=rename, fsync=os.fsync))
+        with pytest.raises(Killed):
+            save(target, step=step)
+    assert list_steps(tmp_path / "root") == []
+    with pytest.raises(CheckpointError, match="is an output in the making, or left by a run that was stopped"):
+        resolve_checkpoint(target)
+    verify_checkpoint(save(target, step=step))
+    assert resolve_checkpoint(target) == target
+    assert STAGING_MARKER not in (target / "manifest.json").read_text()
+    assert not (target / STAGING_MARKER).exists()
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_a_directory_of_the_user_beside_the_target(save: Saver, tmp_path: Path, step: int | None) -> None:
+    notes = tmp_path / "tmp-base" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"tmp-base: holds what no run of ours has made \(notes.txt\); .*; fix: "):
+        save(tmp_path / "base", step=step)
+    assert [child.name for child in notes.parent.iterdir()] == ["notes.txt"]
+    assert not (tmp_path / "base").exists()
+    notes.unlink()
+    verify_checkpoint(save(tmp_path / "base", step=step))
+
+
+def test_a_file_of_the_user_in_the_place_of_staging(save: Saver, tmp_path: Path) -> None:
+    (tmp_path / "tmp-base").touch()
+    with pytest.raises(CheckpointError, match="tmp-base: is not a directory"):
+        save(tmp_path / "base")
+    assert (tmp_path / "tmp-base").is_file()
+
+
+def test_staging_of_another_process(save: Saver, tmp_path: Path) -> None:
+    marker = tmp_path / "tmp-base" / STAGING_MARKER
+    marker.parent.mkdir()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = psutil.Process(other.pid).create_time()
+        owner = {"host": socket.gethostname(), "pid": other.pid, "started": started}
+        marker.write_text(json.dumps(owner))
+        with pytest.raises(CheckpointError, match=f"is being written by process {other.pid} of this host"):
+            save(tmp_path / "base")
+        assert marker.exists()
+        # Another process that has the number of one that is gone.
+        marker.write_text(json.dumps(owner | {"started": started - 60}))
+        verify_checkpoint(save(tmp_path / "base"))
+        marker.parent.mkdir()
+        marker.write_text(json.dumps(owner))
+        other.kill()
+        other.wait()
+        shutil.rmtree(tmp_path / "base")
+        verify_checkpoint(save(tmp_path / "base"))
+    assert not marker.parent.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1, "pid": "x", "started": null}'])
+def test_staging_whose_marker_was_cut_off(save: Saver, tmp_path: Path, content: str) -> None:
+    (tmp_path / "tmp-base").mkdir()
+    (tmp_path / "tmp-base" / STAGING_MARKER).write_text(content)
+    verify_checkpoint(save(tmp_path / "base"))
+
+
+def test_staging_is_marked_until_its_marker_is_all_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = publish.make_staging(tmp_path / "base")
+    for name in ("a", "b"):
+        (staging / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            publish.remove_tree(staging)
+    assert [child.name for child in staging.iterdir()] == [STAGING_MARKER]
+
+
+@pytest.mark.parametrize("failing", [RuntimeError, OSError, DataError, CheckpointError])
+def test_inspection_that_fails(runtime: Runtime, hf_files: Path, tmp_path: Path, failing: type[Exception]) -> None:
+    def inspect(made: Path) -> None:
+        with pytest.raises(CheckpointError, match="is an output in the making"):
+            resolve_checkpoint(made)
+        raise failing("x", "y", expected="", fix="") if issubclass(failing, ExoError) else failing("x")
+
+    with pytest.raises(failing):
+        save_checkpoint(
+            tmp_path / "root" / "model",
+            sharded(),
+            spec=SPEC,
+            hf_files=hf_files,
+            step=None,
+            kind="model",
+            trainer_state=None,
+            runtime=runtime,
+            inspect=inspect,
+        )
+    assert not list((tmp_path / "root").iterdir())
 
 
 def test_step_is_replaced(save: Saver, tmp_path: Path) -> None:

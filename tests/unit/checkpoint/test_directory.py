@@ -9,6 +9,7 @@ import pytest
 
 from exo_megatron.checkpoint.directory import list_steps, read_spec, resolve_checkpoint, step_directory
 from exo_megatron.checkpoint.manifest import (
+    STAGING_MARKER,
     FileRecord,
     Manifest,
     make_manifest,
@@ -90,8 +91,12 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         complete(step_directory(tmp_path, step), step)
     (tmp_path / "tmp-step-00000011").mkdir()
+    for name, file in (("tmp-step-00000012", STAGING_MARKER), ("tmp-step-notes", "notes.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
     step_directory(tmp_path, 4).mkdir()
     prune(tmp_path, 2)
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000010"]
+    left = ["step-00000003", "step-00000004", "step-00000010", "tmp-step-notes"]
+    assert sorted(child.name for child in tmp_path.iterdir()) == left
     prune(tmp_path, 2)
     assert [step for step, _ in list_steps(tmp_path)] == [3, 10]
