@@ -182,6 +182,7 @@ def _read_headers(directory: Path) -> dict[str, HfTensor]:
             expected="one of the two",
             fix=f"remove {SINGLE_FILE} to use the shards, or the index to use {SINGLE_FILE}, as transformers does",
         )
+    places = dict(weight_map)
     tensors: dict[str, HfTensor] = {}
     for file_name in file_names:
         path = directory / file_name
@@ -198,8 +199,24 @@ def _read_headers(directory: Path) -> dict[str, HfTensor]:
                     expected=f"the tensors that {INDEX_FILE} places there",
                     fix="copy or download the shard and the index again",
                 )
+        _check_places(path, found, places)
         tensors |= found
     return tensors
+
+
+def _check_places(path: Path, found: Iterable[str], places: dict[str, str]) -> None:
+    """Raise CheckpointError if a tensor of this file belongs to another one.
+
+    places: file names by tensor, as the index says; tensors that it does not name belong where they are found first.
+    """
+    for name in found:
+        if places.setdefault(name, path.name) != path.name:
+            raise CheckpointError(
+                str(path),
+                f"holds {name}, which belongs to {places[name]}",
+                expected="every tensor in one file, the one that the index names",
+                fix=f"remove the tensor from one of the files, or copy or download them and {INDEX_FILE} again",
+            )
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -77,6 +77,16 @@ def extra_tensor(hf: Path) -> None:
     edit_tensors(shards(hf)[0], lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm": torch.ones(16)}))
 
 
+def stale_tensor(hf: Path) -> None:
+    edit_tensors(shards(hf)[1], lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(101, 64)}))
+
+
+def twice_without_entry(hf: Path) -> None:
+    missing_tensor_and_entry(hf)
+    for path in shards(hf)[:2]:
+        edit_tensors(path, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(101, 64)}))
+
+
 def wrong_shape(hf: Path) -> None:
     edit_tensors(shards(hf)[0], lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(99, 64)}))
 
@@ -122,6 +132,14 @@ BAD: dict[str, tuple[Damage, str]] = {
     "index names a missing tensor": (missing_tensor, r"has no tensor model.embed_tokens.weight; expected the tensors"),
     "missing tensor": (missing_tensor_and_entry, r"has no tensor model.embed_tokens.weight; .*shape \[101, 64\]"),
     "extra tensor": (extra_tensor, r"holds model.layers.0.self_attn.q_norm \[16\]"),
+    "tensor in a file of no entry": (
+        stale_tensor,
+        r"model-00002-of-\d+.safetensors: holds model.embed_tokens.weight, which belongs to model-00001-of-",
+    ),
+    "tensor twice, no entry": (
+        twice_without_entry,
+        r"00002-of-\d+.safetensors: holds model.embed_tokens.weight, which belongs to model-00001-of",
+    ),
     "wrong shape": (wrong_shape, r"embed_tokens.weight has shape \[99, 64\]; expected shape \[101, 64\]"),
     "quantised": (quantised, r"embed_tokens.weight is of type I8; expected weights of type F32, BF16, F16"),
     "mixed types": (mixed_types, r"q_proj.weight is torch.float16 but .* is torch.float32"),
