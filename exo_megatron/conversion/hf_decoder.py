@@ -156,9 +156,14 @@ def with_upper_windows(config: HfConfig, spec: ModelSpec) -> ModelSpec:
 
 
 def read_experts(config: HfConfig, *, count: int, per_token: int, ffn_hidden_size: int, normalized: bool) -> Experts:
-    """The mixture of experts. Raises CheckpointError where a token takes more of them than there are."""
+    """The mixture of experts. Raises CheckpointError where a token takes more of them than there are, or a router
+    could not be trained.
+    """
     if per_token > count:
         raise config.unsupported("num_experts_per_tok", per_token, f"at most the {count} experts")
+    if per_token == 1 and normalized:
+        why = "its weight is normalised to 1, through which the router cannot learn"
+        raise config.unsupported("num_experts_per_tok", per_token, "at least 2, or weights not normalised", why)
     return Experts(count=count, per_token=per_token, ffn_hidden_size=ffn_hidden_size, normalized=normalized)
 
 
