@@ -22,7 +22,8 @@ _SHOWN = 10
 """Lines shown of a check that failed."""
 
 Verdict = Literal["pass", "FAIL", "not compared", "not comparable"]
-"""not compared: it could have been, with more memory. not comparable: there is nothing to compare with."""
+"""not compared: it could have been, with more memory or another transformers. not comparable: there is nothing to
+compare with."""
 
 
 @dataclass(frozen=True)

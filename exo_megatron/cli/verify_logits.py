@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ def check_logits(
     wanted: Verification, comparison: Comparison, topology: Topology, rows: Rows, runtime: Runtime
 ) -> Check:
     """Compare logits (scores of a reward model) on the rows. Collective over the world; the same on every rank."""
-    from exo_megatron.evaluation.logits import compare_outputs, memory_shortage
+    from exo_megatron.evaluation.logits import compare_outputs, memory_shortage, windows_not_exceeded
 
     spec = comparison.spec
     name = "logits" if spec.labels is None else "scores"
@@ -37,9 +38,10 @@ def check_logits(
     shortage = memory_shortage(runtime, topology, parameters=comparison.parameters, spec=spec, rows=rows)
     if shortage is not None:
         return Check(name, "-", "-", "not compared", (shortage,))
-    agreement = compare_outputs(wanted.hf, wanted.checkpoint, topology, spec, rows, _rounding(comparison))
-    found = runtime.broadcast_object([each for each in runtime.gather_objects(agreement) or [] if each is not None])
-    return _verdict(name, found[0], wanted)
+    found = compare_outputs(wanted.hf, wanted.checkpoint, topology, spec, rows, _rounding(comparison), runtime)
+    if isinstance(found, str):
+        return Check(name, "-", "-", "not compared", (found,))
+    return _verdict(name, found, wanted, windows_not_exceeded(spec, rows))
 
 
 def _rounding(comparison: Comparison) -> Rounding:
@@ -52,10 +54,12 @@ def _rounding(comparison: Comparison) -> Rounding:
     return Rounding(ours=next(iter(hf)) if len(hf) == 1 else None)
 
 
-def _verdict(name: str, found: Agreement, wanted: Verification) -> Check:
+def _verdict(name: str, found: Agreement, wanted: Verification, not_exceeded: Sequence[int]) -> Check:
     cut = wanted.parallel
     sizes = f"tensor {cut.tensor}, pipeline {cut.pipeline}" + (f", expert {cut.expert}" if cut.expert > 1 else "")
     compared = f"{found.positions} positions at {sizes}"
+    if not_exceeded:
+        compared += f", window of {' and '.join(map(str, not_exceeded))} not exceeded"
     difference = f"{found.difference:.3g} ({name} up to {found.largest:.3g})"
     if found.within(wanted.tolerance):
         return Check(name, compared, difference, "pass")

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor
 from exo_megatron.checkpoint.collective import together
 from exo_megatron.checkpoint.policy import load_checkpoint
 from exo_megatron.config.sections import ComputeConfig
-from exo_megatron.errors import CheckpointError
 from exo_megatron.models.layout import build_layout
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
@@ -29,11 +28,16 @@ from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.pipeline import forward_only, run_stage
 
-_SLACK = 2**29
+T = TypeVar("T")
+
+_SLACK = 2**30
 """Bytes for what the estimate of memory leaves out: activations, one tensor on its way."""
 
-_LONGEST_WINDOW = 256
+_LONGEST_WINDOW = 1024
 """A window up to this length is exceeded by a row of the built-in examples."""
+
+_BEYOND = 48
+"""By how many tokens, of which most are a candidate's: where outputs are compared, and no further back."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,22 @@ def built_in_examples(spec: ModelSpec) -> list[list[Example]]:
         return Example(spread_ids(spec.vocab_size, prompt, 100 * number + 99), tuple(ids))
 
     rows = [[example(1, 1, limit), example(2, max(1, limit // 3), limit // 2, 1, limit // 4), example(3, 2, 3, 7)]]
-    windows = [window for window in spec.windows if window is not None and window <= _LONGEST_WINDOW]
-    if windows and max(windows) + 8 <= longest_example(spec):
-        limit = max(windows) + 8
-        rows.append([example(4, max(windows) // 2, limit, 5)])
+    windows = [window for window in _windows(spec) if window <= _LONGEST_WINDOW]
+    if windows:
+        limit = min(max(windows) + _BEYOND, longest_example(spec))
+        rows.append([example(4, max(1, limit - 40), 40, 5)])
     return rows
+
+
+def windows_not_exceeded(spec: ModelSpec, rows: Rows) -> list[int]:
+    """Windows that a text of the model may exceed, and none of the rows does."""
+    longest = max(example.longest for row in rows for example in row)
+    return [window for window in _windows(spec) if longest <= window]
+
+
+def _windows(spec: ModelSpec) -> list[int]:
+    """The windows that an example may exceed, ascending."""
+    return sorted({window for window in spec.windows if window is not None and window < longest_example(spec)})
 
 
 def spread_ids(vocab_size: int, count: int, seed: int) -> tuple[int, ...]:
@@ -131,21 +146,34 @@ def memory_shortage(
 
 
 def compare_outputs(
-    hf: Path, checkpoint: Path, topology: Topology, spec: ModelSpec, rows: Rows, rounding: Rounding
-) -> Agreement | None:
-    """Run both models on the rows. Collective over the world; the result is on one rank, None on the others.
+    hf: Path, checkpoint: Path, topology: Topology, spec: ModelSpec, rows: Rows, rounding: Rounding, runtime: Runtime
+) -> Agreement | str:
+    """Run both models on the rows; a string says why transformers cannot load HF's. Collective over the world.
 
-    The HF model runs on the CPU of that rank, eager attention, each candidate with its prompt in a sequence of its
-    own, and is gone before ours is loaded. Raises CheckpointError where transformers cannot run it, on every rank.
+    The HF model runs on the CPU of one rank, eager attention, each candidate with its prompt in a sequence of its
+    own, and is gone before ours is loaded. The same on every rank.
     """
     theirs = together(lambda: _hf_outputs(hf, spec, rows, rounding.hf) if _reports(topology) else [])
+    refused = _told(runtime, theirs if isinstance(theirs, str) else None)
+    if refused is not None:
+        return refused
+    assert not isinstance(theirs, str)
     model, _ = load_checkpoint(checkpoint, topology, ComputeConfig(precision="fp32"))
     _round(model, rounding.ours)
     with forward_only(model):
         ours = [_row_outputs(model, spec, topology, row) for row in rows]
-    if not _reports(topology):
-        return None
-    return _agreement(theirs, [output.cpu() for output in ours if output is not None], rows, spec)
+    agreement = None
+    if _reports(topology):
+        agreement = _agreement(theirs, [output.cpu() for output in ours if output is not None], rows, spec)
+    found = _told(runtime, agreement)
+    assert found is not None
+    return found
+
+
+def _told(runtime: Runtime, value: T | None) -> T | None:
+    """The value of the one rank that has any, on every rank. Collective over the world."""
+    gathered = runtime.gather_objects(value) or []
+    return runtime.broadcast_object(next((each for each in gathered if each is not None), None))
 
 
 def _reports(topology: Topology) -> bool:
@@ -153,9 +181,11 @@ def _reports(topology: Topology) -> bool:
     return topology.is_last_stage and topology.tensor_rank == 0 and topology.data_rank == 0
 
 
-def _hf_outputs(directory: Path, spec: ModelSpec, rows: Rows, rounded: torch.dtype | None) -> list[Tensor]:
-    """[N, V] or [C, labels] fp32 of every row, candidate after candidate."""
+def _hf_outputs(directory: Path, spec: ModelSpec, rows: Rows, rounded: torch.dtype | None) -> list[Tensor] | str:
+    """[N, V] or [C, labels] fp32 of every row, candidate after candidate; or why there is no model."""
     model = _load_hf(directory, scores=spec.labels is not None)
+    if isinstance(model, str):
+        return model
     _round(model, rounded)
     outputs = []
     with torch.no_grad():
@@ -171,11 +201,15 @@ def _hf_outputs(directory: Path, spec: ModelSpec, rows: Rows, rounded: torch.dty
 
 def _hf_candidate(model: Any, prompt: tuple[int, ...], candidate: tuple[int, ...], *, scores: bool) -> Tensor:
     ids = torch.tensor([[*prompt, *candidate]])
-    output: Tensor = model(input_ids=ids, use_cache=False).logits
-    return output.float() if scores else output[0, len(prompt) - 1 :].float()
+    if scores:
+        return model(input_ids=ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
+    # At a vocabulary of 262144, the logits of a long prompt are larger than a small model.
+    output: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=len(candidate) + 1).logits
+    return output[0].float()
 
 
 def _load_hf(directory: Path, *, scores: bool) -> Any:
+    """The model, or why transformers cannot load it."""
     import transformers
 
     kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
@@ -192,12 +226,8 @@ def _load_hf(directory: Path, *, scores: bool) -> Any:
         )
     # transformers raises many unrelated types for models that it cannot use.
     except Exception as error:
-        raise CheckpointError(
-            str(directory),
-            f"transformers cannot load it ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
-            expected="a model that this version of transformers can run, to compare logits with",
-            fix="install a version of transformers that knows it, or verify the tensors only",
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"transformers {transformers.__version__} cannot load the HF checkpoint ({why})"
     # The last token of a lone sequence is scored, whatever its id.
     model.config.pad_token_id = None
     return model.eval()
