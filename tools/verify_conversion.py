@@ -3,12 +3,13 @@
 
 The description of the model, every tensor bit for bit, and the logits in fp32 at the given topology. One process, or
 as many as the model is cut into (or a multiple) under torchrun, srun or mpirun. Exit code: 0 all agrees, 1 something
-differs (or logits could not be compared for want of memory), 2 wrong input.
+differs (or logits could not be compared for want of memory or of a transformers that knows the model), 2 wrong input.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,16 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--expert", type=_size, default=1, help="expert-parallel size")
     parser.add_argument("--prompts", type=Path, help="JSONL ({prompt, completions}) or a prompt in every line")
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="of logits, times the largest |logit| if that is above 1"
+        "--tolerance",
+        type=_tolerance,
+        help=f"of logits, times the largest |logit| if that is above 1 (default {TOLERANCE:g})",
     )
     parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
     arguments = parser.parse_args(argv)
+    for option in ("prompts", "tolerance"):
+        if arguments.tensors_only and getattr(arguments, option) is not None:
+            parser.error(f"argument --{option}: not allowed with argument --tensors-only, which runs no models")
     return verify(
         Verification(
             hf=arguments.hf,
             checkpoint=arguments.checkpoint,
             parallel=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert),
-            tolerance=arguments.tolerance,
+            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
             prompts=arguments.prompts,
             tensors_only=arguments.tensors_only,
         )
@@ -47,10 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _size(text: str) -> int:
-    size = int(text)
-    if size < 1:
-        raise ValueError(text)
-    return size
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected a positive whole number")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        tolerance = float(text)
+    except ValueError:
+        tolerance = math.nan
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a tolerance; expected a positive number, such as 1e-4")
+    return tolerance
 
 
 if __name__ == "__main__":

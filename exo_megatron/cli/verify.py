@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from exo_megatron.cli.verification import EXPORT_MARKER, Check, Verification, render
 from exo_megatron.config.sections import ParallelConfig
-from exo_megatron.errors import ExoError, VerificationFailed
+from exo_megatron.errors import ExoError, TopologyError, VerificationFailed
 from exo_megatron.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def verify(wanted: Verification) -> int:
     """Verify as a program of its own (`tools/`): print the table and give the exit code.
 
-    0: all that can be compared agrees. 1: something differs, or logits could not be compared for want of memory.
-    2: wrong input.
+    0: all that can be compared agrees. 1: something differs, or logits could not be compared for want of memory or of
+    a transformers that knows the model. 2: wrong input.
     """
     from exo_megatron.checkpoint.collective import together
     from exo_megatron.checkpoint.directory import resolve_checkpoint
@@ -45,8 +45,8 @@ def check_conversion(hf: Path, checkpoint: Path, output: Path, made: Direction, 
     """Verify what a conversion has just written, with all ranks of the world. Collective over the world.
 
     hf, checkpoint: the two sides, one of which is the new one, not yet in its place `output`. Prints the table.
-    Raises VerificationFailed if anything differs. Logits that do not fit into memory are left out, which the table
-    says.
+    Raises VerificationFailed if anything differs. Logits that do not fit into memory, or whose HF model
+    transformers cannot load, are left out, which the table says.
     """
     from exo_megatron.checkpoint.collective import together
     from exo_megatron.checkpoint.directory import read_spec
@@ -83,6 +83,8 @@ def run_checks(wanted: Verification, runtime: Runtime) -> list[Check]:
     checkpoint = wanted.checkpoint
     spec = together(lambda: read_spec(checkpoint))
     together(lambda: check_topology(spec, wanted.parallel))
+    if not wanted.tensors_only:
+        _check_processes(wanted.parallel, runtime.world_size)
     verify_together(checkpoint)
     if wanted.tensors_only:
         return _check_weights(wanted, spec, runtime)[0]
@@ -99,6 +101,17 @@ def _check_weights(wanted: Verification, spec: ModelSpec, runtime: Runtime) -> t
     comparison = together(lambda: _compare_headers(hf, checkpoint, wanted.made or _direction(hf, checkpoint)))
     description = together(lambda: _check_description(comparison, checkpoint, spec))
     return [description, _check_tensors(comparison, checkpoint, runtime)], comparison
+
+
+def _check_processes(cut: ParallelConfig, world_size: int) -> None:
+    size = max(cut.tensor, cut.expert) * cut.pipeline
+    if world_size % size:
+        raise TopologyError(
+            f"--tensor {cut.tensor} --pipeline {cut.pipeline} --expert {cut.expert}",
+            f"cut the model into {size} parts, which is no divisor of {world_size}, the number of processes",
+            expected=f"{size} processes, or a multiple",
+            fix=f"start it with torchrun --nproc-per-node {size}, srun or mpirun, or change the three sizes",
+        )
 
 
 def _fitting_cut(spec: ModelSpec, world_size: int) -> ParallelConfig:
