@@ -101,7 +101,7 @@ def prune(root: Path, keep: int) -> None:
         (directory / MANIFEST_FILE).unlink()
         shutil.rmtree(directory)
     for leftover in root.glob("tmp-step-*"):
-        if is_ours(leftover) or not any(leftover.iterdir()):
+        if is_ours(leftover) or (leftover.is_dir() and not any(leftover.iterdir())):
             remove_tree(leftover)
 
 

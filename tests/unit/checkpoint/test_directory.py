@@ -94,9 +94,10 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for name, file in (("tmp-step-00000012", STAGING_MARKER), ("tmp-step-notes", "notes.txt")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).touch()
+    (tmp_path / "tmp-step-notes.txt").touch()
     step_directory(tmp_path, 4).mkdir()
     prune(tmp_path, 2)
-    left = ["step-00000003", "step-00000004", "step-00000010", "tmp-step-notes"]
+    left = ["step-00000003", "step-00000004", "step-00000010", "tmp-step-notes", "tmp-step-notes.txt"]
     assert sorted(child.name for child in tmp_path.iterdir()) == left
     prune(tmp_path, 2)
     assert [step for step, _ in list_steps(tmp_path)] == [3, 10]
