@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +20,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from exo_megatron.checkpoint.directory import read_spec
+from exo_megatron.checkpoint.manifest import STAGING_MARKER
+from exo_megatron.cli import verify as verifying
+from exo_megatron.cli.verification import EXPORT_MARKER, Verification
+from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.errors import CheckpointError, TopologyError
+from exo_megatron.models import build
 from tests.reference.tiny_llama import tiny_tokenizer
 from tests.unit.conversion.conftest import make_hf
 from tools import convert_hf_to_megatron, convert_megatron_to_hf, verify_conversion
@@ -209,8 +217,8 @@ CUTS: dict[str, tuple[Damage, dict[str, int], str]] = {
     "experts": (with_experts, {"expert": 3}, r"parallel.expert: 3 does not divide the model's 4 experts; .* of 4"),
     "processes": (
         lambda checkpoint: None,
-        {"tensor": 2},
-        r"parallel: .* = 2 does not divide the world size 1; .* of 2",
+        {"tensor": 2, "pipeline": 2},
+        r"--tensor 2 --pipeline 2 --expert 1: .* 4 parts, which is no divisor of 1, .*torchrun --nproc-per-node 4",
     ),
 }
 
@@ -307,3 +315,56 @@ def test_interrupted_conversion_starts_clean(tmp_path: Path, hf: Path) -> None:
     (leftover / "weights" / "__0_0.distcp").write_bytes(b"half")
     assert run(convert_hf_to_megatron.main, hf=hf, output=tmp_path / "checkpoint") == 0
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("tool", [convert_hf_to_megatron, convert_megatron_to_hf])
+def test_a_directory_of_the_user_with_the_name_of_staging(
+    tmp_path: Path, hf: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], tool: ModuleType
+) -> None:
+    notes = tmp_path / "tmp-base" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    source = {"hf": hf} if tool is convert_hf_to_megatron else {"checkpoint": checkpoint}
+    capsys.readouterr()
+    assert run(tool.main, **source, output=tmp_path / "base") == 2
+    assert "tmp-base: holds what no run of ours has made (notes.txt)" in the_line(capsys.readouterr().err)
+    assert notes.read_text() == "mine"
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("tool", [convert_hf_to_megatron, convert_megatron_to_hf])
+@pytest.mark.parametrize("failure", [RuntimeError("no"), TopologyError("a", "b", expected="c", fix="d")])
+def test_verification_that_breaks_leaves_nothing(
+    tmp_path: Path,
+    hf: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tool: ModuleType,
+    failure: Exception,
+) -> None:
+    def fail(wanted: Verification, runtime: object) -> None:
+        made = wanted.checkpoint if tool is convert_hf_to_megatron else wanted.hf
+        assert (made / STAGING_MARKER).is_file()
+        assert not (made / EXPORT_MARKER).exists()
+        raise failure
+
+    monkeypatch.setattr(verifying, "run_checks", fail)
+    (tmp_path / "in").mkdir()
+    source = {"hf": hf} if tool is convert_hf_to_megatron else {"checkpoint": checkpoint}
+    program = partial(run, lambda words: tool.main([*words, "--verify"]))
+    assert program(**source, output=tmp_path / "in" / "base") == (2 if isinstance(failure, TopologyError) else 1)
+    assert not list((tmp_path / "in").iterdir())
+    monkeypatch.undo()
+    assert program(**source, output=tmp_path / "in" / "base") == 0
+    assert [child.name for child in (tmp_path / "in").iterdir()] == ["base"]
+    assert not (tmp_path / "in" / "base" / STAGING_MARKER).exists()
+
+
+def test_a_cut_that_cannot_be_checked_is_passed_over(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    def check(spec: object, cut: ParallelConfig) -> None:
+        if cut.tensor > 1:
+            raise CheckpointError("a", "b", expected="c", fix="d")
+
+    monkeypatch.setattr(build, "check_topology", check)
+    assert verifying._fitting_cut(read_spec(checkpoint), 2) == ParallelConfig(pipeline=2)
