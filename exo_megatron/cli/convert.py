@@ -122,8 +122,7 @@ def _convert(config: ImportConfig | ExportConfig) -> None:
     from exo_megatron.config.dump import config_digest
     from exo_megatron.parallel.runtime import distributed_runtime
 
-    models = isinstance(config, ImportConfig) or config.verify
-    with distributed_runtime(models=models) as runtime, leaving_together(runtime):
+    with distributed_runtime(models=config.verify) as runtime, leaving_together(runtime):
         check_agreement(config_digest(config), runtime)
         if isinstance(config, ImportConfig):
             run_import(config, runtime)

@@ -32,7 +32,7 @@ def verify(wanted: Verification) -> int:
     from exo_megatron.parallel.runtime import distributed_runtime
 
     try:
-        with distributed_runtime() as runtime, leaving_together(runtime):
+        with distributed_runtime(models=not wanted.tensors_only) as runtime, leaving_together(runtime):
             checkpoint = together(lambda: resolve_checkpoint(wanted.checkpoint))
             checks = run_checks(replace(wanted, checkpoint=checkpoint), runtime)
             say(runtime, render(checks))

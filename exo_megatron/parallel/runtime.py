@@ -61,7 +61,8 @@ def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     """Join the world that the launcher made: NCCL with one CUDA device per process, gloo without CUDA.
 
     Raises TopologyError if the launcher's variables are incomplete or there are fewer devices than local ranks.
-    models: megatron-core will be used, and is imported and prepared (seconds).
+    models: models will be run, for which megatron-core is imported and prepared (seconds). Else gloo and the CPU, also
+    where CUDA is available: any number of processes.
     The group is destroyed at the end; after an exception it is left to the process's exit, because peers may be
     waiting in a collective.
     """
@@ -78,7 +79,7 @@ def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     # One hardware queue keeps tensor-parallel communication in order with the products it overlaps.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     launch = detect_launch()
-    device = _choose_device(launch)
+    device = _choose_device(launch) if models else torch.device("cpu")
     if models:
         cpu_backend.install()
     _join(launch, device)

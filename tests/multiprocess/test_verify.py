@@ -199,3 +199,34 @@ def test_the_tool_under_a_launcher(root: Path, alone: dict[str, Outcome], tmp_pa
     assert re.search(r"^tensors: model.embed_tokens.weight\[7, 5\]: .* 1 elements differ$", log, re.MULTILINE)
     assert "Traceback" not in log
     assert "tensors" not in (tmp_path / "rank1.log").read_text()
+
+
+WITHOUT_A_DEVICE = """
+import sys, torch
+
+def refusal(name):
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"a CUDA device was asked for: {name}")
+    return refuse
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+for name in ("current_device", "set_device", "synchronize", "current_stream"):
+    setattr(torch.cuda, name, refusal(name))
+tool = __import__(f"tools.{sys.argv[1]}", fromlist=["main"])
+sys.exit(tool.main(sys.argv[2:]))
+"""
+
+
+def test_conversion_needs_no_gpu(root: Path, tmp_path: Path) -> None:
+    """Two processes on a machine that says that it has one CUDA device."""
+    checkpoint, exported = str(tmp_path / "checkpoint"), str(tmp_path / "exported")
+    for tool, *words in (
+        ("convert_hf_to_megatron", "--hf", str(root / "hf-plain"), "--output", checkpoint),
+        ("convert_megatron_to_hf", "--checkpoint", checkpoint, "--output", exported),
+        ("verify_conversion", "--hf", exported, "--checkpoint", checkpoint, "--tensors-only"),
+    ):
+        command = [sys.executable, "-c", WITHOUT_A_DEVICE, tool, *words]
+        problem = wait_group(start_group(2, command, tmp_path), 120)
+        assert problem is None, (tmp_path / "rank0.log").read_text()
+    assert re.search(r"^tensors +21 tensors +0 +pass$", (tmp_path / "rank0.log").read_text(), re.MULTILINE)
