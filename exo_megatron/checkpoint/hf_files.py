@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from exo_megatron.errors import CheckpointError
@@ -32,10 +31,26 @@ def check_hf_files(source: Path) -> None:
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy them to the directory `target`, which is made."""
+    """Copy them to the directory `target`, which is made.
+
+    Raises CheckpointError for a file that cannot be read, and OSError for one that cannot be written.
+    """
     for name in hf_file_names(source):
+        data = _read(source / name)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        (target / name).write_bytes(data)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            str(path),
+            f"cannot be read ({error.strerror or error})",
+            expected="a readable file of the HF checkpoint",
+            fix="check its permissions, copy it again, or move it away",
+        ) from None
 
 
 def _travels(path: Path) -> bool:

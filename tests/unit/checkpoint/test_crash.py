@@ -236,6 +236,15 @@ def test_disk_fills_up_while_writing(
     verify_checkpoint(first)
 
 
+def test_source_file_that_cannot_be_read(save: Saver, hf_files: Path, tmp_path: Path) -> None:
+    (hf_files / "vocab.json").symlink_to("/proc/self/mem")  # the start of memory is never mapped
+    with pytest.raises(
+        CheckpointError, match=r"hf-source/vocab.json: cannot be read \(Input/output error\); expected a rea"
+    ):
+        save(tmp_path / "model")
+    assert [child.name for child in tmp_path.iterdir()] == ["hf-source"]
+
+
 def test_directory_that_cannot_be_written(save: Saver, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):
