@@ -116,7 +116,7 @@ def read_activation(config: HfConfig, key: str, default: str) -> Activation:
     """Name of an activation in transformers -> ours."""
     name = config.values.get(key)
     name = default if name is None else name
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise config.unsupported(key, name, " or ".join(repr(each) for each in _ACTIVATIONS))
     return _ACTIVATIONS[name]
 

@@ -295,6 +295,11 @@ CHATGLM1 = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "positio
         (of("llama", quantization_config={"bits": 4}), "quantization_config"),
         (of("llama", hidden_act="relu"), "hidden_act is 'relu'; expected hidden_act: 'silu'"),
         (of("gemma2", hidden_activation="relu"), "hidden_activation is 'relu'"),
+        (of("llama", hidden_act=["silu"]), r"hidden_act is \['silu'\]; expected hidden_act: 'silu' or"),
+        (of("gpt2", activation_function={"name": "gelu"}), "activation_function is {'name': 'gelu'}"),
+        (of("llama", architectures=[["LlamaForCausalLM"]]), r"architectures is \[\['Llama.*one of LlamaForCausalLM"),
+        (of("llama", architectures={"0": "LlamaForCausalLM"}), "architectures is {'0': .*one of LlamaForCausalLM"),
+        (of(["llama"]), r"model_type is \['llama'\]; expected model_type: one of"),  # type: ignore[arg-type]
         (of("llama", attention_bias=True), r"attention_bias is True.*the same as mlp_bias \(False\)"),
         (of("llama", num_key_value_heads=3), "num_key_value_heads is 3.*divisor of the 32"),
         (of("llama", hidden_size=34), "num_attention_heads is 32.*divisor of hidden_size"),
@@ -308,6 +313,7 @@ CHATGLM1 = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "positio
         (of("llama", rope_scaling={"type": "dynamic", "factor": 4.0}),
          "rope_scaling: type is 'dynamic': the frequencies of dynamic scaling depend on the length"),
         (of("llama", rope_scaling={"type": "proportional"}), "type is 'proportional'; expected type: 'default' or"),
+        (of("llama", rope_scaling={"type": ["linear"]}), r"type is \['linear'\]; expected type: 'default' or"),
         (of("llama", rope_scaling={"type": "linear"}), "rope_scaling: factor is missing"),
         (of("llama", rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is missing"),
         (of("llama", rope_scaling={"rope_type": "longrope", "short_factor": [1.0]}),
@@ -328,6 +334,8 @@ CHATGLM1 = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "positio
         (of("gpt2", n_head=5), r"n_head is 5; expected n_head: a divisor of hidden_size \(32\)"),
         (of("qwen2", layer_types=["full_attention"]), "layer_types is .*30 entries that are full_attention or sliding"),
         (of("qwen2", layer_types=["chunked_attention"] * 30), "layer_types is"),
+        (of("qwen2", layer_types=[["full_attention"]] * 30), "layer_types is .*30 entries that are full_attention or"),
+        (of("qwen2", layer_types={"0": "full_attention"}), "layer_types is {.*30 entries that are full_attention or"),
         (of("qwen2", layer_types=["sliding_attention"] * 30), "sliding_window is missing.*some layers have a window"),
         (of("qwen3", attention_bias=True), "attention_bias is True: biases of attention alone"),
         (of("qwen3_moe", attention_bias=True), "attention_bias is True: biases of attention alone"),
@@ -360,6 +368,8 @@ CHATGLM1 = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "positio
         (CHATGLM | {"rope_ratio": 50}, "rope_ratio is 50: published versions disagree"),
         (of("llama", architectures=["LlamaForSequenceClassification"], id2label={"0": "a"}, num_labels=2),
          "num_labels is 2; expected num_labels: 1, as id2label has"),
+        (of("llama", architectures=["LlamaForSequenceClassification"], id2label=["a"]),
+         r"id2label is \['a'\]; expected id2label: a mapping"),
     ],
 )  # fmt: skip
 def test_refused(values: dict[str, Any], message: str) -> None:
