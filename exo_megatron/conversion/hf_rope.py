@@ -93,15 +93,18 @@ def _dim(config: HfConfig, rope: HfConfig, keys: RopeKeys, head_dim: int) -> int
     if keys.partial is None:
         for section in (rope, config):
             section.require(keys.partial_key, (1, 1.0), "transformers rotates whole heads of this family")
-        dim = head_dim
-    else:
-        inside = "partial_rotary_factor"
-        fraction = rope.number(inside) if inside in rope.values else config.number(keys.partial_key, keys.partial)
-        dim = int(head_dim * fraction)
-    if dim % 2 or not 0 < dim <= head_dim:
-        raise config.unsupported(
-            keys.partial_key, dim / head_dim, f"an even number of rotated elements of the {head_dim} of a head"
-        )
+    inside = "partial_rotary_factor"
+    section, key = (rope, inside) if inside in rope.values else (config, keys.partial_key)
+    fraction = 1.0 if keys.partial is None else section.number(key, None if section is rope else keys.partial)
+    if fraction > 1:
+        raise section.unsupported(key, fraction, "at most 1")
+    dim = int(head_dim * fraction)
+    if dim % 2 and dim == head_dim:
+        why = f"all {head_dim} elements of a head are rotated, in pairs"
+        raise config.unsupported("head_dim", head_dim, "an even number", why)
+    if dim % 2 or not dim:
+        why = f"it rotates {dim} of the {head_dim} elements of a head"
+        raise section.unsupported(key, fraction, "a fraction that makes this an even number", why)
     return dim
 
 
