@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from exo_megatron.conversion.exporting import ReadEntry
 from exo_megatron.conversion.families import find_family
 from exo_megatron.conversion.hf_reader import CONFIG_FILE, HfTensors, read_config
 from exo_megatron.conversion.rules import Entry, Family, Shape
 from exo_megatron.models.spec import ModelSpec
-
-ReadEntry = Callable[[str, Shape], Tensor]
-"""Reads a tensor of the checkpoint by key and index on its stacked axes."""
 
 Direction = Literal["import", "export"]
 """Which was made of which. Where types differ, values of the source are converted to the type of what was made."""
