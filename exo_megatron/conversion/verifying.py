@@ -57,10 +57,12 @@ class Comparison:
         family, self.spec = hf_spec(hf)
         self._hf = HfTensors(hf, family)
         self.made = made
-        self._repeats = dict([family.tied_output[::-1]]) if self.spec.tied_embeddings else {}
         entries = [entry for rule in family.tensors(self.spec) for entry in rule.entries()]
         wrong_keys = dict(_wrong_keys(entries, stored))
         wrong_names = dict(_wrong_names(entries, self._hf, family, tied=self.spec.tied_embeddings))
+        output, embedding = family.tied_output
+        compared = self.spec.tied_embeddings and output in self._hf.tensors and output not in wrong_names
+        self._repeats = {embedding: output} if compared else {}
         self.problems = [*wrong_keys.values(), *wrong_names.values()]
         self.entries = [e for e in entries if e.rule.key not in wrong_keys and not wrong_names.keys() & e.sources]
         self.stored_dtypes = {stored[entry.rule.key][1] for entry in self.entries}
@@ -80,8 +82,7 @@ class Comparison:
         """Take one entry of the checkpoint apart by the family's rule and compare the parts with HF's tensors."""
         parts = entry.rule.transform.split(read(entry.rule.key, entry.index))
         for name, part in zip(entry.sources, parts, strict=True):
-            repeated = self._repeats.get(name)
-            for each in (name, repeated) if repeated in self._hf.tensors else (name,):
+            for each in (name, self._repeats[name]) if name in self._repeats else (name,):
                 found = _compare(each, self._hf.read(each), part, self.made)
                 if found is not None:
                     yield found
@@ -131,6 +132,9 @@ def _wrong_keys(entries: list[Entry], stored: Mapping[str, tuple[Shape, torch.dt
 def _wrong_names(entries: list[Entry], hf: HfTensors, family: Family, *, tied: bool) -> Iterator[tuple[str, str]]:
     """The same for the names of HF tensors."""
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
+    output, embedding = family.tied_output
+    if tied and output in hf.tensors:
+        expected[output] = expected[embedding]
     for name, shape in expected.items():
         if name not in hf.tensors:
             yield name, f"{name} {list(shape)} is missing in the HF checkpoint"
@@ -138,8 +142,7 @@ def _wrong_names(entries: list[Entry], hf: HfTensors, family: Family, *, tied: b
             seen = list(hf.tensors[name].shape)
             yield name, f"{name} has shape {seen} in the HF checkpoint, and {list(shape)} by its config.json"
     for name in sorted(hf.tensors.keys() - expected.keys()):
-        repeated = tied and name == family.tied_output[0]
-        if not repeated and not any(pattern.fullmatch(name) for pattern in family.ignored):
+        if not any(pattern.fullmatch(name) for pattern in family.ignored):
             shape = hf.tensors[name].shape
             yield name, f"{name} {list(shape)} is in the HF checkpoint, and this model has no such tensor"
 

@@ -20,6 +20,7 @@ from exo_megatron.checkpoint.tensors import StoredTensors
 from exo_megatron.cli import convert as conversion
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.conversion import hf_writer
+from exo_megatron.conversion.verifying import Comparison
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.build import build_policy
 from exo_megatron.parallel.runtime import Runtime
@@ -155,6 +156,18 @@ def test_tied_model_that_stores_its_output_layer(tmp_path: Path, convert: Import
     save_file(tensors, hf / "model.safetensors", {"format": "pt"})
     exported = tensors_of(export(convert(hf, tmp_path / "c"), tmp_path / "e"))
     assert exported.keys() == tensors.keys() - {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+
+
+@pytest.mark.parametrize(("rows", "differ"), [(101, 1), (99, 0)])
+def test_verification_of_a_tied_output_layer(tmp_path: Path, convert: Imports, rows: int, differ: int) -> None:
+    hf = make_hf(tmp_path / "hf", tied=True)
+    stored = StoredTensors(weights_path(convert(hf, tmp_path / "c")))
+    save_file(tensors_of(hf) | {"lm_head.weight": torch.zeros(rows, 64)}, hf / "model.safetensors", {"format": "pt"})
+    comparison = Comparison(hf, stored.of_model(), "import")
+    wrong = f"lm_head.weight has shape [{rows}, 64] in the HF checkpoint, and [101, 64] by its config.json"
+    assert comparison.problems == ([] if differ else [wrong])
+    found = [each.name for entry in comparison.entries for each in comparison.differences(entry, stored.read)]
+    assert found == ["lm_head.weight"] * differ
 
 
 def test_index_of_the_single_file(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
