@@ -29,7 +29,10 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CHUNK = 2**24
 """Bytes compared at once."""
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = "pytorch_model*.bin"
+"""Names of pickled weights, which transformers wrote before safetensors."""
+
+_OTHER_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -276,19 +279,22 @@ def _map(tensor: HfTensor) -> Tensor:
 
 
 def _no_weights(directory: Path) -> CheckpointError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    expected = f"{SINGLE_FILE} or {INDEX_FILE} with its shards"
+    pickles = sorted(path.name for path in directory.glob(PICKLES))
+    others = sorted(path.name for pattern in _OTHER_PICKLES for path in directory.glob(pattern))
     if pickles:
         words = ["python", "tools/pickle_to_safetensors.py", "--hf", directory, "--output", f"{directory}-safetensors"]
         return CheckpointError(
             str(directory / pickles[0]),
             "is a pickle, which can run code when it is loaded",
-            expected=f"{SINGLE_FILE} or {INDEX_FILE} with its shards",
+            expected=expected,
             fix=f"convert it, with nothing in it run: {shlex.join(map(str, words))}",
         )
+    shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
     return CheckpointError(
         str(directory),
-        "holds no weights",
-        expected=f"{SINGLE_FILE} or {INDEX_FILE} with its shards",
+        f"holds no weights, only {shown}, which is not read" if others else "holds no weights",
+        expected=expected,
         fix="give the directory of a complete HF checkpoint",
     )
 

@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exo_megatron.conversion.hf_reader import INDEX_FILE, SINGLE_FILE
+from exo_megatron.conversion.hf_reader import INDEX_FILE, PICKLES, SINGLE_FILE
 from exo_megatron.errors import CheckpointError, DataError
 from exo_megatron.utils.files import read_json, write_json
 
-PICKLES = "pytorch_model*.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 SHARD_BYTES = 2 * 10**9

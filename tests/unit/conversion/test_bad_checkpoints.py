@@ -125,6 +125,12 @@ def single_file_too(hf: Path) -> None:
     shutil.copyfile(shards(hf)[0], hf / "model.safetensors")
 
 
+def other_pickles_only(hf: Path) -> None:
+    no_weights(hf)
+    for name in ("training_args.bin", "last.ckpt", "optimizer.pt", "model.pth"):
+        (hf / name).write_bytes(b"\x80\x02")
+
+
 def index_outside(hf: Path) -> None:
     edit_json(hf / "model.safetensors.index.json", lambda v: v["weight_map"].update({"lm_head.weight": "../x"}))
 
@@ -156,7 +162,12 @@ BAD: dict[str, tuple[Damage, str]] = {
         r"hf: the tokenizer has 150 entries, the model 101 embedding rows; expected .* no more entries",
     ),
     "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*python tools/pickle_to_safetensors.py --hf"),
-    "no weights": (no_weights, r"holds no weights"),
+    "no weights": (no_weights, r"holds no weights; expected model.safetensors or"),
+    "other pickles only": (
+        other_pickles_only,
+        r"hf: holds no weights, only last.ckpt, model.pth, optimizer.pt, ..., which is not read; "
+        r"expected model.safetensors or .*; fix: give the directory",
+    ),
     "single file beside shards": (
         single_file_too,
         r"hf: holds model.safetensors beside model.safetensors.index.json.*fix: remove model.safetensors to use",
