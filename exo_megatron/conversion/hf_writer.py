@@ -111,9 +111,9 @@ def write_index(directory: Path, shards: Sequence[Shard]) -> None:
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the export: the original with the weights' type, under the key that it already uses."""
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, key: _CONFIG_NAMES[dtype]}
+    """config.json of the export: the original with the weights' type, under the keys that it already uses."""
+    keys = config.keys() & {"dtype", "torch_dtype"} or {"dtype"}
+    return {**config, **dict.fromkeys(keys, _CONFIG_NAMES[dtype])}
 
 
 def _aligned(entries: Sequence[ExportEntry]) -> tuple[ExportEntry, ...]:

@@ -122,6 +122,12 @@ def test_config_of_transformers_4_keeps_its_layout(tmp_path: Path, hf: Path, con
     assert json.loads((exported / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
 
 
+@pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_every_key_of_the_type_is_set(keys: tuple[str, ...]) -> None:
+    exported = hf_writer.exported_config({"vocab_size": 5, **dict.fromkeys(keys, "float32")}, torch.bfloat16)
+    assert exported == {"vocab_size": 5, **dict.fromkeys(keys or ("dtype",), "bfloat16")}
+
+
 def test_export_loads_in_transformers(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
     exported = export(convert(hf, tmp_path / "c"), tmp_path / "e")
     ids = torch.tensor([[5, 17, 99]])
