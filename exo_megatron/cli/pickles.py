@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exo_megatron.errors import ConfigError
+
 _SMALL_FILES = 64 * 2**20
 """Bytes allowed for everything but tensors."""
 
@@ -32,6 +34,7 @@ def _convert(hf: Path, output: Path) -> None:
     from exo_megatron.conversion.hf_reader import CONFIG_FILE, read_config
     from exo_megatron.conversion.pickles import plan_parts, write_parts
 
+    _check_alone()
     refuse_unsafe_environment()
     read_config(hf)
     parts = plan_parts(hf)
@@ -48,3 +51,17 @@ def _convert(hf: Path, output: Path) -> None:
             remove_tree(staging)
     except OSError as error:
         raise write_failure(output, error, needed=needed) from error
+
+
+def _check_alone() -> None:
+    """Raise ConfigError, which is told once, where a launcher has started several of this process."""
+    from exo_megatron.parallel.launcher import detect_launch
+
+    launch = detect_launch()
+    if launch.world_size > 1:
+        raise ConfigError(
+            "pickle_to_safetensors",
+            f"{launch.world_size} processes were started ({launch.launcher})",
+            expected="one process",
+            fix="start it with python alone",
+        )

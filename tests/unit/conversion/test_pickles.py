@@ -124,6 +124,29 @@ def test_truncated_file_and_missing_shard(tmp_path: Path) -> None:
         plan_parts(hf)
 
 
+def test_source_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = pickled(make_hf(tmp_path / "hf"), {"a": torch.ones(2)})
+    (hf / "vocab.json").symlink_to("/proc/self/mem")  # the start of memory is never mapped
+    capsys.readouterr()
+    assert pickle_to_safetensors.main(["--hf", str(hf), "--output", str(tmp_path / "out")]) == 2
+    assert "hf/vocab.json: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert [child.name for child in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
+def test_several_processes_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, lines: int
+) -> None:
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    assert pickle_to_safetensors.main(["--hf", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("; ")[0] for line in said] == [
+        "exo-megatron: pickle_to_safetensors: 2 processes were started (torchrun)"
+    ] * lines
+
+
 def test_output_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = pickled(make_hf(tmp_path / "hf"), {"a": torch.ones(2)})
     for _ in range(2):
