@@ -48,9 +48,7 @@ def spec_of(config: LlamaConfig) -> ModelSpec:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         norm_epsilon=config.rms_norm_eps,
-        rotary=Rotary(
-            base=config.rope_parameters["rope_theta"], dim=config.hidden_size // config.num_attention_heads
-        ),
+        rotary=Rotary(base=config.rope_parameters["rope_theta"], dim=config.hidden_size // config.num_attention_heads),
         tied_embeddings=config.tie_word_embeddings,
     )
 
