@@ -11,9 +11,10 @@ from torch import Tensor
 
 from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.collective import together
-from exo_megatron.checkpoint.directory import resolve_checkpoint, tokenizer_path
+from exo_megatron.checkpoint.directory import resolve_checkpoint, tokenizer_path, weights_path
 from exo_megatron.checkpoint.integrity import verify_together
 from exo_megatron.checkpoint.policy import load_policy
+from exo_megatron.checkpoint.publish import staging_path
 from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.cli.convert import run_export, run_import
 from exo_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig
@@ -86,9 +87,10 @@ def read_fails_while_importing(runtime: Runtime, *, hf: Path, output: Path) -> s
 
 
 def killed_while_saving(runtime: Runtime, *, source: Path, target: Path) -> None:
-    """Rank 1 dies by SIGKILL after the tensors are written and before their checksums are taken."""
+    """Rank 1 dies by SIGKILL after the tensors are written and before rank 0 knows their checksums."""
 
     def die(*args: object) -> None:
+        assert (weights_path(staging_path(target)) / ".metadata").exists()
         os.kill(os.getpid(), signal.SIGKILL)
 
     if runtime.rank == 1:
