@@ -219,14 +219,20 @@ sys.exit(tool.main(sys.argv[2:]))
 
 
 def test_conversion_needs_no_gpu(root: Path, tmp_path: Path) -> None:
-    """Two processes on a machine that says that it has one CUDA device."""
+    """Two processes on a machine that says that it has one CUDA device.
+
+    What they did is read from what they said: with CUDA pretended, gloo now and then aborts a process (-6) that has
+    done its work and is ending.
+    """
     checkpoint, exported = str(tmp_path / "checkpoint"), str(tmp_path / "exported")
     for tool, *words in (
         ("convert_hf_to_megatron", "--hf", str(root / "hf-plain"), "--output", checkpoint),
         ("convert_megatron_to_hf", "--checkpoint", checkpoint, "--output", exported),
         ("verify_conversion", "--hf", exported, "--checkpoint", checkpoint, "--tensors-only"),
     ):
-        command = [sys.executable, "-c", WITHOUT_A_DEVICE, tool, *words]
+        command = [sys.executable, "-u", "-c", WITHOUT_A_DEVICE, tool, *words]
         problem = wait_group(start_group(2, command, tmp_path), 120)
-        assert problem is None, (tmp_path / "rank0.log").read_text()
-    assert re.search(r"^tensors +21 tensors +0 +pass$", (tmp_path / "rank0.log").read_text(), re.MULTILINE)
+        assert problem is None or "ended with -6" in problem, (tmp_path / "rank0.log").read_text()
+    said = (tmp_path / "rank0.log").read_text()
+    assert f"wrote {checkpoint}" in said and f"wrote {exported}" in said
+    assert re.search(r"^tensors +21 tensors +0 +pass$", said, re.MULTILINE)
