@@ -7,7 +7,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from exo_megatron.checkpoint.manifest import MANIFEST_FILE, STAGING_MARKER, WEIGHTS_DIRECTORY, read_manifest
+from exo_megatron.checkpoint.manifest import (
+    MANIFEST_FILE,
+    STAGING_MARKER,
+    WEIGHTS_DIRECTORY,
+    in_the_making,
+    read_manifest,
+)
 from exo_megatron.errors import CheckpointError, DataError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.utils.files import read_json
@@ -32,7 +38,7 @@ def resolve_checkpoint(path: Path) -> Path:
     That is `path` itself if it is a complete checkpoint, else the newest complete step in `path` or in
     `path/checkpoints`, found by scanning. Raises CheckpointError if there is none, and for an output in the making.
     """
-    if (path / STAGING_MARKER).exists():
+    if in_the_making(path):
         raise CheckpointError(
             str(path),
             f"is an output in the making, or left by a run that was stopped ({STAGING_MARKER})",
@@ -105,7 +111,7 @@ def weights_path(checkpoint: Path) -> Path:
 
 def _complete_step(child: Path) -> int | None:
     match = _STEP_NAME.fullmatch(child.name)
-    if match is None or not child.is_dir() or (child / STAGING_MARKER).exists():
+    if match is None or not child.is_dir() or in_the_making(child):
         return None
     try:
         step = read_manifest(child).step

@@ -46,6 +46,11 @@ class Manifest(BaseModel):
         return {PurePosixPath(name).parts[0] for name in self.files} | {MANIFEST_FILE}
 
 
+def in_the_making(directory: Path) -> bool:
+    """Whether a run of ours has begun to make this directory and has not finished."""
+    return (directory / STAGING_MARKER).is_file()
+
+
 def list_files(checkpoint: Path) -> list[str]:
     """Relative paths of all files below a checkpoint but the manifest and the marker of staging, sorted."""
     paths = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from exo_megatron.checkpoint.manifest import STAGING_MARKER
+from exo_megatron.checkpoint.manifest import STAGING_MARKER, in_the_making
 from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import fsync_directory, read_json, write_json
 from exo_megatron.utils.stages import COMPLETE_FILE, CONFIG_FILE, STARTED_FILE
@@ -41,7 +41,7 @@ def claim(target: Path, marker: str) -> None:
     Raises CheckpointError, with nothing touched, if the target is a file, is already complete, or holds anything that
     is not ours, and if the place of its staging directory is taken.
     """
-    unfinished = is_ours(target)
+    unfinished = in_the_making(target)
     left_behind = set() if unfinished else _left_behind(target)
     if unfinished:
         _check_unused(target)
@@ -116,11 +116,6 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def is_ours(directory: Path) -> bool:
-    """Whether a run of ours has begun to make this directory and has not finished."""
-    return (directory / STAGING_MARKER).is_file()
-
-
 def _check_target(target: Path, left_behind: set[str], marker: str) -> None:
     if target.exists() and not target.is_dir():
         raise _refuse(target, "is a file", "a directory that is empty or does not exist")
@@ -137,7 +132,7 @@ def _check_staging(target: Path) -> None:
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         raise _refuse(staging, "is not a directory", expected)
     names = _names(staging)
-    if names and not is_ours(staging):
+    if names and not in_the_making(staging):
         raise _refuse(staging, f"holds what no run of ours has made ({_shown(names)})", expected)
     _check_unused(staging)
 

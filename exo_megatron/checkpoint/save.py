@@ -25,6 +25,7 @@ from exo_megatron.checkpoint.manifest import (
     WEIGHTS_DIRECTORY,
     CheckpointKind,
     FileRecord,
+    in_the_making,
     list_files,
     make_manifest,
     record_files,
@@ -33,7 +34,6 @@ from exo_megatron.checkpoint.manifest import (
 from exo_megatron.checkpoint.publish import (
     claim,
     clear_staging,
-    is_ours,
     make_staging,
     publish,
     remove_tree,
@@ -101,7 +101,7 @@ def prune(root: Path, keep: int) -> None:
         (directory / MANIFEST_FILE).unlink()
         shutil.rmtree(directory)
     for leftover in root.glob("tmp-step-*"):
-        if is_ours(leftover) or (leftover.is_dir() and not any(leftover.iterdir())):
+        if in_the_making(leftover) or (leftover.is_dir() and not any(leftover.iterdir())):
             remove_tree(leftover)
 
 

@@ -37,7 +37,7 @@ def run_import(config: ImportConfig, runtime: Runtime) -> None:
     from exo_megatron.conversion.importing import ImportPlan
 
     plan = together(lambda: ImportPlan(config.hf, config.dtype))
-    for note in together(lambda: check_tokenizer_files(config.hf, plan.spec)):
+    for note in together(lambda: check_tokenizer_files(config.hf, plan.spec) if runtime.is_main else []):
         say(runtime, note)
     mine = _share(plan.entries, runtime)
     meter = _Meter("import", _bytes(mine), _bytes(plan.entries), runtime)

@@ -104,7 +104,7 @@ def _check_weights(wanted: Verification, spec: ModelSpec, runtime: Runtime) -> t
 
 
 def _check_processes(cut: ParallelConfig, world_size: int) -> None:
-    size = max(cut.tensor, cut.expert) * cut.pipeline
+    size = cut.processes
     if world_size % size:
         raise TopologyError(
             f"--tensor {cut.tensor} --pipeline {cut.pipeline} --expert {cut.expert}",
@@ -153,7 +153,8 @@ def _check_description(comparison: Comparison, checkpoint: Path, spec: ModelSpec
     """model.json, and the config.json that is kept with it for the way back, against the HF checkpoint's."""
     from exo_megatron.checkpoint.directory import HF_DIRECTORY, SPEC_FILE, tokenizer_path
     from exo_megatron.conversion.hf_reader import CONFIG_FILE
-    from exo_megatron.conversion.verifying import hf_spec, spec_differences
+    from exo_megatron.conversion.importing import hf_spec
+    from exo_megatron.conversion.verifying import spec_differences
 
     details = [f"{SPEC_FILE}: {line}" for line in spec_differences(comparison.spec, spec)]
     _, kept = hf_spec(tokenizer_path(checkpoint))

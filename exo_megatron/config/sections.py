@@ -42,6 +42,16 @@ class ParallelConfig(Section):
     )
     sequence: bool = Field(default=True, description="sequence parallelism, in effect where tensor > 1")
 
+    @property
+    def expert_tensor(self) -> int:
+        """Into how many parts each expert is cut."""
+        return max(self.tensor // self.expert, 1)
+
+    @property
+    def processes(self) -> int:
+        """The fewest processes that hold a model cut this way; a world is a multiple of them."""
+        return max(self.tensor, self.expert) * self.pipeline
+
 
 class ComputeConfig(Section):
     """Arithmetic and memory."""

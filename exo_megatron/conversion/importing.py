@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exo_megatron.conversion.families import find_family
 from exo_megatron.conversion.hf_reader import CONFIG_FILE, HfTensors, check_tensors, read_config
-from exo_megatron.conversion.rules import Entry, Shape
+from exo_megatron.conversion.rules import Entry, Family, Shape
 from exo_megatron.conversion.transforms import check_one_dtype
 from exo_megatron.models.spec import ModelSpec
 
@@ -37,15 +37,20 @@ class ImportEntry:
         return torch.Size(self.entry.rule.shape).numel() * self.dtype.itemsize
 
 
+def hf_spec(directory: Path) -> tuple[Family, ModelSpec]:
+    """The family of an HF checkpoint and what it reads from config.json. Raises CheckpointError."""
+    where = str(directory / CONFIG_FILE)
+    values = read_config(directory)
+    family = find_family(values, where)
+    return family, family.read_config(values, where)
+
+
 class ImportPlan:
     """A checked HF checkpoint. Making a plan reads headers only; tensors are read by `produce`."""
 
     def __init__(self, directory: Path, dtype: DtypeChoice) -> None:
         """Raises CheckpointError for a config or a tensor that cannot be converted."""
-        where = str(directory / CONFIG_FILE)
-        config = read_config(directory)
-        family = find_family(config, where)
-        self.spec: ModelSpec = family.read_config(config, where)
+        family, self.spec = hf_spec(directory)
         self._hf = HfTensors(directory, family)
         rules = family.tensors(self.spec)
         check_tensors(

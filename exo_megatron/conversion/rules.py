@@ -85,3 +85,7 @@ class Family:
     def full_name(self, name: str) -> str:
         """The name of a tensor of a checkpoint whose names lack `base_prefix`."""
         return name if name in (self.tied_output[0], SCORE) else self.base_prefix + name
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this name holds nothing to convert."""
+        return any(pattern.fullmatch(name) for pattern in self.ignored)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from exo_megatron.conversion.exporting import ReadEntry
-from exo_megatron.conversion.families import find_family
-from exo_megatron.conversion.hf_reader import CONFIG_FILE, HfTensors, read_config
+from exo_megatron.conversion.hf_reader import HfTensors
+from exo_megatron.conversion.importing import hf_spec
 from exo_megatron.conversion.rules import Entry, Family, Shape
 from exo_megatron.models.spec import ModelSpec
 
@@ -88,14 +88,6 @@ class Comparison:
                     yield found
 
 
-def hf_spec(directory: Path) -> tuple[Family, ModelSpec]:
-    """The family of an HF checkpoint and what it reads from config.json. Raises CheckpointError."""
-    where = str(directory / CONFIG_FILE)
-    values = read_config(directory)
-    family = find_family(values, where)
-    return family, family.read_config(values, where)
-
-
 def spec_differences(hf: ModelSpec, stored: ModelSpec) -> list[str]:
     """The fields in which two descriptions of a model differ, a line each."""
     ours, theirs = _flat(stored.model_dump()), _flat(hf.model_dump())
@@ -142,7 +134,7 @@ def _wrong_names(entries: list[Entry], hf: HfTensors, family: Family, *, tied: b
             seen = list(hf.tensors[name].shape)
             yield name, f"{name} has shape {seen} in the HF checkpoint, and {list(shape)} by its config.json"
     for name in sorted(hf.tensors.keys() - expected.keys()):
-        if not any(pattern.fullmatch(name) for pattern in family.ignored):
+        if not family.ignores(name):
             shape = hf.tensors[name].shape
             yield name, f"{name} {list(shape)} is in the HF checkpoint, and this model has no such tensor"
 

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from exo_megatron.checkpoint.collective import together
 from exo_megatron.checkpoint.policy import load_checkpoint
 from exo_megatron.config.sections import ComputeConfig
+from exo_megatron.logprobs.logits import gathered_logits
 from exo_megatron.models.layout import build_layout
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
@@ -254,18 +254,7 @@ def _row_outputs(model: PolicyModel, spec: ModelSpec, topology: Topology, row: S
     if output is None or spec.labels is not None:
         return output
     natural = layout.token_row[torch.argsort(layout.token_order)]
-    return _logits(model, output[natural], spec, topology)
-
-
-def _logits(model: PolicyModel, hidden: Tensor, spec: ModelSpec, topology: Topology) -> Tensor:
-    """[N, V] logits of hidden [N, H]. One all-gather of [N, Vp / t] over the tensor group."""
-    shard = (hidden @ model.output_weight().t()).contiguous()
-    shards = [torch.empty_like(shard) for _ in range(topology.tensor_size)]
-    dist.all_gather(shards, shard, group=topology.tensor_group)
-    logits = torch.cat(shards, dim=1)[:, : spec.vocab_size]
-    if spec.logit_softcap is not None:
-        logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
-    return logits
+    return gathered_logits(output[natural], model.output_weight(), spec, topology)
 
 
 def _agreement(theirs: Sequence[Tensor], ours: Sequence[Tensor], rows: Rows, spec: ModelSpec) -> Agreement:

@@ -47,7 +47,7 @@ def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
             expected=f"a divisor of {experts.count}",
             fix="change parallel.expert",
         )
-    cuts = max(tensor // expert, 1)
+    cuts = parallel.expert_tensor
     if experts.ffn_hidden_size % cuts:
         raise TopologyError(
             "parallel.tensor",
@@ -83,7 +83,7 @@ def expert_settings(spec: ModelSpec, topology: Topology) -> dict[str, object]:
         "moe_expert_capacity_factor": None,
         "moe_grouped_gemm": False,
         "expert_model_parallel_size": topology.expert_size,
-        "expert_tensor_parallel_size": topology.expert_tensor_size,
+        "expert_tensor_parallel_size": topology.parallel.expert_tensor,
     }
 
 

@@ -53,11 +53,6 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
-    def expert_tensor_size(self) -> int:
-        """Into how many parts each expert is cut."""
-        return max(self.tensor_size // self.expert_size, 1)
-
-    @property
     def shares_experts(self) -> bool:
         """Whether several model copies share one set of experts: they must make equally many forward passes."""
         return self.expert_size > self.tensor_size
@@ -79,7 +74,7 @@ def model_parallel(runtime: Runtime, parallel: ParallelConfig, *, seed: int) -> 
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=max(parallel.tensor // parallel.expert, 1),
+        expert_tensor_parallel_size=parallel.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
@@ -112,16 +107,14 @@ def check_expert_cut(parallel: ParallelConfig) -> None:
 
 def _check_world(parallel: ParallelConfig, world_size: int) -> None:
     check_expert_cut(parallel)
-    model_size = parallel.tensor * parallel.pipeline
-    size = max(parallel.tensor, parallel.expert) * parallel.pipeline
-    if world_size % size:
-        cut = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
-        if size > model_size:
-            cut = f"expert {parallel.expert} x pipeline {parallel.pipeline}"
+    if world_size % parallel.processes:
+        copies = parallel.expert > parallel.tensor
+        larger = f"expert {parallel.expert}" if copies else f"tensor {parallel.tensor}"
+        cut = f"{larger} x pipeline {parallel.pipeline} = {parallel.processes}"
         raise TopologyError(
             "parallel",
-            f"{cut} = {size} does not divide the world size {world_size}",
-            expected=f"a multiple of {size} processes",
+            f"{cut} does not divide the world size {world_size}",
+            expected=f"a multiple of {parallel.processes} processes",
             fix="change the sizes in parallel, or start another number of processes",
         )
 

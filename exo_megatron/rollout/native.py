@@ -14,10 +14,9 @@ from torch import Tensor
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.errors import ConfigError
+from exo_megatron.logprobs.logits import gathered_logits
 from exo_megatron.models.decode import DecodeLayout, KvCache, build_decode_layout
 from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.products import product
-from exo_megatron.models.softcap import soft_cap_
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.engine import GeneratedCandidate, GeneratedGroup
@@ -134,7 +133,8 @@ class NativeEngine:
         topology = self._topology
         drawn = torch.empty((2, len(work.draws)), dtype=torch.float64, device=topology.device)
         if hidden is not None:
-            logits = self._logits(hidden[layout.predict_rows, 0])
+            predicting = hidden[layout.predict_rows, 0]
+            logits = gathered_logits(predicting, self._model.output_weight(), self._spec, topology)
             if topology.tensor_rank == 0:
                 rows = torch.tensor([row for _, row in work.draws]).to(topology.device, non_blocking=True)
                 uniform = torch.from_numpy(numbers.of(work.draws)).to(topology.device, non_blocking=True)
@@ -149,16 +149,6 @@ class NativeEngine:
             dist.broadcast(drawn, src=topology.last_stage_rank, group=topology.pipeline_group)
         tokens, logprobs = drawn.tolist()
         return [int(token) for token in tokens], logprobs
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[M, H] -> [M, vocab_size] fp32 on every rank of the tensor group (one all-gather)."""
-        topology = self._topology
-        local = soft_cap_(product(hidden, self._model.output_weight().t()), self._spec.logit_softcap)
-        if topology.tensor_size > 1:
-            shards = local.new_empty(topology.tensor_size, *local.shape)
-            dist.all_gather(list(shards.unbind()), local.contiguous(), group=topology.tensor_group)
-            local = shards.transpose(0, 1).flatten(1)
-        return local[:, : self._spec.vocab_size]
 
 
 class _UniformNumbers:

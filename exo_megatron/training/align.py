@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from exo_megatron.checkpoint.directory import tokenizer_path
 from exo_megatron.checkpoint.policy import load_policy
@@ -13,7 +11,6 @@ from exo_megatron.data.dataset import load_groups
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.start import Start, find_policy, find_tokenizer
@@ -48,7 +45,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     )
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy, spec = load_policy(start.checkpoint, topology, config.compute)
-        completed, complete_step = _prepare_reference(config, reference, policy, groups, data, topology, runtime)
+        completed, complete_step = _prepare_reference(config, start, reference, policy, groups, data, topology, runtime)
         Trainer(
             trainee=make_trainee(policy, spec, topology, config.compute, config.optimizer),
             objective=AlignObjective(config.loss),
@@ -62,18 +59,10 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         ).run()
 
 
-@dataclass(frozen=True)
-class _Reference:
-    checkpoint: Path
-    spec: ModelSpec
-    fingerprint: str
-    is_start: bool
-
-
-def _find_reference(config: AlignConfig, start: Start) -> _Reference:
+def _find_reference(config: AlignConfig, start: Start) -> Start:
     """The reference checkpoint. Raises CheckpointError if it has another vocabulary than the policy."""
     if config.reference is None:
-        return _Reference(start.checkpoint, start.spec, start.fingerprint, True)
+        return start
     reference = find_policy(config.reference.checkpoint, config.parallel)
     if reference.spec.vocab_size != start.spec.vocab_size:
         raise CheckpointError(
@@ -82,14 +71,13 @@ def _find_reference(config: AlignConfig, start: Start) -> _Reference:
             expected=f"{start.spec.vocab_size}, as the policy's",
             fix="take a reference with the policy's tokenizer",
         )
-    return _Reference(
-        reference.checkpoint, reference.spec, reference.fingerprint, reference.fingerprint == start.fingerprint
-    )
+    return reference
 
 
 def _prepare_reference(
     config: AlignConfig,
-    reference: _Reference,
+    start: Start,
+    reference: Start,
     policy: PolicyModel,
     groups: Sequence[Group],
     data: str,
@@ -110,7 +98,8 @@ def _prepare_reference(
     key = StoredKey(reference.fingerprint, data, config.loss.temperature, config.compute.precision)
     stored = read_stored(config.output, key, groups)
     if stored is None:
-        model = policy if reference.is_start else load_policy(reference.checkpoint, topology, config.compute)[0]
+        is_start = reference.fingerprint == start.fingerprint
+        model = policy if is_start else load_policy(reference.checkpoint, topology, config.compute)[0]
         stored = store_logprobs(config.output, key, wrapped(model), groups, runtime)
     return stored, _unchanged
 
