@@ -35,6 +35,7 @@ EXTRAS = {
     "cuda": ["transformer-engine[pytorch]>=2.9"],
     "mpi": ["mpi4py>=4", "openmpi>=5"],
     "vllm": ["vllm>=0.10"],
+    "bench": ["trl>=1.16"],  # peers of tools/bench
     "dev": [
         "pytest>=8",
         "ruff==0.17.5",

@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run: `python -m tools.bench NAME`. The figures are in docs/benchmarks.md."""

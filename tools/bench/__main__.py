@@ -1,0 +1,86 @@
+"""Run one benchmark and print its table.
+
+    python -m tools.bench                      the names
+    python -m tools.bench trl-step             one benchmark
+    python -m tools.bench trl-step --quick     a small version of it, as CI runs it
+
+What is compared runs in turn in one process, and what counts are the ratios. Both sides' results (gradients where
+there are any) are compared first: if they differ, no times are printed and the exit code is 1. Peers (TRL,
+transformers) come with `pip install -e '.[bench]'`. Runs on a CUDA device where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tools.bench.options import Options
+from tools.bench.sides import Different
+from tools.bench.table import Table
+
+BENCHMARKS = {
+    "trl-step": "training step against TRL's DPOTrainer(loss_type='exo_pair'), K=2",
+    "hf-step": "training step against an HF model with the straightforward EXO loss, K=4 and 8",
+    "sharing": "prompt sharing on and off, against the formula",
+    "logprobs": "log-probs: ours, naive, megatron-core's cross entropy; time and memory, forward and backward",
+    "attention": "two-pass merge, separate rows, dense mask",
+    "oversized": "a group split into parts against the same group in one row",
+    "balance": "makespan of the 1F1B schedule over length distributions, random and balanced",
+    "growth": "time and memory against K, prompt length, vocabulary and number of groups, with pictures",
+    "peak": "share of the machine's own matrix-multiply peak that a training step reaches",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark that the arguments name; 0, or 1 if the sides do not agree."""
+    names = "\n".join(f"  {name:<12} {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        description=f"{__doc__}\nbenchmarks:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", nargs="?", help="which one (default: list them)")
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not to quote")
+    parser.add_argument("--rounds", type=_count, default=5, help="how often each side is timed (default: 5)")
+    parser.add_argument("--threads", type=_count, default=1, help="of a process on the CPU (default: 1)")
+    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="where pictures go")
+    parser.add_argument("--json", type=Path, help="write the table to this file, too")
+    arguments = parser.parse_args(argv)
+    if arguments.name is None:
+        print(names)
+        return 0
+    torch.set_num_threads(arguments.threads)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of processes that a benchmark starts
+    options = Options(arguments.quick, 2 if arguments.quick else arguments.rounds, arguments.pictures)
+    try:
+        table = load(arguments.name)(options)
+    except Different as difference:
+        print(f"{arguments.name}: the sides do not compute the same: {difference}", file=sys.stderr)
+        return 1
+    print(table.markdown())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(table.as_json(), indent=2) + "\n")
+    return 0
+
+
+def load(name: str) -> Callable[[Options], Table]:
+    """`run` of the module of a benchmark. Imported only then, because each brings much with it."""
+    run: Callable[[Options], Table] = importlib.import_module(f"tools.bench.{name.replace('-', '_')}").run
+    return run
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; expected a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The same random model on both sides: an HF Llama, and what our own import makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from exo_megatron.checkpoint.directory import tokenizer_path
+from exo_megatron.checkpoint.policy import load_policy
+from exo_megatron.cli.convert import run_import
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
+from exo_megatron.config.stages import ImportConfig
+from exo_megatron.conversion.importing import hf_spec
+from exo_megatron.data.groups import Group
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.parallel.topology import Topology, model_parallel
+from exo_megatron.training.optimizer import Trainee
+from tools.bench.lengths import Lengths
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    head_dim: int = 64
+
+    @property
+    def ffn(self) -> int:
+        """8/3 of the hidden size, up to a multiple of 64."""
+        return -(-8 * self.hidden // (3 * 64)) * 64
+
+    def config(self) -> LlamaConfig:
+        """As many key/value heads as query heads, embeddings and output layer apart."""
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // self.head_dim,
+            num_key_value_heads=self.hidden // self.head_dim,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=None,
+        )
+
+    def __str__(self) -> str:
+        return f"Llama with H={self.hidden}, {self.layers} layers, V={self.vocab}"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The two sides. `load()` gives another copy of our policy, for a live reference or a fresh start."""
+
+    hf: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    checkpoint: Path
+    spec: ModelSpec
+    topology: Topology
+    compute: ComputeConfig
+
+    def load(self) -> PolicyModel:
+        """Our policy with the weights of `hf`."""
+        return load_policy(self.checkpoint, self.topology, self.compute)[0]
+
+
+@contextlib.contextmanager
+def world() -> Iterator[Runtime]:
+    """This process as a world of one, for all models of a benchmark."""
+    with distributed_runtime() as runtime:
+        yield runtime
+
+
+@contextlib.contextmanager
+def matched_models(shape: Shape, runtime: Runtime, compute: ComputeConfig) -> Iterator[Matched]:
+    """A random HF model and its import, in a temporary directory."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if compute.precision == "fp32" else torch.bfloat16
+    hf = LlamaForCausalLM._from_config(shape.config(), dtype=dtype)
+    tokenizer = words(shape.vocab)
+    with (
+        tempfile.TemporaryDirectory(prefix="exo-bench-") as place,
+        model_parallel(runtime, ParallelConfig(), seed=0) as topology,
+    ):
+        source, checkpoint = Path(place) / "hf", Path(place) / "checkpoint"
+        hf.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        with contextlib.redirect_stdout(sys.stderr):
+            run_import(ImportConfig(hf=source, output=checkpoint), runtime)
+        hf.to(runtime.device)
+        yield Matched(hf, tokenizer, checkpoint, hf_spec(source)[1], topology, compute)
+
+
+def words(vocab: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose every id is a word."""
+    vocabulary = {word: i for i, word in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), vocab)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def random_groups(lengths: Sequence[Lengths], vocab: int, *, seed: int = 0) -> list[Group]:
+    """Groups of these lengths with random tokens, and normal rewards that fall from candidate to candidate."""
+    generator = random.Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(len(SPECIAL), vocab) for _ in range(count))
+
+    return [
+        Group(
+            id=f"group-{i}",
+            prompt=tokens(each.prompt),
+            candidates=tuple(tokens(length) for length in each.responses),
+            rewards=tuple(sorted((generator.gauss(0, 1) for _ in each.responses), reverse=True)),
+        )
+        for i, each in enumerate(lengths)
+    ]
+
+
+def hf_gradients(trainee: Trainee, matched: Matched) -> dict[str, Tensor]:
+    """The gradient of a model that is whole in this process, under HF's names, from megatron-core's fp32 buffers."""
+    family, spec = hf_spec(tokenizer_path(matched.checkpoint))
+    own = {name: vars(parameter)["main_grad"] for name, parameter in trainee.policy.named_parameters()}
+    gradients: dict[str, Tensor] = {}
+    for rule in family.tensors(spec):
+        for entry in rule.entries():
+            name = rule.key
+            if entry.index:
+                name = name.replace("decoder.layers.", f"decoder.layers.{entry.index[0]}.")
+            gradients |= zip(entry.sources, rule.transform.split(own[name]), strict=True)
+    return gradients

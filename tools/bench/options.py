@@ -1,0 +1,15 @@
+"""What every benchmark is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """quick: small sizes. rounds: how often each side is timed. pictures: directory for pictures."""
+
+    quick: bool
+    rounds: int
+    pictures: Path

@@ -1,0 +1,69 @@
+"""Timing sides in turn, so that what the machine does besides hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each side, a value per round."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    def median(self, side: str) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds[side])
+
+    def ratios(self, slow: str, fast: str) -> list[float]:
+        """How many times as long `slow` takes as `fast`, round by round."""
+        return [a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True)]
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """Median of `ratios`."""
+        return statistics.median(self.ratios(slow, fast))
+
+    def shown(self, slow: str, fast: str) -> str:
+        """Median and range of `ratios`, as tables show them."""
+        ratios = self.ratios(slow, fast)
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> Timings:
+    """Run the sides in turn, `warmup` times unseen and then `rounds` times, each timed by itself.
+
+    Garbage is collected before each run and not during it. On CUDA a run ends when the device has finished.
+    """
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(warmup + rounds):
+        for side, work in sides.items():
+            elapsed = timed(work)
+            if number >= warmup:
+                seconds[side].append(elapsed)
+    return Timings({side: tuple(values) for side, values in seconds.items()})
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one run."""
+    gc.collect()
+    gc.disable()
+    try:
+        finish()
+        start = time.perf_counter()
+        work()
+        finish()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def finish() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
