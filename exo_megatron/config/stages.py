@@ -87,8 +87,10 @@ class AlignConfig(StageConfig):
 
     model: ModelConfig
     reference: ModelConfig | None = Field(default=None, description="default: the checkpoint that training starts from")
-    reference_logprobs: Literal["stored", "live"] = Field(
-        default="stored", description="computed once before the first step, or by a reference model in every step"
+    reference_logprobs: Literal["stored", "computed", "live"] = Field(
+        default="stored",
+        description="those of the rollout, where the data have them; computed once before the first step; "
+        "by a reference model in every step",
     )
     data: DataConfig
     loss: LossConfig = LossConfig()

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.data.fields import boolean, finite_number, finite_numbers, object_list, text, token_ids
+from exo_megatron.data.fields import boolean, finite_number, finite_numbers, object_list, text, token_ids, wrong_type
+from exo_megatron.data.logprob_source import LogprobSource, parse_source
 from exo_megatron.data.records import SourceRecord, read_jsonl_records
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl
@@ -24,29 +25,41 @@ class Candidate:
 
     token_ids: R >= 1 ids as sampled, never re-encoded. finished: it ended by itself, so the last id is
     end-of-sequence. logprob: sum over all its tokens, in nats, under softmax(logits / temperature) of the policy
-    that drew it.
+    that drew it, without any truncation of that distribution. logprob_digest: of the record's source and the ids
+    that it belongs to (see LogprobSource.digest).
     """
 
     text: str
     token_ids: tuple[int, ...]
     finished: bool
-    logprob: float
+    logprob: float | None = None
+    logprob_digest: str | None = None
 
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """One prompt, its K >= 1 candidates and, once scored, their K rewards."""
+    """One prompt, its K >= 1 candidates and, once scored, their K rewards.
+
+    logprob_source: how the forward pass of training computed the log-probs; every candidate has one then, with its
+    digest. None: they came from elsewhere, if there are any, and no run relies on them.
+    """
 
     id: str
     prompt: str
     prompt_ids: tuple[int, ...]
     candidates: tuple[Candidate, ...]
     rewards: tuple[float, ...] | None = None
+    logprob_source: LogprobSource | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
         """What a reward source reads."""
         return tuple(candidate.text for candidate in self.candidates)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """K log-probs of a record that has them (`logprob_source`)."""
+        return tuple(candidate.logprob for candidate in self.candidates if candidate.logprob is not None)
 
 
 def read_candidates(path: Path) -> list[CandidateRecord]:
@@ -67,8 +80,9 @@ def write_candidates(path: Path, records: Iterable[CandidateRecord]) -> None:
 def parse_candidate_record(record: SourceRecord) -> CandidateRecord:
     """Check one stored record and give it its types; DataError at the record's file and line."""
     where, fields = record.where, record.fields
+    source = _parse_source(where, fields)
     candidates = tuple(
-        _parse_candidate(f"{where} candidates[{k}]", item)
+        _parse_candidate(f"{where} candidates[{k}]", item, sourced=source is not None)
         for k, item in enumerate(object_list(where, fields, "candidates"))
     )
     rewards = finite_numbers(where, fields, "rewards") if "rewards" in fields else None
@@ -85,24 +99,48 @@ def parse_candidate_record(record: SourceRecord) -> CandidateRecord:
         prompt_ids=token_ids(where, fields, "prompt_ids"),
         candidates=candidates,
         rewards=rewards,
+        logprob_source=source,
     )
 
 
-def _parse_candidate(where: str, fields: Mapping[str, Any]) -> Candidate:
+def _parse_source(where: str, fields: Mapping[str, Any]) -> LogprobSource | None:
+    if "logprob_source" not in fields:
+        return None
+    stored = fields["logprob_source"]
+    if not isinstance(stored, Mapping):
+        raise wrong_type(where, "logprob_source", stored, "an object with fingerprint, temperature and precision")
+    return parse_source(f"{where} logprob_source", stored)
+
+
+def _parse_candidate(where: str, fields: Mapping[str, Any], *, sourced: bool) -> Candidate:
+    """sourced: the record says where its log-probs come from, so each candidate must have one."""
+    known = _known(fields)
+    if sourced and not {"logprob", "logprob_digest"} <= known.keys():
+        raise DataError(
+            where,
+            "has not both 'logprob' and 'logprob_digest', but its record has 'logprob_source'",
+            expected="both for every candidate, as `exo-megatron rollout` writes them",
+            fix="remove 'logprob_source' from the record: `align` then computes what it needs",
+        )
     return Candidate(
         text=text(where, fields, "text"),
         token_ids=token_ids(where, fields, "token_ids"),
         finished=boolean(where, fields, "finished"),
-        logprob=finite_number(where, fields, "logprob"),
+        logprob=finite_number(where, known, "logprob") if "logprob" in known else None,
+        logprob_digest=text(where, known, "logprob_digest") if sourced else None,
     )
 
 
 def _stored(record: CandidateRecord) -> dict[str, Any]:
-    """The record as JSON. `rewards` is absent, not null, before scoring."""
-    numbers = [candidate.logprob for candidate in record.candidates] + list(record.rewards or ())
-    if not all(map(math.isfinite, numbers)):
+    """The record as JSON. What is not known is absent, not null."""
+    logprobs = [candidate.logprob for candidate in record.candidates if candidate.logprob is not None]
+    if not all(map(math.isfinite, (*logprobs, *(record.rewards or ())))):
         raise ValueError(f"record {record.id!r} has a log-prob or reward that is not finite")
-    stored = asdict(record)
-    if record.rewards is None:
-        del stored["rewards"]
+    stored = _known(asdict(record))
+    stored["candidates"] = [_known(candidate) for candidate in stored["candidates"]]
     return stored
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without nulls, which columnar data sets use for what is absent."""
+    return {name: value for name, value in fields.items() if value is not None}

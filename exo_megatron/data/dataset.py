@@ -12,6 +12,7 @@ from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
 from exo_megatron.data.fields import completion_text, completion_texts, finite_numbers, prompt_text
 from exo_megatron.data.groups import Group
 from exo_megatron.data.records import SourceRecord, read_records
+from exo_megatron.data.stored_logprobs import WantedLogprobs, reference_logprobs
 from exo_megatron.data.tokenizer import Text, Tokenizer
 from exo_megatron.errors import DataError
 
@@ -39,19 +40,26 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def load_groups(
-    config: DataConfig, tokenizer: Tokenizer, *, purpose: Purpose, candidates: int | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    purpose: Purpose,
+    candidates: int | None = None,
+    logprobs: WantedLogprobs | None = None,
 ) -> list[Group]:
     """Read candidate groups, in the order of the records.
 
     purpose "sft": K = 1, from "chosen". "preference": K = 2, chosen first, from "chosen" and "rejected" or from the
     best and the worst (first of equals) of rewarded completions. "rewards": all completions with their rewards,
     from "completions" and "rewards" or from a scored candidates file, whose token ids are used as they are.
-    candidates: the number that every record must have; default any, from 2 on.
+    candidates: the number that every record must have; default any, from 2 on. logprobs: the reference log-probs that
+    groups get from records that have them; default: stored log-probs are not looked at.
 
     Raises DataError for bad records, prompts and completions over the limits of `config`, empty completions,
-    rewards that are not finite, numbers of candidates that do not fit, and preferences between equal rewards.
+    rewards that are not finite, numbers of candidates that do not fit, preferences between equal rewards, and stored
+    log-probs other than those wanted.
     """
-    encoder = _Encoder(tokenizer, config)
+    encoder = _Encoder(tokenizer, config, logprobs)
     build: Callable[[SourceRecord], Group] = {
         "sft": lambda record: _sft_group(record, encoder),
         "rewards": lambda record: _rewarded_group(record, encoder, candidates),
@@ -61,11 +69,12 @@ def load_groups(
 
 
 class _Encoder:
-    """Tokenises the texts of records and holds them to the limits; never shortens anything."""
+    """Tokenises the texts of records and holds what they bring to what is wanted; never shortens anything."""
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, logprobs: WantedLogprobs | None = None) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.logprobs = logprobs
 
     def prompt(self, record: SourceRecord, prompt: Text) -> tuple[int, ...]:
         with _located(record):
@@ -76,6 +85,9 @@ class _Encoder:
         with _located(record):
             ids = self.tokenizer.encode_completion(completion)
         return self.checked_completion(record, name, ids)
+
+    def stored_logprobs(self, record: SourceRecord, stored: CandidateRecord) -> tuple[float, ...] | None:
+        return None if self.logprobs is None else reference_logprobs(record.where, stored, self.logprobs)
 
     def checked_prompt(self, record: SourceRecord, ids: Sequence[int]) -> tuple[int, ...]:
         limit = self.config.max_prompt_tokens
@@ -172,8 +184,7 @@ def _best_and_worst(record: SourceRecord, group: Group) -> Group:
             fix="remove the record, or use loss.kind exo_rw or dpo_rw, for which equal rewards are legitimate",
         )
     _check_different(record, group.candidates[best], group.candidates[worst])
-    pair = (group.candidates[best], group.candidates[worst])
-    return Group(group.id, group.prompt, pair, rewards=(rewards[best], rewards[worst]))
+    return group.take((best, worst))
 
 
 def _stored_group(record: SourceRecord, stored: CandidateRecord, encoder: _Encoder) -> Group:
@@ -188,7 +199,13 @@ def _stored_group(record: SourceRecord, stored: CandidateRecord, encoder: _Encod
         encoder.checked_completion(record, f"candidates[{k}]", candidate.token_ids)
         for k, candidate in enumerate(stored.candidates)
     )
-    return Group(record.id, encoder.checked_prompt(record, stored.prompt_ids), ids, rewards=stored.rewards)
+    return Group(
+        record.id,
+        encoder.checked_prompt(record, stored.prompt_ids),
+        ids,
+        rewards=stored.rewards,
+        reference_logprobs=encoder.stored_logprobs(record, stored),
+    )
 
 
 def _completions_group(record: SourceRecord, encoder: _Encoder) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -25,3 +26,17 @@ class Group:
     def num_tokens(self) -> int:
         """Tokens that the group occupies in a packed row: P + R_1 + ... + R_K."""
         return len(self.prompt) + sum(len(candidate) for candidate in self.candidates)
+
+    def take(self, numbers: Sequence[int]) -> Group:
+        """The group of the candidates with these numbers only, in this order, with all that is known of them."""
+        return Group(
+            self.id,
+            self.prompt,
+            tuple(self.candidates[k] for k in numbers),
+            rewards=_taken(self.rewards, numbers),
+            reference_logprobs=_taken(self.reference_logprobs, numbers),
+        )
+
+
+def _taken(values: tuple[float, ...] | None, numbers: Sequence[int]) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values[k] for k in numbers)

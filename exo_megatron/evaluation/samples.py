@@ -6,27 +6,30 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from exo_megatron.checkpoint.directory import read_fingerprint
 from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.stages import EvaluateConfig
 from exo_megatron.data.candidates import CandidateRecord
-from exo_megatron.data.groups import Group
 from exo_megatron.evaluation.targets import Plan, Target
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology
-from exo_megatron.rollout.generate import generate_records
-from exo_megatron.rollout.native import NativeEngine
-from exo_megatron.rollout.scoring import candidate_logprobs
+from exo_megatron.rollout.draw import Policy, draw_candidates
+from exo_megatron.rollout.record_logprobs import record_logprobs
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of one checkpoint, in prompt order: P records of M samples, and [P][M] log-probs under it."""
+    """Samples of one checkpoint, in prompt order: P records of M samples, with their log-probs under it."""
 
     target: Target
     records: list[CandidateRecord]
-    logprobs: list[list[float]]
+
+    @property
+    def logprobs(self) -> list[tuple[float, ...]]:
+        """[P][M]."""
+        return [record.logprobs for record in self.records]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Compared:
     """Samples of one checkpoint with their log-probs [P][M] under the reference as well."""
 
     drawn: Drawn
-    reference_logprobs: list[list[float]]
+    reference_logprobs: list[tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -66,53 +69,21 @@ class Sampler:
 
     def _draw(self, target: Target, model: PolicyModel, spec: ModelSpec) -> Drawn:
         """The seed is the same for all models, so that their difference is less noisy than either."""
-        records = generate_records(
-            NativeEngine(model, spec, self.topology, self.plan.tokenizer.eos_id),
+        drawn = draw_candidates(
+            Policy(model, spec, read_fingerprint(target.checkpoint), self.plan.tokenizer),
             self.plan.prompts,
-            self.plan.tokenizer,
             self.config.sampling,
+            self.config.compute,
             seed=self.config.seed,
             topology=self.topology,
             runtime=self.runtime,
             label=target.label,
         )
-        shared = self.runtime.broadcast_object(records)
-        if shared is None:
-            raise RuntimeError("rank 0 broadcast no records")
-        return Drawn(target, shared, self._logprobs(model, spec, shared))
+        return Drawn(target, drawn.records)
 
-    def _logprobs(self, model: PolicyModel, spec: ModelSpec, records: Sequence[CandidateRecord]) -> list[list[float]]:
+    def _logprobs(
+        self, model: PolicyModel, spec: ModelSpec, records: Sequence[CandidateRecord]
+    ) -> list[tuple[float, ...]]:
         """[P][M], on every rank. Takes much less time than drawing, so there is no progress line."""
-        pieces = [
-            (index, group)
-            for index, record in enumerate(records)
-            for group in split_record(record, self.config.compute.max_tokens_per_microbatch)
-        ]
-        found = candidate_logprobs(
-            model,
-            spec,
-            self.topology,
-            [group for _, group in pieces],
-            self.config.compute,
-            temperature=self.config.sampling.temperature,
-        )
-        values: list[list[float]] = [[] for _ in records]
-        for (index, _), part in zip(pieces, found, strict=True):
-            values[index] += part
-        return values
-
-
-def split_record(record: CandidateRecord, max_tokens: int) -> Iterator[Group]:
-    """The record's candidates, in order, in as few groups as fit into rows of `max_tokens`.
-
-    Log-probs of candidates do not depend on each other, so many samples of a long prompt need not share a row.
-    """
-    part: list[tuple[int, ...]] = []
-    used = len(record.prompt_ids)
-    for candidate in record.candidates:
-        if part and used + len(candidate.token_ids) > max_tokens:
-            yield Group(record.id, record.prompt_ids, tuple(part))
-            part, used = [], len(record.prompt_ids)
-        part.append(candidate.token_ids)
-        used += len(candidate.token_ids)
-    yield Group(record.id, record.prompt_ids, tuple(part))
+        temperature = self.config.sampling.temperature
+        return record_logprobs(model, spec, self.topology, records, self.config.compute, temperature=temperature)

@@ -13,7 +13,7 @@ from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.models.spec import ModelSpec
-from exo_megatron.rollout.stage import check_lengths
+from exo_megatron.rollout.lengths import check_lengths, check_row_length
 from exo_megatron.rollout.start import find_policy, find_tokenizer
 
 
@@ -52,7 +52,8 @@ def make_plan(config: EvaluateConfig) -> Plan:
     targets = tuple(target for name, path in config.models.items() for target in find_targets(name, path))
     tokenizer = find_tokenizer(start, config.data.tokenizer)
     prompts = tuple(load_prompts(config.data, tokenizer))
-    _check_prompts(prompts, config)
+    _check_number(prompts, config)
+    check_row_length(prompts, config.sampling, config.compute, config.parallel)
     for target in (reference, *targets):
         spec = find_policy(target.checkpoint, config.parallel).spec
         check_lengths(prompts, config.sampling, spec)
@@ -76,7 +77,7 @@ def find_targets(name: str, path: Path) -> list[Target]:
     return [Target(name, read_step(checkpoint), checkpoint)]
 
 
-def _check_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
+def _check_number(prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
     if len(prompts) < 2:
         raise DataError(
             config.data.path,
@@ -84,15 +85,6 @@ def _check_prompts(prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
             expected="at least 2 prompts, for a standard error",
             fix="add prompts, or raise data.limit",
         )
-    room = config.compute.max_tokens_per_microbatch - config.sampling.max_new_tokens
-    for prompt in prompts:
-        if len(prompt.ids) > room:
-            raise DataError(
-                f"prompt {prompt.id}",
-                f"{len(prompt.ids)} tokens + sampling.max_new_tokens {config.sampling.max_new_tokens}",
-                expected=f"at most compute.max_tokens_per_microbatch = {config.compute.max_tokens_per_microbatch}",
-                fix="raise compute.max_tokens_per_microbatch",
-            )
 
 
 def _check_vocabulary(target: Target, spec: ModelSpec, reference: ModelSpec) -> None:

@@ -1,18 +1,20 @@
-"""Reference log-probs: computed once and stored next to the run, or live before every step."""
+"""Reference log-probs: those of the data, computed once and stored next to the run, or live before every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.data.groups import Group
+from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.scoring import candidate_logprobs
+from exo_megatron.training.identity import data_digest
 from exo_megatron.utils.files import read_json, write_json
 from exo_megatron.utils.progress import Progress
 
@@ -51,6 +53,33 @@ class StoredKey:
     data: str
     temperature: float
     precision: str
+
+
+def complete_groups(
+    groups: Sequence[Group],
+    output: Path,
+    source: LogprobSource,
+    load: Callable[[], ReferenceModel],
+    runtime: Runtime,
+) -> list[Group]:
+    """All groups with reference log-probs; those that have none get them. Collective over the world.
+
+    Computed ones are kept in `output` and found there by a run that goes on. load: called if some are to be computed.
+    Rank 0 says in a line where they come from.
+    """
+    missing = [group for group in groups if group.reference_logprobs is None]
+    origins = {"stored with the data": len(groups) - len(missing)}
+    found: Sequence[Group] = ()
+    if missing:
+        key = StoredKey(source.fingerprint, data_digest(missing), source.temperature, source.precision)
+        kept = read_stored(output, key, missing)
+        origins["computed by this run" if kept is None else "computed by this run earlier"] = len(missing)
+        found = store_logprobs(output, key, load(), missing, runtime) if kept is None else kept
+    if runtime.is_main:
+        counts = ", ".join(f"{count} {origin}" for origin, count in origins.items() if count)
+        print(f"reference log-probs of {len(groups)} groups: {counts}", flush=True)
+    new = iter(found)
+    return [next(new) if group.reference_logprobs is None else group for group in groups]
 
 
 def read_stored(directory: Path, key: StoredKey, groups: Sequence[Group]) -> list[Group] | None:

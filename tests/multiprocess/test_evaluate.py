@@ -156,7 +156,7 @@ def test_refused_before_any_model_is_loaded(outcomes: dict[str, Outcome], direct
     assert len(messages) == 5
     assert messages[0].startswith("models.reference: this name stands for the reference policy")
     assert "has 1 prompt; expected at least 2 prompts" in messages[1]
-    assert messages[2].startswith("prompt prompt-7: 9 tokens + sampling.max_new_tokens 12")
+    assert messages[2].startswith("prompt 'prompt-7': 9 tokens + sampling.max_new_tokens 12")
     assert "has no function 'no_such_function'" in messages[3]
     assert "nowhere: does not exist" in messages[4]
     assert not (directory / "refused").exists()

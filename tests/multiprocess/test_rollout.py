@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from exo_megatron.checkpoint.directory import read_fingerprint
 from exo_megatron.data.candidates import read_candidates
 from exo_megatron.data.groups import Group
+from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.rollout.sampling import uniforms
 from exo_megatron.utils.files import read_json
 from tests.multiprocess.harness import Check, Outcome, run_checks
@@ -144,6 +145,7 @@ def stage_arguments(reference: Reference, directory: Path) -> dict[str, Any]:
         {"sampling": {"max_new_tokens": 226}},
         {"parallel": {"tensor": 4}},
         {"data": {"path": str(data), "max_prompt_tokens": 30}},
+        {"compute": {"precision": "fp32", "max_tokens_per_microbatch": 45}},
     ]
     hf = save_hf(reference.model, directory / "hf")
     return {"hf": hf, "output": directory / "output", "config": config, "failing": failing}
@@ -254,9 +256,18 @@ def test_stage_writes_candidates_and_how_they_were_drawn(
             assert candidate.logprob == pytest.approx(sum(logprobs[:length]), abs=1e-4)
             assert candidate.text.split() == [word(token) for token in tokens[:length] if token > EOS_ID]
     settings = SAMPLINGS["some slots"]
-    assert read_json(output / "rollout" / "rollout.json") == {
+    source = LogprobSource(read_fingerprint(output / "model"), settings["temperature"], "fp32")
+    for record in records:
+        assert record.logprob_source == source
+        for candidate in record.candidates:
+            assert candidate.logprob_digest == source.digest(record.prompt_ids, candidate.token_ids)
+    described = read_json(output / "rollout" / "rollout.json")
+    assert 0 < described.pop("decoding_difference") < 1e-5
+    assert described == {
+        "checkpoint": str(output / "model"),
         "fingerprint": read_fingerprint(output / "model"),
         "temperature": settings["temperature"],
+        "precision": "fp32",
         "top_p": 1.0,
         "candidates": K,
         "max_new_tokens": STEPS,
@@ -265,5 +276,8 @@ def test_stage_writes_candidates_and_how_they_were_drawn(
     }
     assert "prompt 'prompt-2'" in messages[0] and "31 tokens + sampling.max_new_tokens 226 = 257" in messages[0]
     assert messages[1].startswith("parallel.tensor: 4 does not divide")
-    assert len(messages) == 3 and "30" in messages[2]
+    assert "30" in messages[2]
+    # 31 + 14 tokens in rows that tensor parallelism makes even.
+    assert "prompt 'prompt-2'" in messages[3] and "at most 44, one packed row" in messages[3]
+    assert len(messages) == 4
     assert not (output / "failed").exists()

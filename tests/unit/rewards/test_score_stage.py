@@ -15,6 +15,7 @@ import torch
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, read_candidates, write_candidates
+from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.errors import DataError, RewardError
 from exo_megatron.rewards.records import score_records
 from exo_megatron.rewards.stage import run_score, summarize_rewards
@@ -60,7 +61,8 @@ def records(count: int) -> list[CandidateRecord]:
             id=f"r{i}",
             prompt="p" * (i + 1),
             prompt_ids=(1, 5),
-            candidates=tuple(Candidate("c" * (k + i), (7, 2), True, -1.5) for k in range(i % 3 + 1)),
+            candidates=tuple(Candidate("c" * (k + i), (7, 2), True, -1.5, f"digest {k}") for k in range(i % 3 + 1)),
+            logprob_source=LogprobSource(fingerprint="f", temperature=0.8, precision="fp32"),
         )
         for i in range(count)
     ]

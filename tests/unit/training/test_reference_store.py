@@ -1,15 +1,17 @@
-"""Reference log-probs next to a run: found again for the same key only, bit for bit."""
+"""Reference log-probs: those of the data are used, missing ones computed once and found again bit for bit."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exo_megatron.data.groups import Group
+from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
-from exo_megatron.training.reference import StoredKey, read_stored, store_logprobs
+from exo_megatron.training.reference import FILE, StoredKey, complete_groups, read_stored, store_logprobs
 from exo_megatron.utils.progress import Progress
 
 KEY = StoredKey(fingerprint="f", data="d", temperature=0.8, precision="fp32")
@@ -44,3 +46,46 @@ def test_another_reference_data_set_temperature_or_precision_is_computed_again(
 ) -> None:
     store_logprobs(tmp_path, KEY, KnownReference(), BARE, runtime)
     assert read_stored(tmp_path, replace(KEY, **other), BARE) is None
+
+
+SOURCE = LogprobSource(fingerprint="f", temperature=0.8, precision="fp32")
+STORED = [replace(group, reference_logprobs=(-7.0,) * len(group.candidates)) for group in BARE]
+
+
+class LastIsMissing:
+    """A reference that knows the second group only, and is asked for nothing else."""
+
+    def complete(self, groups: list[Group], progress: Progress | None = None) -> list[Group]:
+        assert groups == BARE[1:]
+        return COMPLETE[1:]
+
+
+def refuse() -> Any:
+    raise AssertionError("a reference model was loaded")
+
+
+def test_no_model_is_loaded_where_the_data_have_all(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complete_groups(STORED, tmp_path, SOURCE, refuse, runtime) == STORED
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 stored with the data\n"
+
+
+def test_computed_once_where_the_data_have_none(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complete_groups(BARE, tmp_path, SOURCE, KnownReference, runtime) == COMPLETE
+    assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 computed by this run\n"
+    assert complete_groups(BARE, tmp_path, SOURCE, refuse, runtime) == COMPLETE
+    assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 computed by this run earlier\n"
+
+
+def test_what_is_missing_is_computed_and_nothing_else(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = [STORED[0], BARE[1]]
+    for load in (LastIsMissing, refuse):
+        assert complete_groups(mixed, tmp_path, SOURCE, load, runtime) == [STORED[0], COMPLETE[1]]
+        assert "of 2 groups: 1 stored with the data, 1 computed by this run" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]

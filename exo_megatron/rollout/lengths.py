@@ -1,0 +1,39 @@
+"""What prompts must leave room for, checked before any model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
+from exo_megatron.data.dataset import Prompt
+from exo_megatron.errors import DataError
+from exo_megatron.models.spec import ModelSpec
+
+
+def check_lengths(prompts: Sequence[Prompt], sampling: SamplingConfig, spec: ModelSpec) -> None:
+    """Raise DataError, naming the prompt, if prompt and candidate together exceed the model's positions."""
+    for prompt in prompts:
+        total = len(prompt.ids) + sampling.max_new_tokens
+        if total > spec.max_positions:
+            raise DataError(
+                f"prompt {prompt.id!r}",
+                f"{len(prompt.ids)} tokens + sampling.max_new_tokens {sampling.max_new_tokens} = {total}",
+                expected=f"at most the model's {spec.max_positions} positions",
+                fix="lower sampling.max_new_tokens or data.max_prompt_tokens, or drop the prompt",
+            )
+
+
+def check_row_length(
+    prompts: Sequence[Prompt], sampling: SamplingConfig, compute: ComputeConfig, parallel: ParallelConfig
+) -> None:
+    """Raise DataError, naming the prompt, if its candidates could not be scored: prompt and one of them share a row."""
+    multiple = parallel.tensor if parallel.sequence else 1
+    row = compute.max_tokens_per_microbatch // multiple * multiple
+    for prompt in prompts:
+        if len(prompt.ids) + sampling.max_new_tokens > row:
+            raise DataError(
+                f"prompt {prompt.id!r}",
+                f"{len(prompt.ids)} tokens + sampling.max_new_tokens {sampling.max_new_tokens}",
+                expected=f"at most {row}, one packed row (compute.max_tokens_per_microbatch)",
+                fix="raise compute.max_tokens_per_microbatch",
+            )
