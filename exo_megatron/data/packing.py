@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo_megatron.data.groups import Group
-from exo_megatron.errors import DataError
 from exo_megatron.models.layout import GroupLayout, build_layout
 
 HIDDEN_SIZE = 4096
@@ -40,41 +39,50 @@ def group_cost(group: Group, hidden_size: int = HIDDEN_SIZE) -> float:
     a query-key pair and, in the usual proportions of 12 H^2 weights, 24 H^2 on the linear part of a token.
     """
     prompt = len(group.prompt)
-    pairs = prompt * prompt / 2 + sum(len(candidate) * (prompt + len(candidate) / 2) for candidate in group.candidates)
-    return group.num_tokens + pairs / (6 * hidden_size)
+    responses = sum(candidate_cost(prompt, len(candidate), hidden_size) for candidate in group.candidates)
+    return prompt_cost(prompt, hidden_size) + responses
+
+
+def prompt_cost(prompt: int, hidden_size: int) -> float:
+    """The share of a prompt of that many tokens in `group_cost`."""
+    return prompt + prompt * prompt / 2 / (6 * hidden_size)
+
+
+def candidate_cost(prompt: int, response: int, hidden_size: int) -> float:
+    """The share of one candidate of that many tokens."""
+    return response + response * (prompt + response / 2) / (6 * hidden_size)
 
 
 def plan_microbatches(
-    groups: Sequence[Group], *, data_size: int, max_tokens: int, multiple: int, hidden_size: int = HIDDEN_SIZE
+    groups: Sequence[Group],
+    *,
+    data_size: int,
+    max_tokens: int,
+    multiple: int,
+    hidden_size: int = HIDDEN_SIZE,
+    loads: Sequence[float] | None = None,
 ) -> list[list[list[int]]]:
     """Spread the groups of one optimizer step over micro-batches of about equal cost.
 
-    max_tokens: tokens in one row, padding to `multiple` included. Returns [data rank][micro-batch] -> indices into
+    max_tokens: tokens in one row, padding to `multiple` included. loads: what each rank has to do besides, in units of
+    `group_cost`; ranks with more of it get the cheaper rows. Returns [data rank][micro-batch] -> indices into
     `groups`, ascending: each group once, the same number of micro-batches on every rank (as few as best-fit packing
     needs), some of them empty where groups are few. Depends on the arguments alone, so every rank may compute it
-    for itself. Raises DataError for a group that does not fit into one row.
+    for itself. Raises ValueError for a group that does not fit into one row: data/oversized.py is for those.
     """
     capacity = max_tokens // multiple * multiple
     for group in groups:
-        _check_fits(group, capacity, max_tokens)
+        if group.num_tokens > capacity:
+            raise ValueError(f"group {group.id!r} has {group.num_tokens} tokens, a row {capacity}")
     plan: list[list[list[int]]] = [[] for _ in range(data_size)]
+    load = list(loads or [0.0] * data_size)
     for start in range(0, max(1, len(groups)), WINDOW):
         window = groups[start : start + WINDOW]
         costs = [group_cost(group, hidden_size) for group in window]
         bins = _fill(costs, [group.num_tokens for group in window], data_size, capacity)
-        for rank, rows in enumerate(_deal(bins, costs, data_size)):
+        for rank, rows in enumerate(_deal(bins, costs, load)):
             plan[rank] += [sorted(start + i for i in row) for row in rows]
     return plan
-
-
-def _check_fits(group: Group, capacity: int, max_tokens: int) -> None:
-    if group.num_tokens > capacity:
-        raise DataError(
-            f"group {group.id!r}",
-            f"has {group.num_tokens} tokens ({len(group.prompt)} of the prompt, {len(group.candidates)} candidates)",
-            expected=f"at most {capacity}, one packed row (compute.max_tokens_per_microbatch = {max_tokens})",
-            fix="raise compute.max_tokens_per_microbatch, or lower the number or the length of candidates",
-        )
 
 
 def _fill(costs: list[float], tokens: list[int], data_size: int, capacity: int) -> list[list[int]]:
@@ -83,7 +91,7 @@ def _fill(costs: list[float], tokens: list[int], data_size: int, capacity: int) 
     Karmarkar-Karp balances best but knows no capacity. Where its bins overflow, the greedy rule takes its place,
     and where that finds no room the best-fit packing, whose bins are then nearly all full.
     """
-    packed = _best_fit(tokens, capacity)
+    packed = best_fit(tokens, capacity)
     bins = max(1, -(-len(packed) // data_size)) * data_size
     balanced = _differencing(costs, bins)
     if all(sum(tokens[i] for i in items) <= capacity for items in balanced):
@@ -91,7 +99,7 @@ def _fill(costs: list[float], tokens: list[int], data_size: int, capacity: int) 
     return _least_loaded(costs, tokens, bins, capacity) or packed + [[] for _ in range(bins - len(packed))]
 
 
-def _best_fit(tokens: list[int], capacity: int) -> list[list[int]]:
+def best_fit(tokens: list[int], capacity: int) -> list[list[int]]:
     """Longest first, each into the fullest bin that has room, or into a new one."""
     plan: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
@@ -161,14 +169,16 @@ def _join(first: _Partition, second: _Partition, bins: int) -> _Partition:
     return _Partition([cost for cost, _ in merged], [items for _, items in merged])
 
 
-def _deal(bins: list[list[int]], costs: list[float], data_size: int) -> list[list[list[int]]]:
-    """Give every rank the same number of bins, the most expensive first and always to the rank with the least."""
+def _deal(bins: list[list[int]], costs: list[float], load: list[float]) -> list[list[list[int]]]:
+    """Give every rank the same number of bins, the most expensive first and always to the rank with the least.
+
+    load: what each rank has to do already; what it gets is added.
+    """
     totals = [sum(costs[i] for i in items) for items in bins]
-    per_rank = len(bins) // data_size
-    ranks: list[list[list[int]]] = [[] for _ in range(data_size)]
-    load = [0.0] * data_size
+    per_rank = len(bins) // len(load)
+    ranks: list[list[list[int]]] = [[] for _ in load]
     for b in sorted(range(len(bins)), key=lambda b: (-totals[b], b)):
-        rank = min((r for r in range(data_size) if len(ranks[r]) < per_rank), key=load.__getitem__)
+        rank = min((r for r in range(len(load)) if len(ranks[r]) < per_rank), key=load.__getitem__)
         ranks[rank].append(bins[b])
         load[rank] += totals[b]
     return ranks

@@ -18,16 +18,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import kernels_for
+from exo_megatron.models.attention_kernels import kernels_for, merge
 from exo_megatron.models.attention_pass import ScoreRule, prompt_pass, segment_pass
 from exo_megatron.models.decode import DecodeLayout, Layout
 from exo_megatron.models.layout import GroupLayout
+from exo_megatron.models.part_attention import part_attention
 from exo_megatron.models.rotary import rotary_table
+from exo_megatron.models.shared_prompt import PartLayout, PromptLayout
 from exo_megatron.models.spec import Rotary
 
 
 class GroupAttention(torch.nn.Module):
-    """megatron-core's `core_attention` for rows of candidate groups (training) and for decoding (rollout).
+    """megatron-core's `core_attention` for rows of candidate groups or their parts, and for decoding.
 
     Without parameters. Rotates queries and keys by their positions first, so that layers may differ in their rotary
     embedding. Heads are this tensor-parallel rank's own: no communication.
@@ -72,13 +74,18 @@ class GroupAttention(torch.nn.Module):
     ) -> Tensor:
         """query [S, 1, hq, d], key and value [S, 1, hkv, d] -> [S, 1, hq * d]."""
         layout = packed_seq_params
-        if not isinstance(layout, GroupLayout | DecodeLayout):
-            raise TypeError(f"core attention needs a GroupLayout or DecodeLayout, got {type(layout)}")
+        if not isinstance(layout, Layout):
+            raise TypeError(f"core attention needs a Layout, got {type(layout)}")
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.table is not None:
             query, key = self.table.rotate(query, key, layout.position_ids)
         if isinstance(layout, DecodeLayout):
             output = layout.attend(query, key, value, layer_number=self.layer_number, rule=self.rule)
+        elif isinstance(layout, PartLayout):
+            output = part_attention(query, key, value, layout, self.layer_number, self.rule)
+        elif isinstance(layout, PromptLayout):
+            key, value = layout.shared.tap(self.layer_number, key, value)
+            output = group_attention(query, key, value, layout.row, self.rule)
         else:
             output = group_attention(query, key, value, layout, self.rule)
         return output.reshape(output.shape[0], 1, -1)
@@ -95,10 +102,10 @@ class _GroupAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, rule: ScoreRule) -> Tensor:
         segments = segment_pass(layout)
         output, lse = kernels_for(query, segments, rule).forward(query, key, value, segments, rule)
-        if layout.groups:
+        if layout.response_rows.shape[0]:
             rows, keys, prompts = layout.response_rows, layout.prompt_rows, prompt_pass(layout)
             kernels = kernels_for(query, prompts, rule)
-            _merge(output, lse, rows, *kernels.forward(query[rows], key[keys], value[keys], prompts, rule))
+            merge(output, lse, rows, *kernels.forward(query[rows], key[keys], value[keys], prompts, rule))
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.rule = layout, rule
         return output
@@ -112,7 +119,7 @@ class _GroupAttention(torch.autograd.Function):
         segments = segment_pass(layout)
         kernels = kernels_for(query, segments, rule)
         d_query, d_key, d_value = kernels.backward(grad, query, key, value, output, lse, segments, rule)
-        if layout.groups:
+        if layout.response_rows.shape[0]:
             rows, keys, prompts = layout.response_rows, layout.prompt_rows, prompt_pass(layout)
             own = (grad[rows], query[rows], key[keys], value[keys], output[rows], lse[:, rows])
             dq, dk, dv = kernels_for(query, prompts, rule).backward(*own, prompts, rule)
@@ -120,13 +127,3 @@ class _GroupAttention(torch.autograd.Function):
             d_key.index_add_(0, keys, dk)
             d_value.index_add_(0, keys, dv)
         return d_query, d_key, d_value, None, None
-
-
-def _merge(output: Tensor, lse: Tensor, rows: Tensor, other_output: Tensor, other_lse: Tensor) -> None:
-    """Merge a pass over other keys into `output` [S, hq, d] and `lse` [hq, S], in place, on these rows."""
-    own_lse = lse[:, rows]
-    merged_lse = torch.logaddexp(own_lse, other_lse)
-    own_share = (own_lse - merged_lse).exp().t().unsqueeze(-1)
-    other_share = (other_lse - merged_lse).exp().t().unsqueeze(-1)
-    output[rows] = (output[rows] * own_share + other_output * other_share).to(output.dtype)
-    lse[:, rows] = merged_lse

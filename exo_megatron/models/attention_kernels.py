@@ -59,6 +59,16 @@ def kernels_for(query: Tensor, which: AttentionPass, rule: ScoreRule) -> Attenti
     return BatchedKernels(PlainKernel())
 
 
+def merge(output: Tensor, lse: Tensor, rows: Tensor | slice, other_output: Tensor, other_lse: Tensor) -> None:
+    """Merge a pass over other keys into `output` [S, hq, d] and `lse` [hq, S], in place, on these rows."""
+    own_lse = lse[:, rows]
+    merged_lse = torch.logaddexp(own_lse, other_lse)
+    own_share = (own_lse - merged_lse).exp().t().unsqueeze(-1)
+    other_share = (other_lse - merged_lse).exp().t().unsqueeze(-1)
+    output[rows] = (output[rows] * own_share + other_output * other_share).to(output.dtype)
+    lse[:, rows] = merged_lse
+
+
 class FlashVarlenKernels:
     """ATen's variable-length flash attention, delimited by cumulative lengths on the device. See AttentionKernels."""
 

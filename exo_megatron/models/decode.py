@@ -25,6 +25,7 @@ from exo_megatron.models.attention_kernels import kernels_for
 from exo_megatron.models.attention_pass import ScoreRule, segment_pass
 from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.models.products import product
+from exo_megatron.models.shared_prompt import PartLayout, PromptLayout
 from exo_megatron.models.softcap import soft_cap_
 
 
@@ -159,7 +160,7 @@ class DecodeLayout:
         return torch.cat(parts)
 
 
-Layout = GroupLayout | DecodeLayout
+Layout = GroupLayout | PromptLayout | PartLayout | DecodeLayout
 """What travels through megatron-core's forward pass as `packed_seq_params`."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from exo_megatron.models.decode import Layout
 from exo_megatron.models.heads import ScoreHead
 from exo_megatron.models.layout import GroupLayout
+from exo_megatron.models.shared_prompt import PartLayout, PromptLayout
 from exo_megatron.models.spec import ModelSpec
 
 # megatron-core 0.19 warns on every construction that GPTModel is in maintenance; both supported versions have it.
@@ -102,7 +103,8 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any) -> Tensor:
         """Other stages: hidden states as they are. Last: [M, H] of the predicting rows; [S, 1, H] to decode.
 
-        Of a reward model: scores [C, labels].
+        Of a prompt in front of parts: its last row [1, H], of a part: that row and the part's own. Of a reward model:
+        scores [C, labels].
         """
         if not self.post_process:
             return hidden_states
@@ -110,6 +112,12 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
+        if isinstance(packed_seq_params, PromptLayout):
+            last = hidden_states[packed_seq_params.row.predict_rows, 0]
+            packed_seq_params.shared.keep_hidden(last)
+            return last
+        if isinstance(packed_seq_params, PartLayout):
+            return packed_seq_params.shared.before(hidden_states[packed_seq_params.row.predict_rows, 0])
         if not isinstance(packed_seq_params, GroupLayout):
             return hidden_states
         if self.has_scores:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.data.groups import Group
+from exo_megatron.data.oversized import rows_of_group
 from exo_megatron.data.packing import make_microbatch, plan_microbatches
 from exo_megatron.logprobs.sequence import sequence_logprobs, token_logprobs
 from exo_megatron.models.policy import PolicyModel
@@ -34,34 +35,40 @@ def candidate_logprobs(
 
     Collective over the world; every rank passes all groups and gets all results, in group order. Packed rows of at
     most compute.max_tokens_per_microbatch tokens are split over the data ranks; pipeline stages work on consecutive
-    rows at the same time. Ends with one all-reduce over the data group and one broadcast over the pipeline group.
-    progress: counts groups, those of the other data ranks too. Raises DataError for a group that exceeds a row.
+    rows at the same time; a group that exceeds a row is scored in several, each with its prompt. Ends with one
+    all-reduce over the data group and one broadcast over the pipeline group. progress: counts groups, those of the
+    other data ranks too. Raises DataError where a prompt and one candidate exceed a row.
     """
+    max_tokens, multiple = compute.max_tokens_per_microbatch, topology.row_multiple
+    split = [list(rows_of_group(group, max_tokens=max_tokens, multiple=multiple)) for group in groups]
+    pieces = [piece for parts in split for piece in parts]
+    completes = [place == len(parts) - 1 for parts in split for place in range(len(parts))]
     plan = plan_microbatches(
-        groups,
+        pieces,
         data_size=topology.data_size,
-        max_tokens=compute.max_tokens_per_microbatch,
-        multiple=topology.row_multiple,
+        max_tokens=max_tokens,
+        multiple=multiple,
         hidden_size=spec.hidden_size,
     )
-    starts = [0, *accumulate(len(group.candidates) for group in groups)]
+    starts = [0, *accumulate(len(piece.candidates) for piece in pieces)]
     totals = torch.zeros(starts[-1], dtype=torch.float64, device=topology.device)
     with forward_only(model):
         for step, indices in enumerate(plan[topology.data_rank]):
             if indices or topology.shares_experts:  # equally many rows on every data rank, some of padding only
-                sums = _row_logprobs(model, spec, topology, [groups[i] for i in indices], compute, temperature)
+                sums = _row_logprobs(model, spec, topology, [pieces[i] for i in indices], compute, temperature)
                 places = [place for i in indices for place in range(starts[i], starts[i + 1])]
                 if sums is not None:
                     totals[torch.tensor(places, device=topology.device)] = sums
             if progress is not None:
                 # Rows cost about the same, so the other ranks are as far.
-                progress.advance(sum(len(rows[step]) for rows in plan))
+                progress.advance(sum(completes[i] for rows in plan for i in rows[step]))
     if topology.is_last_stage and topology.data_size > 1:
         dist.all_reduce(totals, group=topology.data_group)
     if topology.pipeline_size > 1:
         dist.broadcast(totals, src=topology.last_stage_rank, group=topology.pipeline_group)
     values = totals.tolist()
-    return [tuple(values[start:stop]) for start, stop in pairwise(starts)]
+    ends = accumulate((len(group.candidates) for group in groups), initial=0)
+    return [tuple(values[start:stop]) for start, stop in pairwise(ends)]
 
 
 def _row_logprobs(

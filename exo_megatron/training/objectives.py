@@ -6,7 +6,7 @@ on how groups were spread over ranks and micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,10 +48,11 @@ class RowBatch:
         """Move a packed micro-batch to the device."""
         rewards = [reward for group in batch.groups for reward in group.rewards or ()]
         reference = [logp for group in batch.groups for logp in group.reference_logprobs or ()]
-        return cls(batch.layout.to(device), _vector(rewards, device), _vector(reference, device))
+        return cls(batch.layout.to(device), vector(rewards, device), vector(reference, device))
 
 
-def _vector(values: list[float], device: torch.device) -> Tensor | None:
+def vector(values: Sequence[float], device: torch.device) -> Tensor | None:
+    """[n] fp64 on the device; None for no values."""
     return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True) if values else None
 
 
@@ -112,5 +113,11 @@ class AlignObjective:
             zero = token_logps.double().sum()
             return UnitSum(zero, 0, {name: zero.detach() for name in self.statistic_names})
         logps = sequence_logprobs(token_logps, batch.layout)
-        result = group_objective(logps, batch.reference_logps, batch.rewards, batch.layout.group_sizes, self.loss)
+        return self.of_candidates(logps, batch.reference_logps, batch.rewards, batch.layout.group_sizes)
+
+    def of_candidates(
+        self, logps: Tensor, reference_logps: Tensor, rewards: Tensor | None, group_sizes: Sequence[int]
+    ) -> UnitSum:
+        """The same from the log-probs [C] fp64 of the candidates of whole groups. See `group_objective`."""
+        result = group_objective(logps, reference_logps, rewards, group_sizes, self.loss)
         return UnitSum(result.losses.sum(), result.losses.shape[0], result.statistics)

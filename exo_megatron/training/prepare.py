@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exo_megatron.data.groups import Group
+from exo_megatron.data.oversized import check_fits_in_parts
 from exo_megatron.errors import DataError
 from exo_megatron.models.spec import ModelSpec
 
 
 def check_groups(groups: Sequence[Group], spec: ModelSpec, max_tokens: int) -> None:
-    """Raise DataError for a group that fits neither a micro-batch nor the model's positions."""
+    """Raise DataError for a group with too many positions, or that fits into micro-batches not even in parts."""
     for group in groups:
         longest = len(group.prompt) + max(len(candidate) for candidate in group.candidates)
         if longest > spec.max_positions:
@@ -20,10 +21,5 @@ def check_groups(groups: Sequence[Group], spec: ModelSpec, max_tokens: int) -> N
                 expected=f"at most {spec.max_positions}, the model's positions",
                 fix="shorten it, or lower data.max_prompt_tokens and data.max_completion_tokens",
             )
-        if group.num_tokens > max_tokens:
-            raise DataError(
-                f"group {group.id}",
-                f"{group.num_tokens} tokens in prompt and candidates",
-                expected=f"at most compute.max_tokens_per_microbatch = {max_tokens}",
-                fix="raise compute.max_tokens_per_microbatch",
-            )
+        # Whether rows must be a multiple of some number of tokens is known when the model is cut.
+        check_fits_in_parts(group, max_tokens=max_tokens, multiple=1)

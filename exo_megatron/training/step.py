@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from exo_megatron.logprobs.sequence import token_logprobs
+from exo_megatron.training.forward import row_logprobs, stage_output
 from exo_megatron.training.objectives import MicroBatchObjective, RowBatch, UnitSum
 from exo_megatron.training.optimizer import Trainee
+from exo_megatron.training.oversized import OversizedGroups, oversized_gradients
 
 
 @dataclass(frozen=True)
@@ -34,32 +36,44 @@ def train_step(
     objective: MicroBatchObjective,
     *,
     learning_rate: float,
+    oversized: OversizedGroups | None = None,
     stop_requested: bool = False,
 ) -> StepResult:
-    """Train on one global batch. `batches`: this data-parallel rank's micro-batches, at least one.
+    """Train on one global batch.
+
+    batches: this data-parallel rank's micro-batches, at least one. oversized: the work on groups that fit into none.
 
     Collectives: the schedule's point-to-point transfers over the pipeline group, one all-gather of log-probs per
     micro-batch over the tensor group, reduce-scatter of gradients and all-gather of weights over the data group,
     one all-reduce of the statistics over the world.
     """
-    reports = forward_gradients(trainee, batches, objective)
+    reports = forward_gradients(trainee, batches, objective, oversized)
     trainee.set_learning_rate(learning_rate)
     _, grad_norm, _ = trainee.optimizer.step()
     return _reduce(trainee, reports, objective, float(grad_norm or 0.0), stop_requested)
 
 
-def forward_gradients(trainee: Trainee, batches: Sequence[RowBatch], objective: MicroBatchObjective) -> list[UnitSum]:
+def forward_gradients(
+    trainee: Trainee,
+    batches: Sequence[RowBatch],
+    objective: MicroBatchObjective,
+    oversized: OversizedGroups | None = None,
+) -> list[UnitSum]:
     """Leave the gradient of the global mean loss in the model's gradient buffers, reduced over all groups.
 
-    Returns each micro-batch's detached sums on the last pipeline stage, nothing on the others.
+    Returns the detached sums of each micro-batch, and of each oversized group that this rank counts, on the last
+    pipeline stage, nothing on the others.
     """
-    reports: list[UnitSum] = []
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
+    # First, because the reduction may begin inside the last micro-batch.
+    reports = oversized_gradients(trainee, oversized, objective) if oversized is not None else []
+    counted = sum(report.count for report in reports)
     run_schedule = get_forward_backward_func()
     run_schedule(
         forward_step_func=partial(_forward_step, trainee=trainee, objective=objective, reports=reports),
-        data_iterator=iter(batches),
+        # The units counted already go to the schedule, which divides by all units, with the first micro-batch.
+        data_iterator=iter(zip(batches, chain((counted,), repeat(0)), strict=False)),
         model=[trainee.model],
         num_microbatches=len(batches),
         seq_length=1,  # not read: rows differ in length (variable_seq_lengths)
@@ -70,7 +84,7 @@ def forward_gradients(trainee: Trainee, batches: Sequence[RowBatch], objective: 
 
 
 def _forward_step(
-    data_iterator: Iterator[RowBatch],
+    data_iterator: Iterator[tuple[RowBatch, int]],
     model: torch.nn.Module,
     *,
     trainee: Trainee,
@@ -78,30 +92,24 @@ def _forward_step(
     reports: list[UnitSum],
 ) -> tuple[Tensor, Any]:
     """megatron-core's forward_step_func: hidden states, or the last stage's token log-probs and their loss."""
-    batch = next(data_iterator)
-    layout = batch.layout
-    output: Tensor = model(layout.input_ids[None], layout.position_ids[None], None, packed_seq_params=layout)
+    batch, counted = next(data_iterator)
+    output = stage_output(model, batch.layout)
     if not trainee.topology.is_last_stage:
         return output, None
-    token_logps = token_logprobs(
-        output,
-        trainee.policy.output_weight(),
-        layout,
-        spec=trainee.spec,
-        temperature=objective.temperature,
-        chunk_rows=trainee.compute.logprob_chunk_rows,
-        topology=trainee.topology,
-    )
-    return token_logps, partial(_loss, batch=batch, objective=objective, reports=reports)
+    token_logps = row_logprobs(trainee, output, batch.layout, objective.temperature)
+    return token_logps, partial(_loss, batch=batch, counted=counted, objective=objective, reports=reports)
 
 
 def _loss(
-    token_logps: Tensor, *, batch: RowBatch, objective: MicroBatchObjective, reports: list[UnitSum]
+    token_logps: Tensor, *, batch: RowBatch, counted: int, objective: MicroBatchObjective, reports: list[UnitSum]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """megatron-core's loss_func with three results, which give an exact global mean: sum, integer count, report."""
+    """megatron-core's loss_func with three results, which give an exact global mean: sum, integer count, report.
+
+    counted: units whose gradients are in the buffers already.
+    """
     result = objective(token_logps, batch)
     reports.append(UnitSum(result.total.detach(), result.count, result.statistics))
-    count = torch.tensor(result.count, dtype=torch.int, device=token_logps.device)
+    count = torch.tensor(result.count + counted, dtype=torch.int, device=token_logps.device)
     return result.total.float(), count, {}
 
 

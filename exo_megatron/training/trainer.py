@@ -15,11 +15,11 @@ from exo_megatron.checkpoint.load import load_sharded, read_trainer_state
 from exo_megatron.checkpoint.save import prune, save_checkpoint
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import make_microbatch, plan_microbatches
 from exo_megatron.data.sampling import StepSampler
 from exo_megatron.errors import CheckpointError, TrainingDiverged, TryAgainLater
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.training.objectives import MicroBatchObjective, RowBatch
+from exo_megatron.training.batches import step_batches
+from exo_megatron.training.objectives import MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee
 from exo_megatron.training.schedule import learning_rate
 from exo_megatron.training.signals import StopRequest, stop_on_signal
@@ -86,8 +86,14 @@ class Trainer:
         started = time.monotonic()
         groups = self.complete_groups([self.groups[i] for i in sampler.indices(step)])
         lr = learning_rate(step, sampler.total_steps, self.config.optimizer)
+        batches = step_batches(self.trainee, groups)
         result = train_step(
-            self.trainee, self._pack(groups), self.objective, learning_rate=lr, stop_requested=bool(stop)
+            self.trainee,
+            batches.rows,
+            self.objective,
+            oversized=batches.oversized,
+            learning_rate=lr,
+            stop_requested=bool(stop),
         )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingDiverged(
@@ -100,24 +106,11 @@ class Trainer:
         rate = tokens / max(time.monotonic() - started, 1e-9)
         if (step + 1) % self.config.log.interval == 0 or step + 1 == sampler.total_steps:
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr, **result.statistics}
-            metrics.write(step + 1, {**values, "epoch": sampler.epoch(step + 1), "tokens_per_second": rate})
+            values |= {"epoch": sampler.epoch(step + 1), "tokens_per_second": rate}
+            values["oversized_groups"] = batches.oversized.count
+            metrics.write(step + 1, values)
         progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{rate:.0f}")
         return result
-
-    def _pack(self, groups: Sequence[Group]) -> list[RowBatch]:
-        """This data-parallel rank's micro-batches of one step."""
-        topology = self.trainee.topology
-        plan = plan_microbatches(
-            groups,
-            data_size=topology.data_size,
-            max_tokens=self.config.compute.max_tokens_per_microbatch,
-            multiple=topology.row_multiple,
-            hidden_size=self.trainee.spec.hidden_size,
-        )
-        return [
-            RowBatch.of(make_microbatch([groups[i] for i in row], multiple=topology.row_multiple), topology.device)
-            for row in plan[topology.data_rank]
-        ]
 
     def _save_due(self, step: int) -> bool:
         interval = self.config.save.interval

@@ -25,6 +25,7 @@ SHAPES = [
     (6, (10, 1, 2, 9, 3)),
 ]
 MAX_TOKENS = 60  # the largest group has 33; rows hold one to three groups
+FEWEST_TOKENS = 20  # the longest prompt with one candidate; five of nine groups have more tokens
 STEPS = 3
 SEED = 1  # of the order of groups; see test_align_parity.py::test_packing_is_as_the_issue_asks
 
@@ -45,6 +46,7 @@ class Case:
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     groups_per_step: int = 5  # of 9: steps of 5, 4, 5
+    max_tokens: int = MAX_TOKENS
 
     @property
     def world_size(self) -> int:
@@ -59,6 +61,7 @@ class Case:
         parts += [f"decay{self.weight_decay}"] if self.weight_decay else []
         parts += [f"clip{self.clip_grad}"] if self.clip_grad != 1.0 else []
         parts += [f"groups{self.groups_per_step}"] if self.groups_per_step != 5 else []
+        parts += [f"tokens{self.max_tokens}"] if self.max_tokens != MAX_TOKENS else []
         return "_".join(parts)
 
 

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from exo_megatron.data.sampling import StepSampler
 from tests.multiprocess.align_case import (
-    MAX_TOKENS,
+    FEWEST_TOKENS,
     SEED,
     STEPS,
     Case,
@@ -72,6 +72,25 @@ CASES = [
     Case(1, 2, 2, "sft", tied=True),
     Case(2, 2, 1, "sft", recompute="selective"),
 ]
+OVERSIZED = [
+    Case(1, 1, 1, max_tokens=FEWEST_TOKENS),
+    Case(1, 1, 1, tied=True, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 1, recompute="selective", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 1, tied=True, sequence=False, reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 1, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 1, tied=True, max_tokens=25),
+    Case(1, 1, 2, max_tokens=FEWEST_TOKENS),
+    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1, max_tokens=FEWEST_TOKENS),  # a wave of one group, or none
+    Case(2, 2, 1, max_tokens=FEWEST_TOKENS),
+    Case(2, 2, 1, tied=True, recompute="full", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, reference="live", weight_decay=0.1, max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, "exo_pref", recompute="selective", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, "dpo_rw", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 2, recompute="selective", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 2, tied=True, reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 2, groups_per_step=1, max_tokens=FEWEST_TOKENS),
+]
+CASES += OVERSIZED
 ROUGH_CASES = [Case(2, 1, 2, precision="bf16"), Case(1, 2, 2, tied=True, recompute="full", precision="bf16")]
 EXPORTED = [Case(2, 2, 1), Case(1, 2, 1, tied=True)]
 
@@ -146,7 +165,7 @@ def stage_config(case: Case, root: Path) -> dict[str, Any]:
         "compute": {
             "precision": case.precision,
             "recompute": case.recompute,
-            "max_tokens_per_microbatch": MAX_TOKENS,
+            "max_tokens_per_microbatch": case.max_tokens,
             "logprob_chunk_rows": 16,
         },
         "optimizer": {

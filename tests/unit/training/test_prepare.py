@@ -36,6 +36,10 @@ def test_too_many_positions() -> None:
         check_groups([FITS, long], SPEC, max_tokens=100)
 
 
-def test_too_many_tokens_for_a_row() -> None:
-    with pytest.raises(DataError, match=r"group fits.*10 tokens.*max_tokens_per_microbatch = 9"):
-        check_groups([FITS], SPEC, max_tokens=9)
+def test_prompt_and_one_candidate_must_fit_into_a_row() -> None:
+    """The group may not: it is trained on in parts. One candidate cannot be split."""
+    check_groups([FITS], SPEC, max_tokens=8)
+    with pytest.raises(DataError, match=r"'fits'.* 3 tokens .* 5 of .*at most 7.*max_tokens_per_microbatch = 7"):
+        check_groups([FITS], SPEC, max_tokens=7)
+    with pytest.raises(DataError, match=r"'demonstration'.*at most 7"):
+        check_groups([Group("demonstration", (3, 4, 5), ((6, 7, 8, 9, 2),))], SPEC, max_tokens=7)
