@@ -48,6 +48,11 @@ class Shape:
         """8/3 of the hidden size, up to a multiple of 64."""
         return -(-8 * self.hidden // (3 * 64)) * 64
 
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the decoder's matrices, without embeddings and head."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn)
+
     def config(self) -> LlamaConfig:
         """As many key/value heads as query heads, embeddings and output layer apart."""
         return LlamaConfig(

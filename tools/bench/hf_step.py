@@ -1,0 +1,136 @@
+"""A training step against an HF model with the straightforward EXO_rw loss.
+
+Straightforward, after the paper's formulas: every candidate is a row of its own with the prompt repeated, rows are
+padded to the longest of their micro-batch (8 rows, whole groups), the model gives the logits of all positions, all are
+divided by tau, log_softmax runs over all of them, and the response tokens' values are gathered and summed. The
+reference runs the same way without gradients. Both sides take one AdamW step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from exo_megatron.config.sections import ComputeConfig, LossConfig
+from exo_megatron.data.groups import Group
+from tools.bench.lengths import TLDR
+from tools.bench.models import Matched, Shape, matched_models, random_groups, world
+from tools.bench.options import Options
+from tools.bench.sides import agree
+from tools.bench.table import Table
+from tools.bench.timing import Timings, alternate
+from tools.bench.training import ADAM, LEARNING_RATE, OurSteps
+
+LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, beta_r=1.0, temperature=0.8)
+ROWS_PER_MICROBATCH = 8
+TOLERANCE = 1e-4
+SHAPE, QUICK_SHAPE = Shape(hidden=256, layers=4, vocab=32_000), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
+TARGETS = {(8, "live"): 7.6, (8, "stored"): 10.0}
+
+
+def run(options: Options) -> Table:
+    """See the module."""
+    shape, rows_per_step = (QUICK_SHAPE, 16) if options.quick else (SHAPE, 32)
+    rows: list[tuple[str, ...]] = []
+    with world() as runtime:
+        for candidates in (4, 8):
+            with matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
+                groups = random_groups(TLDR.draw(rows_per_step // candidates, candidates), shape.vocab)
+                rows += _rows(candidates, *_measure(matched, groups, options.rounds))
+    return Table(
+        f"Training step against an HF model with the straightforward EXO_rw loss, {TLDR.name} lengths",
+        ("K", "reference", "ours, s", "HF / ours", "target", "gradient difference"),
+        rows,
+        (
+            f"{shape}, fp32, {rows_per_step} candidates a step. Median (range) of ratios round by round.",
+            "stored: ours reads reference log-probs, HF computes them; both stored: neither computes them.",
+        ),
+    )
+
+
+def _measure(matched: Matched, groups: Sequence[Group], rounds: int) -> tuple[Timings, float]:
+    ours, hf = OurSteps.of(matched, LOSS), StraightforwardSteps(matched)
+    difference = agree(ours.gradients(groups), hf.gradients(groups), tolerance=TOLERANCE)
+    stored = ours.stored(groups)
+    timings = alternate(
+        {
+            "ours live": lambda: ours.step(groups),
+            "HF live": lambda: hf.step(groups),
+            "ours stored": lambda: ours.step(stored),
+            "HF stored": lambda: hf.step(stored),
+        },
+        rounds=rounds,
+    )
+    return timings, difference
+
+
+def _rows(candidates: int, timings: Timings, difference: float) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for reference, ours, theirs in (
+        ("live", "ours live", "HF live"),
+        ("stored", "ours stored", "HF live"),
+        ("both stored", "ours stored", "HF stored"),
+    ):
+        target = TARGETS.get((candidates, reference))
+        shown = (f"{timings.median(ours):.2f}", timings.shown(theirs, ours), f"{target}" if target else "")
+        rows.append((str(candidates), reference, *shown, f"{difference:.1e}"))
+    return rows
+
+
+class StraightforwardSteps:
+    """EXO_rw with transformers and autograd, and nothing clever."""
+
+    def __init__(self, matched: Matched) -> None:
+        self.model = copy.deepcopy(matched.hf).train()
+        self.reference = copy.deepcopy(matched.hf).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, betas=(ADAM.beta1, ADAM.beta2), weight_decay=0.0
+        )
+
+    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Gradient of the mean loss over the groups."""
+        self._backward(groups)
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.optimizer.zero_grad()
+        return found
+
+    def step(self, groups: Sequence[Group]) -> None:
+        """One optimizer step; groups without reference log-probs get them from the live reference."""
+        self._backward(groups)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), ADAM.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _backward(self, groups: Sequence[Group]) -> None:
+        candidates = len(groups[0].candidates)
+        size = max(1, ROWS_PER_MICROBATCH // candidates)
+        for start in range(0, len(groups), size):
+            (self._losses(groups[start : start + size]).sum() / len(groups)).backward()
+
+    def _losses(self, groups: Sequence[Group]) -> Tensor:
+        logps = sequence_logprobs(self.model, groups)
+        if groups[0].reference_logprobs is None:
+            with torch.no_grad():
+                reference = sequence_logprobs(self.reference, groups)
+        else:
+            reference = logps.new_tensor([group.reference_logprobs for group in groups])
+        log_p_theta = torch.log_softmax(LOSS.beta_pi * (logps - reference), dim=-1)  # Eq. 13
+        log_p_r = torch.log_softmax(logps.new_tensor([group.rewards for group in groups]) / LOSS.beta_r, dim=-1)
+        return (log_p_theta.exp() * (log_p_theta - log_p_r)).sum(dim=-1)  # Eq. 15
+
+
+def sequence_logprobs(model: LlamaForCausalLM, groups: Sequence[Group]) -> Tensor:
+    """log pi(y_k | x) at temperature tau, [groups, K], from one padded row per candidate."""
+    rows = [([*group.prompt, *candidate], len(candidate)) for group in groups for candidate in group.candidates]
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows], device=model.device)
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
+    is_response = torch.tensor([[0] * (len(ids) - r) + [1] * r + [0] * (longest - len(ids)) for ids, r in rows])
+    logits = model(input_ids=input_ids, attention_mask=attention_mask.to(model.device), use_cache=False).logits
+    logps = torch.log_softmax(logits[:, :-1].float() / LOSS.temperature, dim=-1)
+    picked = logps.gather(-1, input_ids[:, 1:, None])[..., 0]
+    return (picked * is_response[:, 1:].to(model.device)).sum(dim=-1).view(len(groups), -1)

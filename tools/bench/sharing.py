@@ -1,0 +1,91 @@
+"""Prompt sharing on and off, against the formula of what it saves.
+
+On: a group is `[prompt | y_1 | ... | y_K]`. Off: the same code with every candidate a group of its own, its prompt
+repeated. The objective is a weighted likelihood, which both compute exactly; forward and backward are timed. With `a`
+linear FLOPs of a token and `b` FLOPs of a query-key pair the work differs by the factor
+
+    [ a K (P+R) + b K (P+R)^2 / 2 ] / [ a (P + K R) + b ( P^2/2 + K (P R + R^2/2) ) ]
+
+The vocabulary is small, because the formula leaves the head out: it sees the same rows on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from exo_megatron.config.sections import ComputeConfig, LossConfig
+from exo_megatron.data.groups import Group
+from exo_megatron.training.step import forward_gradients
+from tools.bench.lengths import Lengths
+from tools.bench.likelihood import WeightedLikelihood, unshared
+from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
+from tools.bench.options import Options
+from tools.bench.sides import agree
+from tools.bench.table import Table
+from tools.bench.timing import alternate
+from tools.bench.training import OurSteps
+
+SHAPES = ((47, 230, 4), (400, 50, 4), (400, 50, 8), (512, 512, 4), (1024, 128, 8), (2048, 256, 8))
+QUICK_SHAPES = ((12, 20, 4), (40, 5, 8))
+SHAPE, QUICK_SHAPE = Shape(hidden=512, layers=4, vocab=512), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
+TOKENS = 4096
+"""About as many tokens a step as this, prompts shared; at least one group."""
+TOLERANCE = 1e-5
+TARGET = 0.98
+
+
+def run(options: Options) -> Table:
+    """See the module."""
+    shape = QUICK_SHAPE if options.quick else SHAPE
+    rows: list[tuple[str, ...]] = []
+    compute = ComputeConfig(precision="fp32", max_tokens_per_microbatch=8192)
+    with world() as runtime, matched_models(shape, runtime, compute) as matched:
+        sides = Sides(matched)
+        for prompt, response, candidates in QUICK_SHAPES if options.quick else SHAPES:
+            count = max(1, TOKENS // (prompt + candidates * response))
+            groups = random_groups([Lengths(prompt, (response,) * candidates)] * count, shape.vocab)
+            alone = unshared(groups)
+            difference = agree(sides.gradients(groups), sides.gradients(alone), tolerance=TOLERANCE)
+            timings = alternate(
+                {"off": partial(sides.step, alone), "on": partial(sides.step, groups)}, rounds=options.rounds
+            )
+            ideal = formula(shape, prompt, response, candidates)
+            reached = timings.ratio("off", "on") / ideal
+            cells = (timings.shown("off", "on"), f"{ideal:.2f}", f"{reached:.1%}", f"{TARGET:.0%}", f"{difference:.1e}")
+            rows.append((f"{prompt}, {response}, {candidates}", *cells))
+    return Table(
+        "Prompt sharing: separate rows over shared prompts, forward and backward",
+        ("P, R, K", "off / on", "formula", "reached", "target", "gradient difference"),
+        rows,
+        (f"{shape}, fp32, about {TOKENS} tokens a step. Median (range) of ratios round by round.",),
+    )
+
+
+def formula(shape: Shape, prompt: int, response: int, candidates: int) -> float:
+    """Work without sharing over work with it, by FLOPs."""
+    linear = 2 * shape.linear_parameters
+    pair = 4 * shape.hidden * shape.layers
+    row = prompt + response
+    separate = linear * candidates * row + pair * candidates * row**2 / 2
+    pairs = prompt**2 / 2 + candidates * (prompt * response + response**2 / 2)
+    return separate / (linear * (prompt + candidates * response) + pair * pairs)
+
+
+class Sides:
+    """The policy under a weighted likelihood."""
+
+    def __init__(self, matched: Matched) -> None:
+        self.matched = matched
+        self.ours = OurSteps.of(matched, LossConfig())
+
+    def step(self, groups: Sequence[Group]) -> None:
+        """Forward and backward of one step."""
+        forward_gradients(self.ours.trainee, self.ours.pack(groups), WeightedLikelihood())
+
+    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Gradient of the weighted likelihood, by HF's names."""
+        self.step(groups)
+        return {name: gradient.clone() for name, gradient in hf_gradients(self.ours.trainee, self.matched).items()}
