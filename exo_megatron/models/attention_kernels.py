@@ -140,10 +140,11 @@ class BatchedKernels:
         output = torch.empty_like(query)
         lse = query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype)
         for own, seen in _equal_blocks(which.query_lengths, which.key_lengths, query.device):
-            q, k, v = _heads(query, own), _heads(key, seen), _heads(value, seen)
-            part, part_lse = self.dense.forward(q, k, v, Blocks(which, own, seen), rule)
-            output[own] = part.transpose(1, 2)
-            lse[:, own] = part_lse.transpose(0, 1)
+            blocks = Blocks(which, own.index, seen.index)
+            q, k, v = own.heads(query), seen.heads(key), seen.heads(value)
+            part, part_lse = self.dense.forward(q, k, v, blocks, rule)
+            output[own.where] = own.flat(part)
+            lse[:, own.where] = part_lse.transpose(0, 1).reshape(lse.shape[0], -1)
         return output, lse
 
     def backward(
@@ -160,34 +161,55 @@ class BatchedKernels:
         """See AttentionKernels."""
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for own, seen in _equal_blocks(which.query_lengths, which.key_lengths, query.device):
-            d_out, q, out = (_heads(tensor, own) for tensor in (grad, query, output))
-            k, v = _heads(key, seen), _heads(value, seen)
-            blocks = Blocks(which, own, seen)
-            dq, dk, dv = self.dense.backward(d_out, q, k, v, out, lse[:, own].transpose(0, 1), blocks, rule)
-            d_query[own], d_key[seen], d_value[seen] = (part.transpose(1, 2) for part in (dq, dk, dv))
+            blocks = Blocks(which, own.index, seen.index)
+            d_out, q, out = (own.heads(tensor) for tensor in (grad, query, output))
+            own_lse = lse[:, own.where].view(lse.shape[0], *own.index.shape).transpose(0, 1)
+            gradients = self.dense.backward(d_out, q, seen.heads(key), seen.heads(value), out, own_lse, blocks, rule)
+            d_query[own.where], d_key[seen.where], d_value[seen.where] = map(_Rows.flat, (own, seen, seen), gradients)
         return d_query, d_key, d_value
 
 
-def _heads(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Rows [blocks, length] of [N, heads, d] -> [blocks, heads, length, d]."""
-    return tensor[rows].transpose(1, 2)
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a tensor that make blocks of equal length: `index` [blocks, length]; `where` selects all of them.
+
+    Blocks that lie one behind the other are a slice, which is read without a copy.
+    """
+
+    index: Tensor
+    where: slice | Tensor
+
+    @classmethod
+    def of(cls, first: list[int], length: int, device: torch.device) -> _Rows:
+        """Blocks of `length` rows that begin at these rows."""
+        index = torch.tensor(first, device=device)[:, None] + torch.arange(length, device=device)
+        stop = first[0] + len(first) * length
+        in_line = first == list(range(first[0], stop, length))
+        return cls(index, slice(first[0], stop) if in_line else index.flatten())
+
+    def heads(self, tensor: Tensor) -> Tensor:
+        """[N, heads, d] -> [blocks, heads, length, d]."""
+        return tensor[self.where].view(*self.index.shape, *tensor.shape[1:]).transpose(1, 2)
+
+    def flat(self, part: Tensor) -> Tensor:
+        """[blocks, heads, length, d] -> [blocks * length, heads, d]."""
+        return part.transpose(1, 2).flatten(0, 1)
 
 
 @lru_cache(maxsize=64)
 def _equal_blocks(
     query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], device: torch.device
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Query rows and key rows, each [blocks, length], of the blocks of each distinct shape."""
+) -> tuple[tuple[_Rows, _Rows], ...]:
+    """Query rows and key rows of the blocks of each distinct shape."""
     starts: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     query = key = 0
     for shape in zip(query_lengths, key_lengths, strict=True):
         starts[shape].append((query, key))
         query, key = query + shape[0], key + shape[1]
-
-    def rows(first: list[int], length: int) -> Tensor:
-        return torch.tensor(first, device=device)[:, None] + torch.arange(length, device=device)
-
     return tuple(
-        (rows([own for own, _ in first], shape[0]), rows([seen for _, seen in first], shape[1]))
+        (
+            _Rows.of([own for own, _ in first], shape[0], device),
+            _Rows.of([seen for _, seen in first], shape[1], device),
+        )
         for shape, first in starts.items()
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +30,45 @@ class RotaryTable:
         cos, sin = (
             (part * self.attention_factor).to(query.dtype).unsqueeze(1) for part in (angles.cos(), angles.sin())
         )
-        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        apply: Callable[..., Tensor] = _Rotation.apply
+        return apply(query, cos, sin, self.interleaved), apply(key, cos, sin, self.interleaved)
 
-    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        dim = 2 * self.frequencies.shape[0]
-        rotated, rest = heads[..., :dim], heads[..., dim:]
-        first, second = (rotated[..., 0::2], rotated[..., 1::2]) if self.interleaved else rotated.chunk(2, dim=-1)
-        pair = (first * cos - second * sin, second * cos + first * sin)
-        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+class _Rotation(torch.autograd.Function):
+    """heads [S, h, d], whose first 2 * cos.shape[-1] dimensions are rotated: four products written where they belong.
+
+    The gradient is rotated back by the same angles, so nothing of the heads is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotated(heads, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin, ctx.interleaved), None, None, None
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    dim = 2 * cos.shape[-1]
+    turned = torch.empty_like(heads)
+    turned[..., dim:] = heads[..., dim:]
+    first, second = _pair(heads[..., :dim], interleaved)
+    first_turned, second_turned = _pair(turned[..., :dim], interleaved)
+    torch.mul(first, cos, out=first_turned).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=second_turned).addcmul_(first, sin)
+    return turned
+
+
+def _pair(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the two coordinates that each angle turns: neighbours, or halves."""
+    if interleaved:
+        return heads[..., 0::2], heads[..., 1::2]
+    half = heads.shape[-1] // 2
+    return heads[..., :half], heads[..., half:]
 
 
 def rotary_table(rotary: Rotary, *, local: bool, device: torch.device) -> RotaryTable:
