@@ -1,0 +1,186 @@
+"""How the cost of a training step grows: with K, with the prompt, with the vocabulary, with the number of groups.
+
+Forward and backward of a weighted likelihood, which a group and the same candidates in separate rows compute exactly
+alike; gradients of both are compared. Time and peak memory beyond weights and gradients; a picture for each of the
+four. `separate rows`: the same code with every candidate a group of its own, its prompt repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from exo_megatron.config.sections import ComputeConfig
+from exo_megatron.data.groups import Group
+from exo_megatron.parallel.runtime import Runtime
+from tools.bench.lengths import Lengths
+from tools.bench.likelihood import unshared
+from tools.bench.memory import peak_bytes
+from tools.bench.models import Shape, matched_models, random_groups, world
+from tools.bench.options import Options
+from tools.bench.pictures import Line, Panel, draw_panels
+from tools.bench.sharing import Sides
+from tools.bench.sides import agree
+from tools.bench.table import Table
+from tools.bench.timing import alternate
+
+TOLERANCE = 1e-5
+OURS, SEPARATE = "groups", "separate rows"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training step: this many equal groups through a model of this shape."""
+
+    shape: Shape
+    prompt: int = 256
+    response: int = 64
+    candidates: int = 4
+    groups: int = 1
+    max_tokens: int = 8192
+
+    def drawn(self) -> list[Group]:
+        """Its groups, with random tokens and weights."""
+        return random_groups([Lengths(self.prompt, (self.response,) * self.candidates)] * self.groups, self.shape.vocab)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Steps that differ in one thing. separate: separate rows are timed as well, and not only compared once."""
+
+    name: str
+    x_label: str
+    title: str
+    points: Sequence[tuple[int, Point]]
+    separate: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds (median) and bytes of a side."""
+
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a point costs each side, and how far apart their gradients are where both were computed."""
+
+    costs: dict[str, Cost]
+    difference: float | None
+
+
+def run(options: Options) -> Table:
+    """See the module."""
+    rows: list[tuple[str, ...]] = []
+    base = Point(Shape(hidden=256, layers=4, vocab=8192))
+    sweeps = quick_sweeps() if options.quick else full_sweeps(base)
+    with world() as runtime:
+        for sweep in sweeps:
+            measured = measure(sweep, runtime, options)
+            draw(sweep, measured, options)
+            rows += [_cells(sweep, i, measured) for i in range(len(measured))]
+    return Table(
+        "Cost of a training step, forward and backward",
+        ("", "tokens", "s", "of the line above", "separate rows", "MiB", "separate rows", "gradient difference"),
+        rows,
+        (
+            f"{base.shape}, fp32; one group of P={base.prompt}, R={base.response}, K={base.candidates}, but for what "
+            "varies. s, MiB: of groups; separate rows: relative to groups.",
+            "Groups in micro-batches of at most 4 of them where their number varies.",
+        ),
+    )
+
+
+def full_sweeps(base: Point) -> list[Sweep]:
+    """What varies, and how far."""
+    vocabularies = (8192, 32_768, 65_536, 131_072)
+    four_groups = 4 * (base.prompt + base.candidates * base.response)
+    return [
+        Sweep("K", "K, candidates of the group", f"One group, prompt {base.prompt} tokens, candidates {base.response}",
+              [(k, replace(base, candidates=k)) for k in (1, 2, 4, 8, 16)], separate=True),
+        Sweep("prompt", "P, tokens of the prompt", f"One group, {base.candidates} candidates of {base.response} tokens",
+              [(p, replace(base, prompt=p)) for p in (64, 256, 512, 1024)], separate=True),
+        Sweep("vocabulary", "V, words of the vocabulary",
+              f"One group, prompt {base.prompt} tokens, {base.candidates} candidates of {base.response}",
+              [(v, replace(base, shape=replace(base.shape, vocab=v))) for v in vocabularies]),
+        Sweep("groups", "groups of a step",
+              f"Groups of {base.prompt} + {base.candidates} x {base.response} tokens, 4 in a micro-batch",
+              [(n, replace(base, groups=n, max_tokens=four_groups)) for n in (1, 2, 4, 8, 16)]),
+    ]  # fmt: skip
+
+
+def quick_sweeps() -> list[Sweep]:
+    """The same, small."""
+    base = Point(Shape(hidden=64, layers=2, vocab=199, head_dim=16), prompt=20, response=8, candidates=3)
+    other = replace(base, shape=replace(base.shape, vocab=311))
+    return [
+        Sweep("K", "K", "quick", [(k, replace(base, candidates=k)) for k in (1, 3)], separate=True),
+        Sweep("vocabulary", "V", "quick", [(199, base), (311, other)]),
+        Sweep("groups", "groups", "quick", [(n, replace(base, groups=n, max_tokens=44)) for n in (1, 2)]),
+    ]
+
+
+def measure(sweep: Sweep, runtime: Runtime, options: Options) -> list[Measured]:
+    """All points in turn that share a model; points in the order of the sweep."""
+    measured: list[Measured] = []
+    points = [point for _, point in sweep.points]
+    models = dict.fromkeys((point.shape, point.max_tokens) for point in points)
+    for shape, max_tokens in models:
+        own = [point for point in points if (point.shape, point.max_tokens) == (shape, max_tokens)]
+        compute = ComputeConfig(precision="fp32", max_tokens_per_microbatch=max_tokens)
+        with matched_models(shape, runtime, compute) as matched:
+            measured += _measure_points(Sides(matched), own, sweep.separate, options.rounds)
+    return measured
+
+
+def _measure_points(sides: Sides, points: Sequence[Point], separate: bool, rounds: int) -> list[Measured]:
+    work = {(i, OURS): point.drawn() for i, point in enumerate(points)}
+    others = {(i, SEPARATE): unshared(point.drawn()) for i, point in enumerate(points)}
+    differences: dict[int, float] = {}
+    for i in range(len(points)) if separate else range(1):
+        ours, theirs = (sides.gradients(groups) for groups in (work[i, OURS], others[i, SEPARATE]))
+        differences[i] = agree(ours, theirs, tolerance=TOLERANCE)
+    if separate:
+        work |= others
+    named = {f"{i} {side}": partial(sides.step, groups) for (i, side), groups in work.items()}
+    timings = alternate(named, rounds=rounds)
+    peaks = {name: peak_bytes(step) for name, step in named.items()}
+    return [
+        Measured(
+            {
+                side: Cost(timings.median(f"{i} {side}"), peaks[f"{i} {side}"])
+                for side in ((OURS, SEPARATE) if separate else (OURS,))
+            },
+            differences.get(i),
+        )
+        for i in range(len(points))
+    ]
+
+
+def draw(sweep: Sweep, measured: Sequence[Measured], options: Options) -> None:
+    """Time and memory, side by side."""
+    x = [value for value, _ in sweep.points]
+    sides = list(measured[0].costs)
+    seconds = [Line(side, x, [each.costs[side].seconds for each in measured]) for side in sides]
+    mebibytes = [Line(side, x, [each.costs[side].peak / 2**20 for each in measured]) for side in sides]
+    panels = (Panel("forward and backward, s", seconds), Panel("peak memory, MiB", mebibytes))
+    draw_panels(options.pictures / f"growth-{sweep.name.lower()}.png", sweep.title, sweep.x_label, panels)
+
+
+def _cells(sweep: Sweep, index: int, measured: Sequence[Measured]) -> tuple[str, ...]:
+    value, point = sweep.points[index]
+    cost, other = measured[index].costs[OURS], measured[index].costs.get(SEPARATE)
+    difference = measured[index].difference
+    return (
+        f"{sweep.name} {value}",
+        str(sum(group.num_tokens for group in point.drawn())),
+        f"{cost.seconds:.3f}",
+        f"{cost.seconds / measured[index - 1].costs[OURS].seconds:.2f}" if index else "",
+        f"{other.seconds / cost.seconds:.2f}" if other else "",
+        f"{cost.peak / 2**20:.1f}",
+        f"{other.peak / cost.peak:.2f}" if other else "",
+        f"{difference:.1e}" if difference is not None else "",
+    )

@@ -1,0 +1,60 @@
+"""Pictures of benchmarks: panels side by side, one line per side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exo_megatron.evaluation.picture import COLOURS, MARKERS
+from exo_megatron.utils.files import atomic_open
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Line:
+    """One side: its name and its points."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity of all sides. label: with its unit."""
+
+    label: str
+    lines: Sequence[Line]
+
+
+def draw_panels(path: Path, title: str, x_label: str, panels: Sequence[Panel]) -> None:
+    """Write a PNG, made to be read at the width of a README. Axes begin at 0: a straight line through it is a ratio."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        _draw(axes, panel)
+        axes.set_xlabel(x_label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path, "wb") as file:
+        figure.savefig(file, format="png")
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    for i, line in enumerate(panel.lines):
+        axes.plot(line.x, line.y, color=COLOURS[i], marker=MARKERS[i], markersize=5, linewidth=1.6, label=line.name)
+    axes.set_xticks(panel.lines[0].x)
+    axes.set_ylabel(panel.label)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
