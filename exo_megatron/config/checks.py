@@ -56,6 +56,11 @@ def paths(section: Section, prefix: Key = ()) -> Iterator[tuple[Key, Path]]:
         yield from () if (*prefix, name) == ("output",) else _paths(value, (*prefix, name))
 
 
+def within(path: Path, root: Path) -> bool:
+    """Whether `path` is `root` or lies below it."""
+    return os.path.commonpath((os.path.abspath(path), os.path.abspath(root))) == os.path.abspath(root)
+
+
 def _paths(value: Any, key: Key) -> Iterator[tuple[Key, Path]]:
     match value:
         case Path():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -10,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.config.checks import paths
+from exo_megatron.config.checks import paths, within
 from exo_megatron.config.describe import nearest, section_class
 from exo_megatron.config.document import COMMAND_LINE, Document, Key, Origin, dotted, dump_yaml, show
 from exo_megatron.config.dump import config_digest
+from exo_megatron.config.handover import find_disagreements
 from exo_megatron.config.overrides import Override, apply_override
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import STAGE_CONFIGS, PipelineStage, RunConfig, StageConfig
@@ -91,6 +91,8 @@ def _plan_stage(entry: PipelineStage, document: Document, run: RunConfig, earlie
     document.data = _substitute(document.data, (), document, known, later)
     config = validate_stage(STAGE_CONFIGS[entry.stage], document)
     _check_output(config, document, run, earlier)
+    for flaw in find_disagreements(config, [each.config for each in earlier]):
+        raise ConfigError(document.where(flaw.key), flaw.problem, expected=flaw.expected, fix=flaw.fix)
     upstream = {each.name: each.digest for each in earlier if _reads(config, each.config.output)}
     return PlannedStage(entry.name, entry.stage, config, tuple(upstream), config_digest(config, upstream))
 
@@ -99,7 +101,7 @@ def _check_output(config: StageConfig, document: Document, run: RunConfig, earli
     """A stage's directory must not hold another's, because it is moved away when the stage has to start anew."""
     others = {"the run": run.output, **{f"stage {each.name}": each.config.output for each in earlier}}
     for owner, other in others.items():
-        if _within(other, config.output):
+        if within(other, config.output):
             raise ConfigError(
                 document.where(("output",)),
                 f"got {show(str(config.output))}, which is or holds the output of {owner}",
@@ -108,14 +110,9 @@ def _check_output(config: StageConfig, document: Document, run: RunConfig, earli
             )
 
 
-def _within(path: Path, root: Path) -> bool:
-    """Whether `path` is `root` or lies below it."""
-    return os.path.commonpath((os.path.abspath(path), os.path.abspath(root))) == os.path.abspath(root)
-
-
 def _reads(config: StageConfig, output: Path) -> bool:
     """Whether a path of the configuration is `output` or lies below it."""
-    return any(_within(path, output) for _, path in paths(config))
+    return any(within(path, output) for _, path in paths(config))
 
 
 def _stage_document(index: int, entry: PipelineStage, document: Document) -> Document:

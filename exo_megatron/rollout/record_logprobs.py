@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from exo_megatron.config.sections import ComputeConfig
@@ -31,15 +31,12 @@ def record_logprobs(
     Collective over the world; every rank passes all records. label: of a progress line, on the rank that is to print
     one. Raises DataError for a prompt and candidate that exceed a row.
     """
-    row = compute.max_tokens_per_microbatch // topology.row_multiple * topology.row_multiple
-    pieces = [(index, group) for index, record in enumerate(records) for group in split_record(record, row)]
-    groups = [group for _, group in pieces]
+    groups = [
+        Group(record.id, record.prompt_ids, tuple(candidate.token_ids for candidate in record.candidates))
+        for record in records
+    ]
     with Progress(label or "", len(groups), "groups", enabled=label is not None) as progress:
-        found = candidate_logprobs(model, spec, topology, groups, compute, temperature=temperature, progress=progress)
-    values: list[tuple[float, ...]] = [() for _ in records]
-    for (index, _), part in zip(pieces, found, strict=True):
-        values[index] += part
-    return values
+        return candidate_logprobs(model, spec, topology, groups, compute, temperature=temperature, progress=progress)
 
 
 def with_logprobs(
@@ -67,19 +64,3 @@ def largest_difference(drawn: Sequence[CandidateRecord], scored: Sequence[Candid
         for before, after in zip(one.candidates, other.candidates, strict=True)
         if before.logprob is not None and after.logprob is not None
     )
-
-
-def split_record(record: CandidateRecord, max_tokens: int) -> Iterator[Group]:
-    """The record's candidates, in order, in as few groups as fit into rows of `max_tokens`.
-
-    Log-probs of candidates do not depend on each other, so many candidates of a long prompt need not share a row.
-    """
-    part: list[tuple[int, ...]] = []
-    used = len(record.prompt_ids)
-    for candidate in record.candidates:
-        if part and used + len(candidate.token_ids) > max_tokens:
-            yield Group(record.id, record.prompt_ids, tuple(part))
-            part, used = [], len(record.prompt_ids)
-        part.append(candidate.token_ids)
-        used += len(candidate.token_ids)
-    yield Group(record.id, record.prompt_ids, tuple(part))

@@ -196,3 +196,42 @@ def test_mistakes_name_the_line(file):
     assert error_of(file).startswith(f"{file}:{line_of('weight_decay')}: defaults.optimizer.weight_dcay: unknown key")
     file.write_text(RUN.replace("name: candidates", "name: sft"), encoding="utf-8")
     assert f"{file}:{line_of('name: candidates')}: stages.2.name: the name 'sft' is taken" in error_of(file)
+
+
+DISAGREEMENTS = [
+    (
+        "stages.candidates.sampling.temperature=1",
+        "loss.temperature: got 0.8, but the rollout stores log-probs at sampling.temperature 1.0; expected 1.0",
+    ),
+    ("stages.exo-1.5.loss.temperature=0.5", "loss.temperature: got 0.5, but the rollout stores log-probs at"),
+    ("stages.candidates.compute.precision=bf16", "precision: got fp32, but the rollout stores log-probs of bf16"),
+    (
+        "stages.exo-1.5.reference.checkpoint='${base}'",
+        "reference.checkpoint: got out/base, but the rollout stores log-probs of out/sft/checkpoints",
+    ),
+    ("stages.exo-1.5.model.checkpoint='${base}'", "model.checkpoint: got out/base, but the rollout stores"),
+]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize(("override", "words"), DISAGREEMENTS)
+def test_what_align_would_refuse_after_the_rollout_is_told_before(file, override, words, scored):
+    """Whether `align` reads the rollout itself or what `score` made of it."""
+    if scored:
+        score = """  - name: scored
+    stage: score
+    config: {candidates: "${candidates}", reward: {function: "m:f"}}
+  - name: exo-1.5"""
+        changed = RUN.replace("  - name: exo-1.5", score).replace("${candidates}/candidates.jsonl", "${scored}")
+        file.write_text(changed, encoding="utf-8")
+    load_run_config(file, [])
+    error = error_of(file, override)
+    assert words in error and error.endswith("or set reference_logprobs to computed"), error
+    for way in ("computed", "live"):
+        load_run_config(file, [override, f"stages.exo-1.5.reference_logprobs={way}"])
+
+
+def test_only_stages_that_belong_together_must_agree(file):
+    """Data from elsewhere are judged when they are read; so is a reference that no stage of the run makes."""
+    load_run_config(file, ["stages.exo-1.5.data.path=other/candidates.jsonl", "stages.exo-1.5.loss.temperature=0.5"])
+    load_run_config(file, ["stages.exo-1.5.reference.checkpoint=other/sft"])

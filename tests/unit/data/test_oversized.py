@@ -37,6 +37,10 @@ def check(plan: OversizedPlan, groups: Sequence[Group], *, data_size: int, capac
             lengths = [sum(len(groups[number].candidates[k]) for k in part) for part in share.parts]
             assert max(lengths) + len(groups[number].prompt) <= capacity
             assert lengths == sorted(lengths, reverse=True)
+            scored = [sum(len(groups[number].candidates[k]) for k in row) for row in share.scored]
+            assert max(scored, default=0) <= capacity
+            later = [k for part in share.parts[1:] for k in part]
+            assert sorted(k for row in share.scored for k in row) == sorted(later)
     assert {share.group for wave in plan.waves for share in wave.shares} - {None} == large
 
 
@@ -53,17 +57,20 @@ def test_every_plan_is_whole_fits_and_repeats(seed: int) -> None:
         plan = plan_oversized(groups, **sizes, hidden_size=rng.choice([16, WIDE]), equal_passes=equal_passes)
         check(plan, groups, data_size=sizes["data_size"], capacity=sizes["max_tokens"] // multiple * multiple)
         if equal_passes:
-            assert all(len({len(share.parts) for share in wave.shares}) == 1 for wave in plan.waves)
+            passes = [{(len(share.parts), len(share.scored)) for share in wave.shares} for wave in plan.waves]
+            assert all(len(each) == 1 for each in passes)
         else:
-            assert all(part for wave in plan.waves for share in wave.shares for part in share.parts)
+            assert all(part for wave in plan.waves for share in wave.shares for part in share.parts + share.scored)
     assert plan_oversized(groups, **sizes) == plan_oversized(groups, **sizes)
 
 
 def test_a_group_alone_is_split_into_as_few_parts_as_fit() -> None:
     plan = plan_oversized([group("a", 4, 3, 6, 2, 5)], data_size=1, max_tokens=12, multiple=1)
     (wave,) = plan.waves
-    assert wave.shares == (Share(0, ((0, 3), (1, 2))),)
+    assert wave.shares == (Share(0, parts=((0, 3), (1, 2)), scored=((1, 2),)),)
     assert not wave.spread
+    (wave,) = plan_oversized([group("a", 4, 3, 6, 2, 5)], data_size=1, max_tokens=10, multiple=1).waves
+    assert wave.shares == (Share(0, parts=((1,), (0, 2), (3,)), scored=((0, 2, 3),)),)
 
 
 def test_costs_are_those_of_the_passes() -> None:
@@ -123,3 +130,16 @@ def test_rows_of_a_group_repeat_the_prompt_and_keep_the_order() -> None:
     assert list(rows_of_group(whole, max_tokens=20, multiple=1)) == [whole]
     with pytest.raises(DataError, match="'a'"):
         list(rows_of_group(whole, max_tokens=9, multiple=1))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "parts"),
+    # 17 tokens in one row.
+    [(17, [4]), (16, [3, 1]), (11, [2, 1, 1]), (12, [3, 1]), (8, [2, 1, 1])],
+)
+def test_a_group_takes_as_few_rows_as_fit(max_tokens: int, parts: list[int]) -> None:
+    whole = group("a", 3, 2, 3, 4, 5)
+    rows = list(rows_of_group(whole, max_tokens=max_tokens, multiple=1))
+    assert [len(row.candidates) for row in rows] == parts
+    assert [candidate for row in rows for candidate in row.candidates] == list(whole.candidates)
+    assert all(row.num_tokens <= max_tokens for row in rows)
