@@ -60,9 +60,11 @@ class ComputeConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations recomputed in the backward pass: none, core attention, whole layers"
     )
-    max_tokens_per_microbatch: PositiveInt = Field(default=8192, description="tokens in one packed row")
-    logprob_chunk_rows: PositiveInt = Field(
-        default=1024, description="hidden rows projected onto the vocabulary at once"
+    max_tokens_per_microbatch: PositiveInt = Field(
+        default=8192, description="tokens in one packed row; larger groups are trained on in parts"
+    )
+    logits_memory_mib: NonNegativeFloat = Field(
+        default=1024, description="memory for logits on one rank; what does not fit is computed again in the backward"
     )
 
 

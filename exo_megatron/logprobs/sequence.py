@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exo_megatron.logprobs.vocab_parallel import VocabShard, sharded_logprobs
+from exo_megatron.logprobs.projection import VocabShard
+from exo_megatron.logprobs.tiles import plan_tiles
+from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.models.layout import GroupLayout
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
@@ -18,15 +20,17 @@ def token_logprobs(
     *,
     spec: ModelSpec,
     temperature: float,
-    chunk_rows: int,
+    memory_mib: float,
     topology: Topology,
 ) -> Tensor:
     """[N] fp32 log-probs of the row's response tokens, in the layout's token order; differentiable.
 
-    hidden [M, H]: what the last stage returned; weight [Vp/t, H]: its `output_weight()`.
-    One all-gather of M + N floats over the tensor group.
+    hidden [M, H]: what the last stage returned; weight [Vp/t, H]: its `output_weight()`. memory_mib: for logits on
+    this rank; they are kept for the backward pass as far as that goes. One all-gather of 2 M + N floats over the
+    tensor group.
     """
     shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, spec.vocab_size)
+    tiling = plan_tiles(hidden.shape[0], shard.valid(weight.shape[0]), weight, memory_mib=memory_mib)
     return sharded_logprobs(
         hidden,
         weight,
@@ -34,7 +38,7 @@ def token_logprobs(
         layout.token_target,
         shard,
         temperature=temperature,
-        chunk_rows=chunk_rows,
+        tiling=tiling,
         softcap=spec.logit_softcap,
     )
 

@@ -1,41 +1,36 @@
-"""Log-probs of response tokens from hidden states, on vocabulary shards, in fp32, in chunks.
+"""Log-probs of response tokens from hidden states, on vocabulary shards, in fp32, a tile of the vocabulary at a time.
 
 Letters: M predicting rows, N response tokens (N >= M: K first tokens share one row), H hidden, V vocabulary,
-Vp padded vocabulary, t tensor-parallel size. Logits exist for `chunk_rows` rows at a time and are recomputed in the
-backward pass; the only communication is one all-gather of M + N floats per rank.
+Vp padded vocabulary, t tensor-parallel size, v columns of a tile, x logits before the temperature tau.
+
+A tile's logits become E = exp((x - m) / tau) in place, m being the tile's row maximum; the row's softmax on the tile
+is E times one number per row, `share`. With R the sum of a row's token gradients and T its first token's target,
+
+    d x = -R/tau share (E - onehot(T) / share)  +  what the row's other tokens add: g/tau (onehot(target) - onehot(T))
+
+so the forward pass puts E - 1/share at the target and nothing in the backward pass touches each logit: R, share and
+tau scale the [M, H] factors of the two products. softmax - onehot is formed in fp32 even where E is multiplied in half
+precision, and nothing is divided by R, which is 0 for rows whose K tokens have an objective's coefficients.
+
+Tiles that were kept from the forward pass cost 4 M H V/t FLOPs in the backward pass, the others 6. The only
+communication is one all-gather of 2 M + N floats per rank. Forward and backward never wait for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from exo_megatron.models.products import multiplicand, product
-from exo_megatron.models.softcap import soft_cap_, soft_cap_slope
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """This rank's part of the vocabulary: padded rows [start, start + size) of which ids below `vocab_size` exist."""
-
-    group: ProcessGroup | None
-    rank: int
-    ranks: int
-    vocab_size: int
-
-    def start(self, size: int) -> int:
-        """First vocabulary id of this shard of `size` rows."""
-        return self.rank * size
-
-    def valid(self, size: int) -> int:
-        """Rows of this shard that are real vocabulary, not padding."""
-        return max(0, min(size, self.vocab_size - self.start(size)))
+from exo_megatron.logprobs.projection import Head, Projection, VocabShard
+from exo_megatron.logprobs.statistics import Softmax, TileStatistics
+from exo_megatron.logprobs.tiles import Tiling
+from exo_megatron.logprobs.tokens import Tokens
+from exo_megatron.logprobs.weight_gradient import WeightGradient
+from exo_megatron.models.products import product
 
 
 def sharded_logprobs(
@@ -46,7 +41,7 @@ def sharded_logprobs(
     shard: VocabShard,
     *,
     temperature: float,
-    chunk_rows: int,
+    tiling: Tiling,
     softcap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden W^T / temperature)[target] for N response tokens, differentiable.
@@ -54,145 +49,116 @@ def sharded_logprobs(
     softcap: logits become softcap * tanh(logits / softcap) before the temperature divides them.
 
     hidden [M, H], complete on every rank; weight [Vp/t, H], this rank's rows; token_row [N] int64 non-decreasing
-    index into hidden; token_target [N] int64. Returns [N] fp32 (fp64 for fp64 hidden), equal on all ranks.
+    index into hidden, with every row in it; token_target [N] int64. Returns [N] fp32 (fp64 for fp64 weights), equal
+    on all ranks.
 
-    Collectives: one all-gather of M + N elements over shard.group, forward only. The gradient of `hidden` is this
+    Collectives: one all-gather of 2 M + N elements over shard.group, forward only. The gradient of `hidden` is this
     rank's partial sum over its vocabulary; the caller's region function reduces it over the group (models/policy.py).
-    The inputs are not modified.
+    The inputs are not modified, but for a weight with megatron-core's `main_grad`, to which its gradient is added.
     """
     apply: Callable[..., Tensor] = _ShardedLogProbs.apply
-    head = _Head(shard, temperature, softcap)
-    return apply(hidden, weight, token_row, token_target, head, chunk_rows)
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    tiling = tiling if differentiated else replace(tiling, kept=0)
+    return apply(hidden, weight, token_row, token_target, Head(shard, temperature, softcap), tiling)
 
 
 class _ShardedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        token_row: Tensor,
-        token_target: Tensor,
-        head: _Head,
-        chunk_rows: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, token_row: Tensor, token_target: Tensor, head: Head, tiling: Tiling
     ) -> Tensor:
-        projection = _Projection(weight, head)
-        lse = hidden.new_empty(hidden.shape[0], dtype=projection.dtype)
-        target_logit = hidden.new_zeros(token_row.shape[0], dtype=projection.dtype)
-        bounds = _chunk_bounds(token_row, hidden.shape[0], chunk_rows)
-        for rows, tokens in bounds:
-            logits = projection.logits(hidden[rows])
-            lse[rows] = logits.logsumexp(dim=-1)
-            target_logit[tokens] = projection.pick(logits, token_row[tokens] - rows.start, token_target[tokens])
-        lse, target_logit = _combine(lse, target_logit, head.shard)
-        ctx.save_for_backward(hidden, weight, token_row, token_target, lse)
-        ctx.head, ctx.bounds = head, bounds
-        return target_logit - lse[token_row]
+        projection = Projection(hidden, weight, head)
+        tokens = Tokens.of(token_row, token_target, hidden.shape[0])
+        tiles = projection.tiles(tiling.columns)
+        statistics = TileStatistics.empty(projection, tokens, len(tiles))
+        kept = []
+        for index, tile in enumerate(tiles):
+            factor = _forward_tile(index, tile, projection, tokens, statistics, keep=index < tiling.kept)
+            if factor is not None:
+                kept.append(factor)
+        softmax = statistics.over_ranks(head)
+        marks = _Marks(projection, tokens, softmax, statistics.maxima, softmax.shares(statistics.maxima, head))
+        for index, factor in enumerate(kept):
+            marks.put_(factor, index, tiles[index])
+        ctx.save_for_backward(hidden, weight, marks.maxima, marks.shares, *kept)
+        ctx.head, ctx.tiling, ctx.tokens, ctx.softmax = head, tiling, tokens, softmax
+        return softmax.logprobs(tokens, head)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        hidden, weight, token_row, token_target, lse = ctx.saved_tensors
-        projection = _Projection(weight, ctx.head)
-        grad = grads[0].to(projection.dtype)
-        row_grad = torch.zeros_like(lse).index_add_(0, token_row, grad)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=projection.dtype, device=weight.device)
-        for rows, tokens in ctx.bounds:
-            # d logits = grad (onehot - softmax), summed over the tokens that a row predicts.
-            logits = projection.logits(hidden[rows])
-            slope = projection.slope(logits)
-            d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-row_grad[rows, None])
-            projection.add_at(d_logits, token_row[tokens] - rows.start, token_target[tokens], grad[tokens])
-            d_logits.mul_(slope)
-            d_hidden[rows] = projection.times_weight(d_logits).to(hidden.dtype)
-            projection.accumulate(d_weight, d_logits, hidden[rows])
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        hidden, weight, maxima, shares, *kept = ctx.saved_tensors
+        projection = Projection(hidden, weight, ctx.head)
+        marks = _Marks(projection, ctx.tokens, ctx.softmax, maxima, shares)
+        grad = grads[0].to(projection.dtype) / ctx.head.temperature
+        row_grad = grad.new_zeros(hidden.shape[0]).index_put_((ctx.tokens.row,), grad, accumulate=True)
+        d_hidden = torch.zeros(hidden.shape, dtype=projection.dtype, device=hidden.device)
+        d_weight = WeightGradient(weight, projection.dtype) if ctx.needs_input_grad[1] else None
+        for index, tile in enumerate(projection.tiles(ctx.tiling.columns)):
+            factor = kept[index] if index < len(kept) else marks.recomputed(index, tile)
+            scale = (-row_grad * shares[index])[:, None]
+            d_hidden.addcmul_(product(factor, projection.weight(tile)), scale)
+            if d_weight is not None:
+                d_weight.add(tile, factor.t(), (projection.hidden * scale).to(factor.dtype))
+            del factor  # before the next tile is made
+        if d_weight is not None:
+            d_weight.no_rows_from(projection.valid)
+        _add_extra_tokens(d_hidden, d_weight, marks, grad)
+        weight_grad = None if d_weight is None else d_weight.for_autograd()
+        return d_hidden.to(hidden.dtype), weight_grad, None, None, None, None
+
+
+def _forward_tile(
+    index: int, tile: slice, projection: Projection, tokens: Tokens, statistics: TileStatistics, *, keep: bool
+) -> Tensor | None:
+    """Enter one tile into the statistics; to keep, its factor of the backward's products [M, v], not yet marked."""
+    logits = projection.logits(tile)
+    statistics.enter_logits(index, tile, logits, projection, tokens)
+    slope = projection.head.slope(logits) if keep else None
+    exponentials = projection.exponentials_(logits, statistics.maxima[index])
+    torch.sum(exponentials, dim=1, out=statistics.totals[index])
+    return projection.factor(exponentials, slope) if keep else None
 
 
 @dataclass(frozen=True)
-class _Head:
-    """What turns products of hidden states and vocabulary rows into the logits of a softmax."""
+class _Marks:
+    """Exponentials of a tile become a factor of the backward's products when the targets are marked in them."""
 
-    shard: VocabShard
-    temperature: float
-    softcap: float | None
+    projection: Projection
+    tokens: Tokens
+    softmax: Softmax
+    maxima: Tensor  # [tiles, M]
+    shares: Tensor  # [tiles, M]
 
+    def put_(self, factor: Tensor, index: int, tile: slice) -> None:
+        """Put (E - 1/share) times the soft cap's slope at each row's first target, where the tile has it, in place."""
+        head, logits = self.projection.head, self.softmax.first
+        value = torch.exp((logits - self.maxima[index]) / head.temperature) - 1 / self.shares[index]
+        slope = head.slope(logits)
+        value = value if slope is None else value * slope
+        column, here = self.projection.local(self.tokens.first_target, tile)
+        current = factor.gather(1, column[:, None])[:, 0]
+        factor.scatter_(1, column[:, None], torch.where(here, value.to(factor.dtype), current)[:, None])
 
-class _Projection:
-    """The vocabulary projection of one shard, accumulated in fp32 (fp64 for fp64); the weight is cast at most once."""
-
-    def __init__(self, weight: Tensor, head: _Head) -> None:
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.weight = multiplicand(weight.detach())
-        self.temperature = head.temperature
-        self.softcap = head.softcap
-        self.start = head.shard.start(weight.shape[0])
-        self.valid = head.shard.valid(weight.shape[0])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, H] -> [rows, Vp/t] capped logits over the temperature; padding has -inf."""
-        logits = soft_cap_(product(hidden.to(self.weight.dtype), self.weight.t()), self.softcap)
-        logits.div_(self.temperature)
-        logits[:, self.valid :] = float("-inf")
-        return logits
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of `logits` with respect to the products, [rows, Vp/t] (a number without a soft cap)."""
-        if self.softcap is None:
-            return 1 / self.temperature
-        slope = soft_cap_slope(logits * self.temperature, self.softcap).div_(self.temperature)
-        slope[:, self.valid :] = 0.0
-        return slope
-
-    def times_weight(self, d_logits: Tensor) -> Tensor:
-        """[rows, Vp/t] -> [rows, H] in fp32: the gradient of the hidden rows."""
-        return product(d_logits.to(self.weight.dtype), self.weight)
-
-    def accumulate(self, d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-        """Add d_logits^T hidden to d_weight [Vp/t, H], in place."""
-        left, right = d_logits.t().to(self.weight.dtype), hidden.to(self.weight.dtype)
-        if self.weight.dtype == d_weight.dtype:
-            d_weight.addmm_(left, right)
-        else:
-            d_weight.add_(product(left, right))
-
-    def pick(self, logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
-        """Logit of each token's target where this shard holds it, 0 elsewhere (the ranks' sum is the logit)."""
-        local = target - self.start
-        here = (local >= 0) & (local < self.valid)
-        return torch.where(here, logits[row, local.clamp(0, logits.shape[1] - 1)], 0.0)
-
-    def add_at(self, d_logits: Tensor, row: Tensor, target: Tensor, grad: Tensor) -> None:
-        """Add each token's gradient at its target, in place, where this shard holds it."""
-        local = target - self.start
-        here = (local >= 0) & (local < self.valid)
-        # A row's K first tokens may share a target, so contributions accumulate.
-        d_logits.index_put_((row, local.clamp(0, d_logits.shape[1] - 1)), grad * here, accumulate=True)
+    def recomputed(self, index: int, tile: slice) -> Tensor:
+        """The factor of a tile that was not kept."""
+        logits = self.projection.logits(tile)
+        slope = self.projection.head.slope(logits)
+        factor = self.projection.factor(self.projection.exponentials_(logits, self.maxima[index]), slope)
+        self.put_(factor, index, tile)
+        return factor
 
 
-def _chunk_bounds(token_row: Tensor, rows: int, chunk_rows: int) -> list[tuple[slice, slice]]:
-    """Slices of rows and of the tokens that they predict, chunk by chunk."""
-    if rows == 0:
-        return []
-    starts = list(range(0, rows, chunk_rows))
-    if len(starts) == 1:
-        return [(slice(0, rows), slice(0, token_row.shape[0]))]
-    edges = torch.searchsorted(token_row, torch.tensor([*starts, rows], device=token_row.device)).tolist()
-    return list(_slices(starts, rows, edges))
-
-
-def _slices(starts: list[int], rows: int, edges: list[int]) -> Iterator[tuple[slice, slice]]:
-    for i, start in enumerate(starts):
-        stop = starts[i + 1] if i + 1 < len(starts) else rows
-        yield slice(start, stop), slice(edges[i], edges[i + 1])
-
-
-def _combine(lse: Tensor, target_logit: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """All ranks' LSE and target logits into the global ones, by one all-gather over the tensor group."""
-    if shard.ranks == 1:
-        return lse, target_logit
-    local = torch.cat((lse, target_logit))
-    gathered = local.new_empty(shard.ranks * local.shape[0])
-    dist.all_gather_into_tensor(gathered, local, group=shard.group)
-    parts = gathered.view(shard.ranks, -1)
-    return parts[:, : lse.shape[0]].logsumexp(dim=0), parts[:, lse.shape[0] :].sum(dim=0)
+def _add_extra_tokens(d_hidden: Tensor, d_weight: WeightGradient | None, marks: _Marks, grad: Tensor) -> None:
+    """Add g (onehot(target) - onehot(target of the row's first token)) for the extra tokens; few, [N - M, H] each."""
+    projection, tokens, softmax = marks.projection, marks.tokens, marks.softmax
+    rows = tokens.extra_row
+    first_target = tokens.first_target[rows]
+    # Equal targets cancel: exactly 0, not the difference of two roundings.
+    added = grad[tokens.extra] * (tokens.extra_target != first_target)
+    for target, logits, sign in ((tokens.extra_target, softmax.extra, 1), (first_target, softmax.first[rows], -1)):
+        slope = projection.head.slope(logits)
+        local, here = projection.local(target, slice(0, max(projection.valid, 1)))
+        coefficient = (sign * added * here * (1 if slope is None else slope))[:, None]
+        d_hidden.index_put_((rows,), coefficient * projection.rows(local), accumulate=True)
+        if d_weight is not None:
+            d_weight.add_rows(local, coefficient * projection.hidden[rows])

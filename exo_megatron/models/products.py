@@ -29,3 +29,17 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left.dim() == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.bmm(left, right, out_dtype=torch.float32)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
+    """total += left @ right in place, or = where fresh. All matrices; total in fp32, or fp64 for fp64 operands.
+
+    With fp32 or fp64 operands no other matrix is made.
+    """
+    left, right = multiplicand(left), multiplicand(right)
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0 if fresh else 1)
+    elif fresh:
+        total.copy_(product(left, right))
+    else:
+        total.add_(product(left, right))

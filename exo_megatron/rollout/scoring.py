@@ -90,7 +90,7 @@ def _row_logprobs(
         layout,
         spec=spec,
         temperature=temperature,
-        chunk_rows=compute.logprob_chunk_rows,
+        memory_mib=compute.logits_memory_mib,
         topology=topology,
     )
     return sequence_logprobs(tokens, layout)

@@ -26,6 +26,6 @@ def row_logprobs(trainee: Trainee, output: Tensor, row: GroupLayout, temperature
         row,
         spec=trainee.spec,
         temperature=temperature,
-        chunk_rows=trainee.compute.logprob_chunk_rows,
+        memory_mib=trainee.compute.logits_memory_mib,
         topology=trainee.topology,
     )

@@ -32,7 +32,7 @@ from tests.reference.tiny_llama import EOS_ID
 
 T = TypeVar("T")
 
-COMPUTE = ComputeConfig(precision="fp32", max_tokens_per_microbatch=256, logprob_chunk_rows=7)
+COMPUTE = ComputeConfig(precision="fp32", max_tokens_per_microbatch=256, logits_memory_mib=0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _outputs(checkpoint: Path, layout: GroupLayout, topology: Topology, temperat
             layout,
             spec=spec,
             temperature=temperature,
-            chunk_rows=COMPUTE.logprob_chunk_rows,
+            memory_mib=COMPUTE.logits_memory_mib,
             topology=topology,
         )
     natural = torch.argsort(layout.token_order)

@@ -132,7 +132,7 @@ def score(
     temperature: float,
     precision: str = "fp32",
 ) -> list[tuple[float, ...]]:
-    compute = ComputeConfig(precision=precision, max_tokens_per_microbatch=max_tokens, logprob_chunk_rows=16)
+    compute = ComputeConfig(precision=precision, max_tokens_per_microbatch=max_tokens, logits_memory_mib=0)
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
         model, spec = policy_from_hf(weights, topology, compute)
         return candidate_logprobs(model, spec, topology, groups, compute, temperature=temperature)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exo_megatron.logprobs.vocab_parallel import VocabShard, sharded_logprobs
+from exo_megatron.logprobs.projection import VocabShard
+from exo_megatron.logprobs.tiles import Tiling
+from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 
 VOCAB, PADDED, HIDDEN = 11, 16, 6
 TEMPERATURE = 0.8
@@ -18,7 +20,10 @@ SHARD = VocabShard(group=None, rank=0, ranks=1, vocab_size=VOCAB)
 TOKEN_ROW = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
 TOKEN_TARGET = torch.tensor([3, 10, 3, 0, 7, 1, 10, 5])
 ROWS = 5
-CHUNKS = [1, 2, 3, 4, 5, 100]
+# Widths around those at which targets lie on the border of a tile; no, some and all tiles kept.
+TILINGS = [Tiling(columns, kept) for columns in (1, 3, 4, 7, 10, 11, 100) for kept in (0, 1, 100)]
+# The tokens of row 0 have coefficients as an objective gives them (their sum is 0), row 2's do not.
+UPSTREAM = torch.tensor([1.5, -2.0, 0.5, 0.0, 3.0, -1.0, 2.0, -0.7], dtype=torch.float64)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -38,7 +43,7 @@ def expected(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Te
     return torch.log_softmax(logits[TOKEN_ROW], dim=-1).gather(-1, TOKEN_TARGET[:, None])[:, 0]
 
 
-def actual(hidden: Tensor, weight: Tensor, chunk_rows: int, softcap: float | None = None) -> Tensor:
+def actual(hidden: Tensor, weight: Tensor, tiling: Tiling, softcap: float | None = None) -> Tensor:
     return sharded_logprobs(
         hidden,
         weight,
@@ -46,30 +51,30 @@ def actual(hidden: Tensor, weight: Tensor, chunk_rows: int, softcap: float | Non
         TOKEN_TARGET,
         SHARD,
         temperature=TEMPERATURE,
-        chunk_rows=chunk_rows,
+        tiling=tiling,
         softcap=softcap,
     )
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("chunk_rows", CHUNKS)
-def test_values_and_gradients(chunk_rows: int, softcap: float | None) -> None:
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_values_and_gradients(tiling: Tiling, softcap: float | None) -> None:
     hidden, weight = inputs()
     other_hidden, other_weight = inputs()
-    upstream = torch.linspace(-1.0, 2.0, len(TOKEN_ROW), dtype=torch.float64)
-    ours, theirs = actual(hidden, weight, chunk_rows, softcap), expected(other_hidden, other_weight, softcap)
+    ours, theirs = actual(hidden, weight, tiling, softcap), expected(other_hidden, other_weight, softcap)
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
-    ours.backward(upstream)
-    theirs.backward(upstream)
+    ours.backward(UPSTREAM)
+    theirs.backward(UPSTREAM)
     torch.testing.assert_close(hidden.grad, other_hidden.grad, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(weight.grad, other_weight.grad, rtol=1e-12, atol=1e-13)
     assert not weight.grad[VOCAB:].any()
 
 
 def test_finite_differences() -> None:
-    hidden, weight = inputs()
-    assert torch.autograd.gradcheck(lambda h, w: actual(h, w, 2), (hidden, weight))
-    assert torch.autograd.gradcheck(lambda h, w: actual(h, w, 2, 1.5), (hidden, weight))
+    """Each runs the backward of one graph several times."""
+    for kept in (0, 1, 100):
+        assert torch.autograd.gradcheck(lambda h, w, kept=kept: actual(h, w, Tiling(4, kept)), inputs())
+        assert torch.autograd.gradcheck(lambda h, w, kept=kept: actual(h, w, Tiling(4, kept), 1.5), inputs())
 
 
 def test_by_hand() -> None:
@@ -83,16 +88,16 @@ def test_by_hand() -> None:
         torch.tensor([0, 1]),
         VocabShard(group=None, rank=0, ranks=1, vocab_size=2),
         temperature=0.8,
-        chunk_rows=8,
+        tiling=Tiling(8, 1),
     )
     torch.testing.assert_close(logps.exp(), torch.tensor([0.75, 0.25]))
 
 
-@pytest.mark.parametrize("chunk_rows", [2, 100])
-def test_bf16_inputs_are_computed_in_fp32(chunk_rows: int) -> None:
+@pytest.mark.parametrize("tiling", [Tiling(2, 0), Tiling(100, 1)], ids=str)
+def test_bf16_inputs_are_computed_in_fp32(tiling: Tiling) -> None:
     """The same as casting to fp32 first: no product, softmax or sum in bf16. Gradients come back in bf16."""
     hidden, weight = inputs(torch.bfloat16)
-    logps = actual(hidden, weight, chunk_rows)
+    logps = actual(hidden, weight, tiling)
     assert logps.dtype == torch.float32
     wide_hidden, wide_weight = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
     theirs = expected(wide_hidden, wide_weight)
@@ -104,30 +109,73 @@ def test_bf16_inputs_are_computed_in_fp32(chunk_rows: int) -> None:
     torch.testing.assert_close(weight.grad, wide_weight.grad.bfloat16(), rtol=1e-2, atol=1e-3)
 
 
-def test_large_logits_do_not_overflow() -> None:
-    hidden, weight = inputs(torch.float32)
-    with torch.no_grad():
-        hidden.mul_(1e3)
-    ours = actual(hidden, weight, 2)
-    ours.sum().backward()
-    assert ours.isfinite().all() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+def gradients(logps: Tensor, *inputs: Tensor, upstream: Tensor = UPSTREAM) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(logps, inputs, upstream.to(logps.dtype))
 
 
-def test_callers_tensors_are_not_modified() -> None:
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_fp32_logits_of_any_size(kept: int, scale: float) -> None:
+    """Up to the rounding of the logits themselves (at 1e4 that decides every softmax), with float64 as the judge."""
+    hidden, weight = (tensor.detach() for tensor in inputs(torch.float32))
+    hidden, weight = (hidden * scale).requires_grad_(), weight.round().requires_grad_()
+    wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    ours, theirs = actual(hidden, weight, Tiling(4, kept)), expected(*wide)
+    rounding = 1e-6 * max(scale, 1.0)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=10 * rounding)
+    for got, wanted in zip(gradients(ours, hidden, weight), gradients(theirs, *wide), strict=True):
+        assert got.isfinite().all()
+        assert (got - wanted).abs().max() <= 10 * rounding * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_target_that_is_almost_certain(kept: int) -> None:
+    """p = 1 - 1.1e-5 at a width where p and the others share a tile, and where they do not: 1 - p keeps its digits."""
+    for columns in (2, 100):
+        hidden = torch.tensor([[12.0]], requires_grad=True)
+        weight = torch.tensor([[0.0], [1.0], [0.02], [-0.3]], requires_grad=True)
+        wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+        row, target, shard = torch.tensor([0]), torch.tensor([1]), VocabShard(None, 0, 1, 4)
+        ours = sharded_logprobs(hidden, weight, row, target, shard, temperature=1.0, tiling=Tiling(columns, kept))
+        theirs = torch.log_softmax(wide[0] @ wide[1].t(), dim=-1)[:, 1]
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=0.0)
+        one = torch.ones(1)
+        for got, wanted in zip(
+            gradients(ours, hidden, weight, upstream=one), gradients(theirs, *wide, upstream=one), strict=True
+        ):
+            torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_target_that_is_almost_impossible(kept: int) -> None:
+    """Its tile's probabilities are all below the smallest fp32: the gradient is that of the target's logit alone."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [-1.0], [500.0], [2.0]], requires_grad=True)
+    row, target, shard = torch.tensor([0]), torch.tensor([1]), VocabShard(None, 0, 1, 4)
+    logps = sharded_logprobs(hidden, weight, row, target, shard, temperature=1.0, tiling=Tiling(2, kept))
+    assert logps.tolist() == [-501.0]
+    logps.sum().backward()
+    assert hidden.grad.tolist() == [[-501.0]]
+    torch.testing.assert_close(weight.grad[:, 0], torch.tensor([0.0, 1.0, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100])
+def test_callers_tensors_are_not_modified(kept: int) -> None:
     hidden, weight = inputs()
-    upstream = torch.linspace(-1.0, 2.0, len(TOKEN_ROW), dtype=torch.float64)
+    upstream = UPSTREAM.clone()
     tensors = (hidden, weight, upstream, TOKEN_ROW, TOKEN_TARGET)
     copies = [tensor.detach().clone() for tensor in tensors]
-    actual(hidden, weight, 2).backward(upstream)
+    actual(hidden, weight, Tiling(4, kept)).backward(upstream)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
 
 
-def test_no_rows() -> None:
+@pytest.mark.parametrize("kept", [0, 100])
+def test_no_rows(kept: int) -> None:
     """The padding-only row of a rank without groups: nothing to predict, zero gradients."""
     _, weight = inputs()
     hidden = torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
     empty = torch.zeros(0, dtype=torch.int64)
-    logps = sharded_logprobs(hidden, weight, empty, empty, SHARD, temperature=1.0, chunk_rows=4)
+    logps = sharded_logprobs(hidden, weight, empty, empty, SHARD, temperature=1.0, tiling=Tiling(4, kept))
     assert logps.shape == (0,)
     logps.sum().backward()
     assert hidden.grad.shape == (0, HIDDEN) and not weight.grad.any()
@@ -146,13 +194,42 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-def test_logits_of_more_than_a_chunk_never_exist() -> None:
-    rows, vocab, hidden_size, chunk = 256, 512, 2, 16
-    hidden = torch.randn(rows, hidden_size, requires_grad=True)
-    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+def largest_result(rows: int, vocab: int, tiling: Tiling) -> int:
+    hidden = torch.randn(rows, 2, requires_grad=True)
+    weight = torch.randn(vocab, 2, requires_grad=True)
     shard = VocabShard(group=None, rank=0, ranks=1, vocab_size=vocab)
     targets = torch.arange(rows)
     with LargestResult() as seen:
-        logps = sharded_logprobs(hidden, weight, targets, targets, shard, temperature=1.0, chunk_rows=chunk)
+        logps = sharded_logprobs(hidden, weight, targets, targets, shard, temperature=1.0, tiling=tiling)
         logps.sum().backward()
-    assert chunk * vocab <= seen.largest < 2 * chunk * vocab
+    return seen.largest
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_no_tensor_is_larger_than_a_tile(kept: int) -> None:
+    assert largest_result(256, 512, Tiling(32, kept)) == 256 * 32
+
+
+def logits_alive(kept: int, *, differentiated: bool = True) -> int:
+    """Bytes that the forward pass leaves behind, for logits [256, 512] in tiles of 64 columns."""
+    hidden = torch.randn(256, 2, requires_grad=differentiated)
+    weight = torch.randn(512, 2, requires_grad=differentiated)
+    targets = torch.arange(256)
+    shard = VocabShard(group=None, rank=0, ranks=1, vocab_size=512)
+    saved = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.nbytes if tensor.shape[1:] == (64,) else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        sharded_logprobs(hidden, weight, targets, targets, shard, temperature=1.0, tiling=Tiling(64, kept))
+    return saved
+
+
+def test_as_many_tiles_stay_as_are_kept() -> None:
+    assert [logits_alive(kept) for kept in (0, 3, 100)] == [0, 3 * 256 * 64 * 4, 256 * 512 * 4]
+    assert logits_alive(100, differentiated=False) == 0
+    with torch.no_grad():
+        assert logits_alive(100) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exo_megatron.models.products import multiplicand, product
+from exo_megatron.models.products import add_product_, multiplicand, product
 
 
 @pytest.mark.parametrize("shape", [((5, 300), (300, 7)), ((2, 5, 300), (2, 300, 7))])
@@ -23,3 +23,13 @@ def test_wide_multiplicands_are_not_copied() -> None:
     for dtype in (torch.float32, torch.float64):
         matrix = torch.ones(2, 2, dtype=dtype)
         assert multiplicand(matrix) is matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_adding_a_product(dtype: torch.dtype) -> None:
+    """A fresh total may hold anything before, not-a-numbers too."""
+    left, right = torch.randn(5, 30).to(dtype), torch.randn(30, 7).to(dtype)
+    total = torch.full((5, 7), float("nan"), dtype=product(left, right).dtype)
+    add_product_(total, left, right, fresh=True)
+    add_product_(total, left, right)
+    torch.testing.assert_close(total, 2 * product(left, right))
