@@ -34,6 +34,9 @@ def test_pipeline_is_valid_and_its_stages_fit_each_other() -> None:
     assert dpo.model_copy(update=same) == exo
     assert (exo.loss.kind, dpo.loss.kind) == ("exo_rw", "dpo_rw")
     assert exo.loss.temperature == rollout.sampling.temperature == evaluate.sampling.temperature
+    # So that the log-probs that the rollout stores are the reference's.
+    assert exo.reference_logprobs == "stored" and exo.compute.precision == rollout.compute.precision
+    assert exo.reference is None and exo.model == rollout.model
     assert exo.candidates == rollout.sampling.candidates
     assert rollout.sampling.max_new_tokens <= exo.data.max_completion_tokens == LONGEST_COMPLETION + 1
     # Data parallelism in one stage and tensor parallelism in another.
