@@ -16,7 +16,7 @@ done
 
 # shellcheck source=tools/environment.sh
 . tools/environment.sh
-prepare_environment dev,mpi || exit 1
+prepare_environment dev,mpi,bench || exit 1
 export OMP_NUM_THREADS=1 # several processes on few cores
 LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT

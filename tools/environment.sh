@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by scripts that must work in a bare clone: makes `python` one that has exo-megatron.
 #
-#   . tools/environment.sh && prepare_environment dev,mpi
+#   . tools/environment.sh && prepare_environment dev,mpi,bench
 #
 # An active virtual (or conda) environment is used; otherwise one is made in .venv of the checkout. Where there is no
 # NVIDIA GPU and no torch yet, the pinned CPU build of torch comes first: unpinned, pip brings gigabytes of CUDA

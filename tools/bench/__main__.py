@@ -1,7 +1,7 @@
-"""Run one benchmark and print its table.
+"""Run benchmarks and print their tables.
 
     python -m tools.bench                      the names
-    python -m tools.bench trl-step             one benchmark
+    python -m tools.bench trl-step             one benchmark (or several names)
     python -m tools.bench trl-step --quick     a small version of it, as CI runs it
 
 What is compared runs in turn in one process, and what counts are the ratios. Both sides' results (gradients where
@@ -39,35 +39,45 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark that the arguments name; 0, or 1 if the sides do not agree."""
+    """Run the benchmarks that the arguments name; 0, or 1 if the sides of one do not agree."""
     names = "\n".join(f"  {name:<12} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=f"{__doc__}\nbenchmarks:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", nargs="?", help="which one (default: list them)")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="which ones (default: list them)")
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not to quote")
     parser.add_argument("--rounds", type=_count, default=5, help="how often each side is timed (default: 5)")
     parser.add_argument("--threads", type=_count, default=1, help="of a process on the CPU (default: 1)")
     parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="where pictures go")
-    parser.add_argument("--json", type=Path, help="write the table to this file, too")
+    parser.add_argument("--json", type=Path, help="write the tables to this file, too")
     arguments = parser.parse_args(argv)
-    if arguments.name is None:
+    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark is called {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if not arguments.names:
         print(names)
         return 0
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of processes that a benchmark starts
     options = Options(arguments.quick, 2 if arguments.quick else arguments.rounds, arguments.pictures)
-    try:
-        table = load(arguments.name)(options)
-    except Different as difference:
-        print(f"{arguments.name}: the sides do not compute the same: {difference}", file=sys.stderr)
-        return 1
-    print(table.markdown())
+    tables = {name: run(name, options) for name in arguments.names}
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(table.as_json(), indent=2) + "\n")
-    return 0
+        figures = {name: table.as_json() for name, table in tables.items() if table is not None}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return int(None in tables.values())
+
+
+def run(name: str, options: Options) -> Table | None:
+    """Print and return a benchmark's table; None, and a line on stderr, if its sides do not agree."""
+    try:
+        table = load(name)(options)
+    except Different as difference:
+        print(f"{name}: the sides do not compute the same: {difference}", file=sys.stderr)
+        return None
+    print(table.markdown(), end="\n\n", flush=True)
+    return table
 
 
 def load(name: str) -> Callable[[Options], Table]:
