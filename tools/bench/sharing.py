@@ -18,7 +18,6 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.training.step import forward_gradients
 from tools.bench.lengths import Lengths
 from tools.bench.likelihood import WeightedLikelihood, unshared
 from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
@@ -26,7 +25,7 @@ from tools.bench.options import Options
 from tools.bench.sides import agree
 from tools.bench.table import Table
 from tools.bench.timing import alternate
-from tools.bench.training import OurSteps
+from tools.bench.training import OurSteps, backward
 
 SHAPES = ((47, 230, 4), (400, 50, 4), (400, 50, 8), (512, 512, 4), (1024, 128, 8), (2048, 256, 8))
 QUICK_SHAPES = ((12, 20, 4), (40, 5, 8))
@@ -83,7 +82,7 @@ class Sides:
 
     def step(self, groups: Sequence[Group]) -> None:
         """Forward and backward of one step."""
-        forward_gradients(self.ours.trainee, self.ours.pack(groups), WeightedLikelihood())
+        backward(self.ours.trainee, groups, WeightedLikelihood())
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Gradient of the weighted likelihood, by HF's names."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from exo_megatron.config.sections import ComputeConfig, LossConfig, OptimizerConfig
+from exo_megatron.config.sections import LossConfig, OptimizerConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import make_microbatch, plan_microbatches
-from exo_megatron.training.objectives import AlignObjective, RowBatch
+from exo_megatron.training.batches import step_batches
+from exo_megatron.training.objectives import AlignObjective, MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
 from exo_megatron.training.reference import ReferenceModel
 from exo_megatron.training.step import forward_gradients, train_step
@@ -44,26 +44,16 @@ class OurSteps:
     def step(self, groups: Sequence[Group]) -> None:
         """One optimizer step; groups without reference log-probs get them first, from the live reference."""
         live = groups[0].reference_logprobs is None
-        completed = self.stored(groups) if live else groups
-        train_step(self.trainee, self.pack(completed), self.objective, learning_rate=LEARNING_RATE)
+        batches = step_batches(self.trainee, self.stored(groups) if live else groups)
+        train_step(self.trainee, batches.rows, self.objective, oversized=batches.oversized, learning_rate=LEARNING_RATE)
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Gradient of the mean loss over the groups, by HF's names."""
-        reports = forward_gradients(self.trainee, self.pack(self.stored(groups)), self.objective)
-        assert sum(report.count for report in reports) == len(groups)
+        backward(self.trainee, self.stored(groups), self.objective)
         return {name: gradient.clone() for name, gradient in hf_gradients(self.trainee, self.matched).items()}
 
-    def pack(self, groups: Sequence[Group]) -> list[RowBatch]:
-        """Micro-batches of one step."""
-        compute: ComputeConfig = self.matched.compute
-        plan = plan_microbatches(
-            groups,
-            data_size=1,
-            max_tokens=compute.max_tokens_per_microbatch,
-            multiple=1,
-            hidden_size=self.matched.spec.hidden_size,
-        )
-        return [
-            RowBatch.of(make_microbatch([groups[i] for i in row], multiple=1), self.matched.topology.device)
-            for row in plan[0]
-        ]
+
+def backward(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchObjective) -> None:
+    """What a step does before Adam: packing, forward and backward, reduction."""
+    batches = step_batches(trainee, groups)
+    forward_gradients(trainee, batches.rows, objective, batches.oversized)
