@@ -26,7 +26,7 @@ from tools.bench.table import Table
 from tools.bench.timing import alternate
 
 TOLERANCE = 1e-5
-OURS, SEPARATE = "groups", "separate rows"
+OURS, SEPARATE = "prompt shared", "separate rows"
 
 
 @dataclass(frozen=True)
@@ -88,27 +88,26 @@ def run(options: Options) -> Table:
         rows,
         (
             f"{base.shape}, fp32; one group of P={base.prompt}, R={base.response}, K={base.candidates}, but for what "
-            "varies. s, MiB: of groups; separate rows: relative to groups.",
-            "Groups in micro-batches of at most 4 of them where their number varies.",
+            "varies. s, MiB: with the prompt shared; separate rows: relative to it.",
+            "Where the number of groups varies, a micro-batch holds two of them.",
         ),
     )
 
 
 def full_sweeps(base: Point) -> list[Sweep]:
     """What varies, and how far."""
+    prompt, candidates = f"prompt of {base.prompt} tokens", f"{base.candidates} candidates of {base.response}"
     vocabularies = (8192, 32_768, 65_536, 131_072)
-    four_groups = 4 * (base.prompt + base.candidates * base.response)
+    two_groups = 2 * (base.prompt + base.candidates * base.response)
     return [
-        Sweep("K", "K, candidates of the group", f"One group, prompt {base.prompt} tokens, candidates {base.response}",
+        Sweep("K", "K, candidates of the group", f"One group: {prompt}, candidates of {base.response}",
               [(k, replace(base, candidates=k)) for k in (1, 2, 4, 8, 16)], separate=True),
-        Sweep("prompt", "P, tokens of the prompt", f"One group, {base.candidates} candidates of {base.response} tokens",
+        Sweep("prompt", "P, tokens of the prompt", f"One group: {candidates} tokens",
               [(p, replace(base, prompt=p)) for p in (64, 256, 512, 1024)], separate=True),
-        Sweep("vocabulary", "V, words of the vocabulary",
-              f"One group, prompt {base.prompt} tokens, {base.candidates} candidates of {base.response}",
+        Sweep("vocabulary", "V, tokens of the vocabulary", f"One group: {prompt}, {candidates}",
               [(v, replace(base, shape=replace(base.shape, vocab=v))) for v in vocabularies]),
-        Sweep("groups", "groups of a step",
-              f"Groups of {base.prompt} + {base.candidates} x {base.response} tokens, 4 in a micro-batch",
-              [(n, replace(base, groups=n, max_tokens=four_groups)) for n in (1, 2, 4, 8, 16)]),
+        Sweep("groups", "groups of a step, two in a micro-batch", f"Groups: {prompt}, {candidates}",
+              [(n, replace(base, groups=n, max_tokens=two_groups)) for n in (1, 2, 4, 8)]),
     ]  # fmt: skip
 
 
@@ -167,7 +166,8 @@ def draw(sweep: Sweep, measured: Sequence[Measured], options: Options) -> None:
     seconds = [Line(side, x, [each.costs[side].seconds for each in measured]) for side in sides]
     mebibytes = [Line(side, x, [each.costs[side].peak / 2**20 for each in measured]) for side in sides]
     panels = (Panel("forward and backward, s", seconds), Panel("peak memory, MiB", mebibytes))
-    draw_panels(options.pictures / f"growth-{sweep.name.lower()}.png", sweep.title, sweep.x_label, panels)
+    name = f"{'quick-' if options.quick else ''}growth-{sweep.name.lower()}.png"
+    draw_panels(options.pictures / name, sweep.title, sweep.x_label, panels)
 
 
 def _cells(sweep: Sweep, index: int, measured: Sequence[Measured]) -> tuple[str, ...]:

@@ -52,9 +52,11 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.plot(line.x, line.y, color=COLOURS[i], marker=MARKERS[i], markersize=5, linewidth=1.6, label=line.name)
     axes.set_xticks(panel.lines[0].x)
     axes.set_ylabel(panel.label)
+    axes.margins(x=0.06, y=0.1)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
+    if len(panel.lines) > 1:
+        axes.legend(frameon=False, loc="upper left")

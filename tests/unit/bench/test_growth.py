@@ -33,9 +33,9 @@ def test_quick_run_compares_and_draws(tmp_path: Path) -> None:
     assert float(rows["K 1"][6]) == 1.0  # alone, a candidate is its own group
     assert float(rows["K 3"][6]) > 1.2  # memory: three prompts instead of one
     assert sorted(path.name for path in pictures.iterdir()) == [
-        "growth-groups.png",
-        "growth-k.png",
-        "growth-vocabulary.png",
+        "quick-growth-groups.png",
+        "quick-growth-k.png",
+        "quick-growth-vocabulary.png",
     ]
     assert all(path.read_bytes().startswith(PNG) for path in pictures.iterdir())
 
