@@ -1,0 +1,171 @@
+"""Head and loss of one group: ours on its packed row against the straightforward way on separate rows.
+
+Straightforward, as the authors' released code does it: logits of every position of K rows `[prompt | y_k]`, divided
+by tau, a log-softmax of all of them, the targets picked, response tokens summed, then the loss. Ours projects the
+1 + K (R - 1) rows that predict a response token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from exo_megatron.config.sections import LossConfig
+from exo_megatron.logprobs.projection import VocabShard
+from exo_megatron.logprobs.sequence import sequence_logprobs
+from exo_megatron.logprobs.tiles import plan_tiles
+from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
+from exo_megatron.losses.objective import group_objective
+from exo_megatron.models.layout import GroupLayout, build_layout
+from tools.bench.memory import peak_bytes
+from tools.bench.sides import agree
+from tools.bench.timing import Timings, alternate
+
+STRAIGHT, KEPT, RECOMPUTED = "straightforward", "ours, kept", "ours, recomputed"
+MEMORY_MIB = {KEPT: 1024.0, RECOMPUTED: 8.0}
+TOLERANCE = 1e-5
+LOSS = LossConfig()
+
+
+@dataclass(frozen=True)
+class Size:
+    """P, R, K, H, V."""
+
+    prompt: int
+    response: int
+    candidates: int
+    hidden: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"P={self.prompt}, R={self.response}, K={self.candidates}, V={self.vocab}, H={self.hidden}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Seconds and peak bytes of each side; largest gradient difference of each of ours."""
+
+    timings: Timings
+    peaks: dict[str, int]
+    differences: dict[str, float]
+
+
+class HeadAndLoss:
+    """One group, with hidden states on both layouts. The gradient of the weight goes to a buffer or to a new tensor."""
+
+    def __init__(self, size: Size, device: torch.device, *, buffer: bool) -> None:
+        """buffer: there is a gradient buffer before, as in training under megatron-core."""
+        generator = torch.Generator().manual_seed(0)
+
+        def ids(count: int) -> list[int]:
+            return torch.randint(size.vocab, (count,), generator=generator).tolist()
+
+        prompt, responses = ids(size.prompt), [ids(size.response) for _ in range(size.candidates)]
+        self.layout: GroupLayout = build_layout([prompt], [responses]).to(device)
+        row = torch.randn(self.layout.row_length, size.hidden, generator=generator).to(device)
+        self.size = size
+        self.copies = self._rows_of_copies(device)
+        self.packed = row[self.layout.predict_rows].requires_grad_()
+        self.separate = row[self.copies].requires_grad_()
+        self.ids = torch.tensor([prompt + response for response in responses], device=device)
+        weight = torch.randn(size.vocab, size.hidden, generator=generator) * (3 / size.hidden**0.5)
+        self.weight = torch.nn.Parameter(weight.to(device))
+        self.buffer = torch.zeros_like(self.weight) if buffer else None
+        # Log-ratios of a policy that has moved, or p_theta would be one-hot and the gradient 0.
+        drift = torch.randn(size.candidates, generator=generator, dtype=torch.float64)
+        self.rewards = 0.1 * torch.randn(size.candidates, generator=generator, dtype=torch.float64).to(device)
+        with torch.no_grad():
+            self.reference = self._packed_logps(MEMORY_MIB[KEPT]) - drift.to(device)
+
+    def _rows_of_copies(self, device: torch.device) -> Tensor:
+        """[K, P + R]: packed row of each position of the separate rows."""
+        prompt = torch.arange(self.size.prompt, device=device).expand(self.size.candidates, -1)
+        responses = torch.arange(self.size.candidates * self.size.response, device=device)
+        return torch.cat((prompt, self.size.prompt + responses.view(self.size.candidates, -1)), dim=1)
+
+    def _packed_logps(self, memory_mib: float) -> Tensor:
+        tiling = plan_tiles(self.packed.shape[0], self.size.vocab, self.weight, memory_mib=memory_mib)
+        tokens = sharded_logprobs(
+            self.packed,
+            self.weight,
+            self.layout.token_row,
+            self.layout.token_target,
+            VocabShard(None, 0, 1, self.size.vocab),
+            temperature=LOSS.temperature,
+            tiling=tiling,
+        )
+        return sequence_logprobs(tokens, self.layout)
+
+    def ours(self, memory_mib: float) -> Tensor:
+        """The loss, as training computes it."""
+        logps = self._packed_logps(memory_mib)
+        return group_objective(logps, self.reference, self.rewards, self.layout.group_sizes, LOSS).losses.sum()
+
+    def straightforward(self) -> Tensor:
+        """The loss from the formulas (Eq. 15 of the paper)."""
+        logps = torch.log_softmax((self.separate @ self.weight.t()) / LOSS.temperature, dim=-1)
+        tokens = logps[:, :-1].gather(-1, self.ids[:, 1:, None])[..., 0]
+        responses = torch.arange(1, self.ids.shape[1], device=self.ids.device) >= self.size.prompt
+        log_ratio = (tokens * responses).sum(-1).double() - self.reference
+        log_p = torch.log_softmax(LOSS.beta_pi * log_ratio, dim=-1)
+        return (log_p.exp() * (log_p - torch.log_softmax(self.rewards / LOSS.beta_r, dim=-1))).sum()
+
+    def step(self, loss: Callable[[], Tensor]) -> None:
+        """Forward and backward; then megatron-core's hook: what is in `grad` is added to the buffer."""
+        attributes = vars(self.weight)
+        if self.buffer is not None:
+            attributes |= {"main_grad": self.buffer, "grad_added_to_main_grad": False}
+        loss().backward()
+        if self.buffer is not None and self.weight.grad is not None:
+            self.buffer.add_(self.weight.grad)
+            self.weight.grad = None
+
+    def forget(self) -> None:
+        """Gradients of the last step."""
+        self.packed.grad = self.separate.grad = self.weight.grad = None
+
+    def work(self, loss: Callable[[], Tensor]) -> None:
+        """One step from nothing."""
+        self.forget()
+        self.step(loss)
+
+    def gradients(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Of the weight, and of the rows that predict a response token (of the prompt's last one: all copies')."""
+        if self.buffer is not None:
+            self.buffer.zero_()
+        self.work(loss)
+        gradient = self.packed.grad
+        if self.separate.grad is not None:
+            row = torch.zeros(self.layout.row_length, self.size.hidden, device=self.weight.device)
+            row.index_add_(0, self.copies.flatten(), self.separate.grad.flatten(0, 1))
+            gradient = row[self.layout.predict_rows]
+        weight = self.weight.grad if self.buffer is None else self.buffer
+        assert gradient is not None and weight is not None
+        return {"hidden": gradient.clone(), "weight": weight.clone()}
+
+
+def compare(size: Size, device: torch.device, rounds: int, *, buffer: bool) -> Compared:
+    """Raises Different."""
+    sides = HeadAndLoss(size, device, buffer=buffer)
+    losses: dict[str, Callable[[], Tensor]] = {
+        STRAIGHT: sides.straightforward,
+        KEPT: partial(sides.ours, MEMORY_MIB[KEPT]),
+        RECOMPUTED: partial(sides.ours, MEMORY_MIB[RECOMPUTED]),
+    }
+    wanted = sides.gradients(sides.straightforward)
+    differences = {
+        name: agree(sides.gradients(loss), wanted, tolerance=TOLERANCE)
+        for name, loss in losses.items()
+        if name != STRAIGHT
+    }
+    del wanted
+    peaks = {}
+    for name, loss in losses.items():
+        sides.forget()  # else what is freed of the last side would count for this one
+        peaks[name] = peak_bytes(partial(sides.step, loss))
+    work = {name: partial(sides.work, loss) for name, loss in losses.items()}
+    return Compared(alternate(work, rounds=rounds), peaks, differences)

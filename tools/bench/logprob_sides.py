@@ -1,0 +1,139 @@
+"""Sides of the comparison of log-probs at equal rows: hidden states -> log-probs of targets, vocabulary cut over TP.
+
+Every side returns each rank's own gradient of the hidden states; the all-reduce of it that follows is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from torch import Tensor
+
+from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.logprobs.projection import VocabShard
+from exo_megatron.logprobs.tiles import plan_tiles
+from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
+from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.parallel.topology import Topology, model_parallel
+from tools.bench.memory import peak_bytes
+from tools.bench.sides import agree
+from tools.bench.timing import Timings, alternate
+
+NAIVE, MEGATRON, KEPT, RECOMPUTED = "naive", "megatron-core", "ours, kept", "ours, recomputed"
+MEMORY_MIB = {KEPT: 1024.0, RECOMPUTED: 8.0}
+"""compute.logits_memory_mib of our sides: the default, and one tile."""
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """N rows, each with one target; H; V."""
+
+    rows: int
+    hidden: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"N={self.rows}, H={self.hidden}, V={self.vocab}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one rank: seconds, peak bytes of each side, largest gradient difference to naive of each other side."""
+
+    timings: Timings
+    peaks: dict[str, int]
+    differences: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """hidden [N, H]; this rank's weight [V/t, H]; targets [N]; the gradient of the log-probs [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    upstream: Tensor
+    topology: Topology
+    vocab: int
+
+    @classmethod
+    def random(cls, size: Size, topology: Topology) -> Problem:
+        """The same on every rank but for the shard. Logits have a standard deviation of 3."""
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(size.rows, size.hidden, generator=generator)
+        weight = torch.randn(size.vocab, size.hidden, generator=generator) * (3 / size.hidden**0.5)
+        targets = torch.randint(size.vocab, (size.rows,), generator=generator)
+        upstream = torch.randn(size.rows, generator=generator)
+        own = weight.chunk(topology.tensor_size)[topology.tensor_rank].clone()
+        device = topology.device
+        hidden, own = hidden.to(device).requires_grad_(), own.to(device).requires_grad_()
+        return cls(hidden, own, targets.to(device), upstream.to(device), topology, size.vocab)
+
+    def gradients(self, side: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
+        """Log-probs of one forward pass, and both gradients of its backward."""
+        logps = side(self)
+        d_hidden, d_weight = torch.autograd.grad(logps, (self.hidden, self.weight), self.upstream)
+        return {"log-probs": logps.detach(), "hidden": d_hidden, "weight": d_weight}
+
+    def work(self, side: Callable[[Problem], Tensor], runtime: Runtime) -> None:
+        """Forward and backward, until every rank is done."""
+        self.gradients(side)
+        if runtime.world_size > 1:
+            runtime.barrier()
+
+
+def naive(problem: Problem) -> Tensor:
+    """The logits of the whole vocabulary on every rank, kept, and torch's log-softmax."""
+    logits = problem.hidden @ problem.weight.t()
+    if problem.topology.tensor_size > 1:
+        logits = gather_from_tensor_model_parallel_region(logits)
+    return torch.log_softmax(logits, dim=-1).gather(-1, problem.targets[:, None])[:, 0]
+
+
+def megatron(problem: Problem) -> Tensor:
+    """The output layer's product and the loss function of megatron-core's GPTModel."""
+    logits = problem.hidden @ problem.weight.t()
+    loss: Tensor = vocab_parallel_cross_entropy(logits[:, None], problem.targets[:, None])
+    return -loss[:, 0]
+
+
+def ours(problem: Problem, memory_mib: float) -> Tensor:
+    """As `token_logprobs` calls it."""
+    topology, rows = problem.topology, problem.hidden.shape[0]
+    shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, problem.vocab)
+    tiling = plan_tiles(rows, shard.valid(problem.weight.shape[0]), problem.weight, memory_mib=memory_mib)
+    token_row = torch.arange(rows, device=problem.hidden.device)
+    return sharded_logprobs(
+        problem.hidden, problem.weight, token_row, problem.targets, shard, temperature=1.0, tiling=tiling
+    )
+
+
+SIDES: dict[str, Callable[[Problem], Tensor]] = {
+    NAIVE: naive,
+    MEGATRON: megatron,
+    KEPT: partial(ours, memory_mib=MEMORY_MIB[KEPT]),
+    RECOMPUTED: partial(ours, memory_mib=MEMORY_MIB[RECOMPUTED]),
+}
+
+
+def measure(size: Size, rounds: int, tolerance: float) -> Measured:
+    """In every process of a world whose ranks are one tensor group. Raises Different."""
+    with (
+        distributed_runtime() as runtime,
+        model_parallel(runtime, ParallelConfig(tensor=runtime.world_size), seed=0) as topology,
+    ):
+        problem = Problem.random(size, topology)
+        wanted = problem.gradients(naive)
+        others = {name: side for name, side in SIDES.items() if name != NAIVE}
+        differences = {
+            name: agree(problem.gradients(side), wanted, tolerance=tolerance) for name, side in others.items()
+        }
+        del wanted
+        work = {name: partial(problem.work, side, runtime) for name, side in SIDES.items()}
+        peaks = {name: peak_bytes(each) for name, each in work.items()}
+        return Measured(alternate(work, rounds=rounds), peaks, differences)
