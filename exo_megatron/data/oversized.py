@@ -17,14 +17,16 @@ from exo_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank does of one group in a wave: the candidates (numbers, ascending) of each of its parts.
+    """What one rank does of one group in a wave: the candidates (numbers, ascending) of each of its passes.
 
-    The first part is the largest. group: index into the step's groups, None where the rank has none; its parts are
-    then empty ones, of padding, or there are no parts.
+    parts: forward and backward, the largest first. scored: forward alone before that, the candidates of all parts but
+    the first. group: index into the step's groups, None where the rank has none; its passes are then of padding only,
+    or there are none.
     """
 
     group: int | None
     parts: tuple[tuple[int, ...], ...]
+    scored: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ def plan_oversized(
 ) -> OversizedPlan:
     """Find the groups of one step that exceed a row, and spread them over ranks so that all finish early.
 
-    A rank holds the activations of a prompt and one part: together at most max_tokens. equal_passes: every rank
-    makes as many passes as any other (model copies that share experts must), some of padding only. Depends on the
-    arguments alone, so every rank may compute it for itself. Raises DataError for a group that fits in no way.
+    A rank holds the activations of a prompt and one part: together at most max_tokens. A pass without gradients holds
+    those of one layer, which are few: it may have max_tokens beside the prompt. equal_passes: every rank makes as many
+    passes as any other (model copies that share experts must), some of padding only. Depends on the arguments alone,
+    so every rank may compute it for itself. Raises DataError for a group that fits in no way.
     """
     capacity = max_tokens // multiple * multiple
     large = [i for i, group in enumerate(groups) if group.num_tokens > capacity]
@@ -123,12 +126,17 @@ class _Work:
             rank = tokens.index(min(tokens))
             hands[rank].append(number)
             tokens[rank] += lengths[number]
-        return [Share(self.index, self._parts(sorted(hand), lengths)) for hand in hands]
+        return [self._share(sorted(hand), lengths) for hand in hands]
 
-    def _parts(self, hand: list[int], lengths: list[int]) -> tuple[tuple[int, ...], ...]:
-        rows = best_fit([lengths[number] for number in hand], self.capacity - len(self.group.prompt))
-        parts = [tuple(sorted(hand[i] for i in row)) for row in rows]
-        return tuple(sorted(parts, key=lambda part: (-sum(lengths[number] for number in part), part)))
+    def _share(self, hand: list[int], lengths: list[int]) -> Share:
+        def rows(numbers: list[int], room: int) -> tuple[tuple[int, ...], ...]:
+            packed = best_fit([lengths[number] for number in numbers], room)
+            found = [tuple(sorted(numbers[i] for i in row)) for row in packed]
+            return tuple(sorted(found, key=lambda row: (-sum(lengths[number] for number in row), row)))
+
+        parts = rows(hand, self.capacity - len(self.group.prompt))
+        later = sorted(number for part in parts[1:] for number in part)
+        return Share(self.index, parts, rows(later, self.capacity))
 
     def cost(self, share: Share) -> float:
         """Forward and backward (3 units) of the prompt and all parts, and a forward (1 unit) of all but the first."""
@@ -164,7 +172,7 @@ def _spread(works: Sequence[_Work], loads: list[float]) -> Wave:
         if len(more) > len(works[last].group.candidates) or end(last, more) >= end(last, ranks[last]):
             break
         ranks[last].append(free.pop(0))
-    shares = [Share(None, ())] * len(loads)
+    shares = [Share(None, (), ())] * len(loads)
     for work, on in zip(works, ranks, strict=True):
         for rank, share in zip(on, work.deal(len(on)), strict=True):
             shares[rank] = share
@@ -173,7 +181,12 @@ def _spread(works: Sequence[_Work], loads: list[float]) -> Wave:
 
 
 def _equalised(wave: Wave) -> Wave:
-    """The wave with empty parts where a rank has fewer than another."""
-    most = max(len(share.parts) for share in wave.shares)
-    shares = (Share(share.group, share.parts + ((),) * (most - len(share.parts))) for share in wave.shares)
+    """The wave with empty passes where a rank has fewer than another."""
+    parts = max(len(share.parts) for share in wave.shares)
+    scored = max(len(share.scored) for share in wave.shares)
+
+    def filled(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
+        return rows + ((),) * (count - len(rows))
+
+    shares = (Share(share.group, filled(share.parts, parts), filled(share.scored, scored)) for share in wave.shares)
     return Wave(tuple(shares), wave.spread)

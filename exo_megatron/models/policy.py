@@ -117,7 +117,7 @@ class PolicyModel(GPTModel):
             packed_seq_params.shared.keep_hidden(last)
             return last
         if isinstance(packed_seq_params, PartLayout):
-            return packed_seq_params.shared.before(hidden_states[packed_seq_params.row.predict_rows, 0])
+            return packed_seq_params.predicting(hidden_states[packed_seq_params.row.predict_rows, 0])
         if not isinstance(packed_seq_params, GroupLayout):
             return hidden_states
         if self.has_scores:

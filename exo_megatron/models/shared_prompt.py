@@ -148,8 +148,8 @@ class PartLayout:
     """The pass of a part: N tokens of some candidates of one group, and padding behind them.
 
     row: their layout. Its `predict_rows` leave out the shared prompt row, to which index 0 of `token_row` refers: it
-    stands in front of them in the last stage's output. prompt: the second attention pass, of the first N rows over
-    the prompt's stored keys; None for a row of padding only.
+    stands in front of them in the last stage's output, where there are candidates. prompt: the second attention pass,
+    of the first N rows over the prompt's stored keys; None for a row of padding only.
     """
 
     row: GroupLayout
@@ -172,6 +172,10 @@ class PartLayout:
     def max_seqlen_kv(self) -> int:
         """Tokens of the prompt, or the longest causal segment if that is longer."""
         return max(self.row.max_seqlen_kv, self.shared.length)
+
+    def predicting(self, rows: Tensor) -> Tensor:
+        """On the last stage: all hidden states that predict a token of the part, from those of its own rows."""
+        return rows if self.prompt is None else self.shared.before(rows)
 
 
 def build_prompt_layout(prompt: Sequence[int], *, multiple: int, device: torch.device) -> PromptLayout:

@@ -1,11 +1,11 @@
 """Gradients of groups that do not fit into a row: value and gradient of the whole group, from its parts.
 
 The gradient of a group's loss is sum_k c_k d log pi(y_k | x), where c_k is the loss's derivative by the log-prob of
-candidate k. So: the prompt once, with its graph (exo_megatron/models/shared_prompt.py); the parts but the first
-without gradients, for their log-probs; then every part with gradients, as the likelihood weighted with c_k, which is
-known once the first part's log-probs are; at last the prompt's backward. Parts go through megatron-core's schedule,
-so that the stages of a pipeline work on several. Forward and backward cost 3 P + 3 sum R, as in one row, and the
-parts but the first a forward more.
+candidate k. So: the prompt once, with its graph (exo_megatron/models/shared_prompt.py); the candidates of all parts
+but the first without gradients, for their log-probs, in few large rows; then every part with gradients, as the
+likelihood weighted with c_k, which is known once the first part's log-probs are; at last the prompt's backward. Parts
+go through megatron-core's schedule, so that the stages of a pipeline work on several. Forward and backward cost
+3 P + 3 sum R, as in one row, and the parts but the first a forward more.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ class Part:
 class LocalShare:
     """This rank's share of a wave, on its device.
 
-    own: where its group's K candidates are among the `candidates` of all groups of the wave. rewards,
-    reference_logps: [K] fp64 of the group; None where there is no group, and rewards where the loss needs none.
-    counts: whether this rank reports the group's loss, which other ranks may share. spread: whether any group of
-    the wave is shared.
+    parts, scored: passes with and without gradients, see data/oversized.py. own: where its group's K candidates are
+    among the `candidates` of all groups of the wave. rewards, reference_logps: [K] fp64 of the group; None where there
+    is no group, and rewards where the loss needs none. counts: whether this rank reports the group's loss, which other
+    ranks may share. spread: whether any group of the wave is shared.
     """
 
     prompt: PromptLayout
     parts: tuple[Part, ...]
+    scored: tuple[Part, ...]
     candidates: int
     own: slice
     rewards: Tensor | None
@@ -87,16 +88,18 @@ class LocalShare:
         group = None if share.group is None else groups[share.group]
         start = 0 if share.group is None else starts[numbers.index(share.group)]
         prompt = build_prompt_layout(group.prompt if group else (), multiple=multiple, device=device)
-        parts = []
-        for part in share.parts:
-            candidates = [group.candidates[number] for number in part] if group else []
+
+        def laid_out(numbers: Sequence[int]) -> Part:
+            candidates = [group.candidates[number] for number in numbers] if group else []
             layout = build_part_layout(prompt.shared, candidates, multiple=multiple, device=device)
-            places = torch.tensor([start + number for number in part], dtype=torch.int64).to(device, non_blocking=True)
-            parts.append(Part(layout, places))
+            places = torch.tensor([start + number for number in numbers], dtype=torch.int64)
+            return Part(layout, places.to(device, non_blocking=True))
+
         first = [each.group for each in wave.shares].index(share.group)
         return cls(
             prompt=prompt,
-            parts=tuple(parts),
+            parts=tuple(laid_out(numbers) for numbers in share.parts),
+            scored=tuple(laid_out(numbers) for numbers in share.scored),
             candidates=starts[-1],
             own=slice(start, start + (len(group.candidates) if group else 0)),
             rewards=vector(group.rewards or (), device) if group else None,
@@ -195,9 +198,9 @@ def _run(trainee: Trainee, share: LocalShare, coefficients: Coefficients) -> Non
             coefficients.settle()
         return
     prompt = forward_prompt(trainee, share.prompt)
-    if len(share.parts) > 1:
+    if share.scored:
         with forward_only(trainee.policy):
-            _schedule(trainee, share.parts[1:], note, temperature=temperature, backward=False)
+            _schedule(trainee, share.scored, note, temperature=temperature, backward=False)
     _schedule(trainee, share.parts, weigh, temperature=temperature, backward=True)
     backward_prompt(trainee, prompt)
 

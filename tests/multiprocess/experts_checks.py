@@ -6,7 +6,7 @@ the contract of the checkpoint alone, what every stored tensor of a Hugging Face
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.config.sections import ComputeConfig, LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import make_microbatch, plan_microbatches
 from exo_megatron.models.build import build_policy
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import Experts, ModelSpec, Rotary
@@ -32,7 +31,8 @@ from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.rollout.scoring import candidate_logprobs
-from exo_megatron.training.objectives import AlignObjective, RowBatch
+from exo_megatron.training.batches import step_batches
+from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
 from exo_megatron.training.step import StepResult, forward_gradients, train_step
 
@@ -190,12 +190,13 @@ def train(
         gradients: list[tuple[Place, Tensor]] = []
         results = []
         for step in range(first, len(steps)):
-            batches = _pack(steps[step], trainee)
+            batches = step_batches(trainee, steps[step])
             if step == first:
-                forward_gradients(trainee, batches, objective)
+                forward_gradients(trainee, batches.rows, objective, batches.oversized)
                 pick = complete_gradients(trainee).__getitem__
                 gradients = [(place, part.clone()) for place, part in parts_of(policy, pick)]
-            results.append(train_step(trainee, batches, objective, learning_rate=optimizer["lr"]))
+            work = {"oversized": batches.oversized, "learning_rate": optimizer["lr"]}
+            results.append(train_step(trainee, batches.rows, objective, **work))
             if save is not None and step + 1 == save[0]:
                 state = trainee.sharded_state(loading=False)
                 save_checkpoint(
@@ -210,21 +211,6 @@ def train(
                 )
         final = [(place, part.detach().clone()) for place, part in parts_of(policy, lambda p: p)]
         return Trained(scores, results, gradients, final)
-
-
-def _pack(groups: Sequence[Group], trainee: Trainee) -> list[RowBatch]:
-    topology = trainee.topology
-    plan = plan_microbatches(
-        groups,
-        data_size=topology.data_size,
-        max_tokens=trainee.compute.max_tokens_per_microbatch,
-        multiple=topology.row_multiple,
-        hidden_size=trainee.spec.hidden_size,
-    )
-    return [
-        RowBatch.of(make_microbatch([groups[i] for i in row], multiple=topology.row_multiple), topology.device)
-        for row in plan[topology.data_rank]
-    ]
 
 
 def complete_gradients(trainee: Trainee) -> dict[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +27,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from exo_megatron.data.sampling import StepSampler
+from exo_megatron.training.objectives import ALIGN_STATISTICS
 from tests.multiprocess.align_case import (
     FEWEST_TOKENS,
+    MAX_TOKENS,
     SEED,
     STEPS,
     Case,
@@ -166,7 +168,7 @@ def stage_config(case: Case, root: Path) -> dict[str, Any]:
             "precision": case.precision,
             "recompute": case.recompute,
             "max_tokens_per_microbatch": case.max_tokens,
-            "logprob_chunk_rows": 16,
+            "logits_memory_mib": 0,
         },
         "optimizer": {
             "lr": LR,
@@ -306,6 +308,31 @@ def test_every_gradient(case: Case, worlds: Worlds) -> None:
     errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]:.2e}"
+
+
+@pytest.mark.parametrize("case", OVERSIZED, ids=by_name)
+def test_oversized_groups_are_counted(case: Case, worlds: Worlds) -> None:
+    multiple = case.tensor if case.sequence else 1
+    capacity = case.max_tokens // multiple * multiple
+    steps = steps_of(data(case.kind), case.groups_per_step)
+    sizes = [[len(g.prompt) + sum(map(len, g.candidates)) for g in groups] for groups in steps]
+    expected = [sum(size > capacity for size in step) for step in sizes]
+    assert sum(expected) > 0
+    for record in worlds.records(case):
+        assert [line["oversized_groups"] for line in record.metrics] == expected
+
+
+@pytest.mark.parametrize("case", [c for c in OVERSIZED if replace(c, max_tokens=MAX_TOKENS) in CASES], ids=by_name)
+def test_a_group_in_parts_is_the_group_in_one_row(case: Case, worlds: Worlds) -> None:
+    """Loss, every statistic and every gradient of the first step."""
+    split, unsplit = worlds.records(case), worlds.records(replace(case, max_tokens=MAX_TOKENS))
+    ours, theirs = split[0].metrics[0], unsplit[0].metrics[0]
+    assert ours.keys() == theirs.keys()
+    for name in {"loss", "grad_norm", *ALIGN_STATISTICS}:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
+    for mine, other in zip(split, unsplit, strict=True):
+        for name, gradient in (other.gradients or [{}])[0].items():
+            assert relative_error(mine.gradients[0][name], gradient) < 1e-5, name
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

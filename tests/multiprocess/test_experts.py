@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from exo_megatron.data.groups import Group
-from tests.multiprocess.align_case import MAX_TOKENS, objective, reward_groups
+from tests.multiprocess.align_case import FEWEST_TOKENS, MAX_TOKENS, objective, reward_groups
 from tests.multiprocess.experts_checks import Place, Trained, spec_of, whole_tensors
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.objective import ReferenceGroup, align_loss, candidate_logprobs
@@ -53,6 +53,7 @@ class Case:
     precision: Literal["fp32", "bf16"] = "fp32"
     saves: bool = False
     resumes: str = ""
+    max_tokens: int = MAX_TOKENS
 
     @property
     def world_size(self) -> int:
@@ -61,7 +62,8 @@ class Case:
     @property
     def name(self) -> str:
         cut = f"{self.model}-tp{self.tensor}pp{self.pipeline}ep{self.expert}dp{self.data}"
-        return cut + f"-{self.recompute}-{self.precision}" + (f"-after-{self.resumes}" if self.resumes else "")
+        limit = f"-tokens{self.max_tokens}" if self.max_tokens != MAX_TOKENS else ""
+        return cut + f"-{self.recompute}-{self.precision}{limit}" + (f"-after-{self.resumes}" if self.resumes else "")
 
     @property
     def parallel(self) -> dict[str, Any]:
@@ -84,6 +86,9 @@ CASES = [
     Case(tensor=2, pipeline=2, expert=2),
     Case(pipeline=2, expert=2, data=2, recompute="full"),
     Case(tensor=2, expert=4, data=2),
+    # Oversized groups, on model copies that share experts: equal numbers of passes, some of padding.
+    Case(expert=2, data=2, max_tokens=FEWEST_TOKENS),
+    Case(pipeline=2, expert=2, data=2, recompute="full", max_tokens=FEWEST_TOKENS),
 ]
 ROUGH = Case(expert=2, data=2, precision="bf16")
 SCORED = [case for case in CASES if not case.resumes]
@@ -183,8 +188,8 @@ class Worlds:
             "compute": {
                 "precision": case.precision,
                 "recompute": case.recompute,
-                "max_tokens_per_microbatch": MAX_TOKENS,
-                "logprob_chunk_rows": 16,
+                "max_tokens_per_microbatch": case.max_tokens,
+                "logits_memory_mib": 0,
             },
             "optimizer": {"lr": LR, "eps": 1e-4, "schedule": "constant"},
             "loss": vars(objective("exo_rw")),

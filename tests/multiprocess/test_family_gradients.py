@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from exo_megatron.conversion.families import find_family
-from tests.multiprocess.align_case import MAX_TOKENS, objective, reward_groups, write_records
+from tests.multiprocess.align_case import FEWEST_TOKENS, MAX_TOKENS, objective, reward_groups, write_records
 from tests.multiprocess.align_checks import RankRecord
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.hf_names import whole_tensors
@@ -35,12 +35,14 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "tp2": {"parallel": {"tensor": 2}, "recompute": "selective"},
     "tp2-nosp": {"parallel": {"tensor": 2, "sequence": False}, "recompute": "none"},
     "pp2": {"parallel": {"pipeline": 2}, "recompute": "full"},
+    "tp2 in parts": {"parallel": {"tensor": 2}, "recompute": "none", "max_tokens": FEWEST_TOKENS},
+    "pp2 in parts": {"parallel": {"pipeline": 2}, "recompute": "full", "max_tokens": FEWEST_TOKENS},
 }
 MODELS = {
-    "gpt2": ("tp2", "tp2-nosp", "pp2"),
+    "gpt2": ("tp2", "tp2-nosp", "pp2", "tp2 in parts"),
     "gpt_neox": ("tp2", "tp2-nosp", "pp2"),
     "qwen2": ("tp2", "tp2-nosp", "pp2"),
-    "gemma2": ("tp2", "pp2"),
+    "gemma2": ("tp2", "pp2", "pp2 in parts"),
     "gemma3_text": ("tp2", "tp2-nosp", "pp2"),
     "glm4": ("tp2",),
 }
@@ -83,8 +85,8 @@ def stage_config(name: str, topology: str, root: Path) -> dict[str, Any]:
         "compute": {
             "precision": "fp32",
             "recompute": settings["recompute"],
-            "max_tokens_per_microbatch": MAX_TOKENS,
-            "logprob_chunk_rows": 16,
+            "max_tokens_per_microbatch": settings.get("max_tokens", MAX_TOKENS),
+            "logits_memory_mib": 1024,
         },
         "batch": {"groups": len(reward_groups()), "max_steps": 1},
         "loss": vars(objective("exo_rw")),

@@ -1,0 +1,119 @@
+"""A group in parts against the same group in one row: time of forward and backward, and activations in memory.
+
+Split: `compute.max_tokens_per_microbatch` leaves room for the prompt and n candidates, so each part has n of them
+(exo_megatron/training/oversized.py). A forward costs 1 and a backward 2, so with P + K R tokens in one row the passes
+cost 3 (P + K R) and those of the parts R (K - n) more: at most 4/3 of it. The prompt and one part are in memory:
+(P + n R) / (P + K R) of the activations. What autograd keeps is counted, and beside it the peak of all that is
+allocated, with gradients of weights and passing buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from exo_megatron.config.sections import ComputeConfig, LossConfig
+from exo_megatron.data.groups import Group
+from exo_megatron.training.batches import step_batches
+from exo_megatron.training.optimizer import Trainee
+from exo_megatron.training.step import forward_gradients
+from tools.bench.lengths import Lengths
+from tools.bench.memory import peak_bytes
+from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
+from tools.bench.options import Options
+from tools.bench.saved import saved_bytes
+from tools.bench.sides import agree
+from tools.bench.table import Table
+from tools.bench.timing import alternate
+from tools.bench.training import OurSteps
+
+SHAPES = ((512, 128, 8, 1), (400, 50, 8, 1), (400, 50, 8, 4), (256, 256, 16, 1), (512, 512, 8, 1))
+QUICK_SHAPES = ((24, 8, 4, 1), (5, 12, 4, 2))
+SHAPE, QUICK_SHAPE = Shape(hidden=512, layers=4, vocab=512), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
+LOSS = LossConfig(kind="exo_rw", beta_pi=0.1, beta_r=1.0, temperature=0.8)
+TOLERANCE = 1e-5
+TIME_TARGET, MEMORY_TARGET = 1.36, 1.10
+
+
+def run(options: Options) -> Table:
+    """See the module."""
+    shape = QUICK_SHAPE if options.quick else SHAPE
+    rows = []
+    whole = ComputeConfig(precision="fp32", max_tokens_per_microbatch=8192)
+    with world() as runtime, matched_models(shape, runtime, whole) as matched:
+        ours = OurSteps.of(matched, LOSS)
+        for sizes in QUICK_SHAPES if options.quick else SHAPES:
+            rows.append(_row(matched, ours, *sizes, rounds=options.rounds))
+    return Table(
+        "A group in parts of n candidates over the same group in one row, forward and backward",
+        (
+            "P, R, K",
+            "n",
+            "time",
+            "work",
+            "target",
+            "activations",
+            "(P+nR)/(P+KR)",
+            "over the formula",
+            "target",
+            "peak allocated",
+            "gradient difference",
+        ),
+        rows,
+        (f"{shape}, fp32. Times: median (range) of ratios round by round. work: FLOPs of linear layers.",),
+    )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One group trained on by `trainee`, whose limit decides whether it is split."""
+
+    trainee: Trainee
+    ours: OurSteps
+    groups: Sequence[Group]
+
+    def step(self) -> None:
+        """Forward and backward of one step, planning included."""
+        batches = step_batches(self.trainee, self.groups)
+        forward_gradients(self.trainee, batches.rows, self.ours.objective, batches.oversized)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradient of the loss, by HF's names."""
+        self.step()
+        return {name: gradient.clone() for name, gradient in hf_gradients(self.trainee, self.ours.matched).items()}
+
+
+def _row(
+    matched: Matched, ours: OurSteps, prompt: int, response: int, candidates: int, together: int, *, rounds: int
+) -> tuple[str, ...]:
+    lengths = Lengths(prompt, (response,) * candidates)
+    groups = ours.stored(random_groups([lengths], matched.spec.vocab_size))
+    room = prompt + together * response
+    compute = matched.compute.model_copy(update={"max_tokens_per_microbatch": room})
+    unsplit, split = Side(ours.trainee, ours, groups), Side(replace(ours.trainee, compute=compute), ours, groups)
+    parts = [share.parts for wave in step_batches(split.trainee, groups).oversized.waves for share in wave.shares]
+    assert [{len(part) for part in each} for each in parts] == [{together}]
+    difference = agree(split.gradients(), unsplit.gradients(), tolerance=TOLERANCE)
+    timings = alternate({"split": split.step, "unsplit": unsplit.step}, rounds=rounds)
+    saved = partial(saved_bytes, without=list(ours.trainee.policy.parameters()))
+    kept = saved(split.step) / saved(unsplit.step)
+    peak = peak_bytes(split.step) / peak_bytes(unsplit.step)
+    tokens = prompt + candidates * response
+    formula = room / tokens
+    work = 1 + (candidates - together) * response / (3 * tokens)
+    return (
+        f"{prompt}, {response}, {candidates}",
+        f"{together}",
+        timings.shown("split", "unsplit"),
+        f"{work:.2f}",
+        f"{TIME_TARGET:.2f}",
+        f"{kept:.3f}",
+        f"{formula:.3f}",
+        f"{kept / formula:.2f}",
+        f"{MEMORY_TARGET:.2f}",
+        f"{peak:.3f}",
+        f"{difference:.1e}",
+    )
