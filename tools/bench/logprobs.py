@@ -46,7 +46,7 @@ def run(options: Options) -> Table:
             continue
         measured = measure_in_world(ranks, size, options.rounds)
         for other in (NAIVE, MEGATRON):
-            for ours in (logprob_sides.KEPT, logprob_sides.RECOMPUTED):
+            for ours in logprob_sides.MEMORY_MIB:
                 target = TARGETS.get((ranks, other, ours), "")
                 rows.append((f"TP{ranks}, {size}", *_cells(measured, other, ours), target))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +54,7 @@ def run(options: Options) -> Table:
         for buffer in (True, False):
             compared = head_loss.compare(group, device, options.rounds, buffer=buffer)
             what = f"head + loss, {group}, gradient of W {'into its buffer' if buffer else 'a new tensor'}"
-            for ours in (head_loss.KEPT, head_loss.RECOMPUTED):
+            for ours in head_loss.MEMORY_MIB:
                 rows.append((what, *_cells(compared, head_loss.STRAIGHT, ours), "10x time, 35x memory"))
     return Table(
         "Hidden states to log-probs, forward and backward, fp32",
@@ -62,8 +62,9 @@ def run(options: Options) -> Table:
         rows,
         (
             "Median (range) of time ratios round by round; peak bytes above the start, on one rank.",
-            "Kept: compute.logits_memory_mib 1024, the default. Recomputed: 8. With megatron-core's gradient buffers,",
-            "which exist before, ours adds to the weight's at once; elsewhere its gradient counts on both sides.",
+            "compute.logits_memory_mib: kept 1024 (default), recomputed 8; head + loss: partly kept 17, recomputed 1.",
+            "Where the weight has megatron-core's gradient buffer, which exists before, ours adds to it directly;",
+            "elsewhere the gradient of the weight counts on both sides.",
         ),
     )
 

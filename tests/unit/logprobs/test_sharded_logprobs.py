@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exo_megatron.logprobs.projection import VocabShard
+from exo_megatron.logprobs.projection import Projection, VocabShard
 from exo_megatron.logprobs.tiles import Tiling
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 
@@ -210,10 +210,10 @@ def test_no_tensor_is_larger_than_a_tile(kept: int) -> None:
     assert largest_result(256, 512, Tiling(32, kept)) == 256 * 32
 
 
-def logits_alive(kept: int, *, differentiated: bool = True) -> int:
-    """Bytes that the forward pass leaves behind, for logits [256, 512] in tiles of 64 columns."""
-    hidden = torch.randn(256, 2, requires_grad=differentiated)
-    weight = torch.randn(512, 2, requires_grad=differentiated)
+def saved_logits(kept: int) -> int:
+    """Bytes of logits [256, 512] that the forward pass leaves to the backward, in tiles of 64 columns."""
+    hidden = torch.randn(256, 2, requires_grad=True)
+    weight = torch.randn(512, 2, requires_grad=True)
     targets = torch.arange(256)
     shard = VocabShard(group=None, rank=0, ranks=1, vocab_size=512)
     saved = 0
@@ -229,7 +229,13 @@ def logits_alive(kept: int, *, differentiated: bool = True) -> int:
 
 
 def test_as_many_tiles_stay_as_are_kept() -> None:
-    assert [logits_alive(kept) for kept in (0, 3, 100)] == [0, 3 * 256 * 64 * 4, 256 * 512 * 4]
-    assert logits_alive(100, differentiated=False) == 0
-    with torch.no_grad():
-        assert logits_alive(100) == 0
+    assert [saved_logits(kept) for kept in (0, 3, 100)] == [0, 3 * 256 * 64 * 4, 256 * 512 * 4]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_without_a_backward_nothing_is_kept(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the end of the forward pass: tiles to keep would become factors of the backward's products."""
+    monkeypatch.delattr(Projection, "factor")
+    hidden, weight = (tensor.detach().requires_grad_(trained) for tensor in inputs())
+    with torch.set_grad_enabled(not trained):
+        assert actual(hidden, weight, Tiling(4, 100)).shape == TOKEN_ROW.shape

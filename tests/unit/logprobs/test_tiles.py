@@ -36,5 +36,10 @@ def test_nothing_to_predict_and_nothing_to_hold() -> None:
     assert plan_tiles(5, 0, FP32, memory_mib=1) == Tiling(1, 0)
 
 
+def test_little_memory_is_not_spent_on_the_tile_at_work() -> None:
+    """197 rows, 17 MiB: an eighth of it holds 2827 columns, in whole 256s 2816; 7 such tiles stay."""
+    assert plan_tiles(197, 32000, FP32, memory_mib=17) == Tiling(2816, 7)
+
+
 def test_no_memory_means_the_narrowest_tiles() -> None:
     assert plan_tiles(2048, 16384, FP32, memory_mib=0) == Tiling(256, 0)
