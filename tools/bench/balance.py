@@ -67,7 +67,7 @@ def run(options: Options) -> Table:
         ("lengths", "K", "groups a step", "max tokens", "micro-batches", "random", "ours", "worst step", "target"),
         rows,
         (
-            f"Simulated from the FLOPs of a Llama with H={model.hidden}, {model.layers} layers, V={model.vocab}. Mean of {steps} steps; `worst step` is of ours.",
+            f"Simulated from the FLOPs of a {model}. Mean of {steps} steps; `worst step` is of ours.",
             f"max tokens: the fewest, in steps of 64, with which no step needs more than {MICROBATCHES} micro-batches "
             "a copy. random: groups shuffled and dealt in equal numbers to as many micro-batches.",
             "ideal: equal micro-batches in the same schedule. Unequal ones may beat it slightly, because ours begin "
