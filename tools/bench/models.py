@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -91,9 +92,14 @@ class Matched:
 
 @contextlib.contextmanager
 def world() -> Iterator[Runtime]:
-    """This process as a world of one, for all models of a benchmark."""
-    with distributed_runtime() as runtime:
-        yield runtime
+    """This process as a world of one, for all models of a benchmark. It ends however the benchmark ends."""
+    try:
+        with distributed_runtime() as runtime:
+            yield runtime
+    except BaseException:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
 
 
 @contextlib.contextmanager
