@@ -20,16 +20,14 @@ from exo_megatron.data.groups import Group
 from tools.bench.lengths import TLDR
 from tools.bench.models import Matched, Shape, matched_models, random_groups, world
 from tools.bench.options import Options
-from tools.bench.sides import agree
 from tools.bench.table import Table
-from tools.bench.timing import Timings, alternate
 from tools.bench.training import ADAM, LEARNING_RATE, OurSteps
+from tools.bench.versus import NOTE, Versus
 
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, beta_r=1.0, temperature=0.8)
 ROWS_PER_MICROBATCH = 8
-TOLERANCE = 1e-4
 SHAPE, QUICK_SHAPE = Shape(hidden=256, layers=4, vocab=32_000), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
-TARGETS = {(8, "live"): 7.6, (8, "stored"): 10.0}
+TARGETS = {8: {"live": 7.6, "stored": 10.0}}
 
 
 def run(options: Options) -> Table:
@@ -40,45 +38,18 @@ def run(options: Options) -> Table:
         for candidates in (4, 8):
             with matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
                 groups = random_groups(TLDR.draw(rows_per_step // candidates, candidates), shape.vocab)
-                rows += _rows(candidates, *_measure(matched, groups, options.rounds))
+                ours, hf = OurSteps.of(matched, LOSS), StraightforwardSteps(matched)
+                measured = Versus.measure(ours, hf, groups, options.rounds)
+                rows += measured.rows(str(candidates), TARGETS.get(candidates, {}))
     return Table(
         f"Training step against an HF model with the straightforward EXO_rw loss, {TLDR.name} lengths",
         ("K", "reference", "ours, s", "HF / ours", "target", "gradient difference"),
         rows,
         (
             f"{shape}, fp32, {rows_per_step} candidates a step. Median (range) of ratios round by round.",
-            "stored: ours reads reference log-probs, HF computes them; both stored: neither computes them.",
+            NOTE,
         ),
     )
-
-
-def _measure(matched: Matched, groups: Sequence[Group], rounds: int) -> tuple[Timings, float]:
-    ours, hf = OurSteps.of(matched, LOSS), StraightforwardSteps(matched)
-    difference = agree(ours.gradients(groups), hf.gradients(groups), tolerance=TOLERANCE)
-    stored = ours.stored(groups)
-    timings = alternate(
-        {
-            "ours live": lambda: ours.step(groups),
-            "HF live": lambda: hf.step(groups),
-            "ours stored": lambda: ours.step(stored),
-            "HF stored": lambda: hf.step(stored),
-        },
-        rounds=rounds,
-    )
-    return timings, difference
-
-
-def _rows(candidates: int, timings: Timings, difference: float) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for reference, ours, theirs in (
-        ("live", "ours live", "HF live"),
-        ("stored", "ours stored", "HF live"),
-        ("both stored", "ours stored", "HF stored"),
-    ):
-        target = TARGETS.get((candidates, reference))
-        shown = (f"{timings.median(ours):.2f}", timings.shown(theirs, ours), f"{target}" if target else "")
-        rows.append((str(candidates), reference, *shown, f"{difference:.1e}"))
-    return rows
 
 
 class StraightforwardSteps:

@@ -151,7 +151,7 @@ def random_groups(lengths: Sequence[Lengths], vocab: int, *, seed: int = 0) -> l
 
 
 def hf_gradients(trainee: Trainee, matched: Matched) -> dict[str, Tensor]:
-    """The gradient of a model that is whole in this process, under HF's names, from megatron-core's fp32 buffers."""
+    """Copies of the gradient in megatron-core's fp32 buffers, under HF's names. The model is whole in this process."""
     family, spec = hf_spec(tokenizer_path(matched.checkpoint))
     own = {name: vars(parameter)["main_grad"] for name, parameter in trainee.policy.named_parameters()}
     gradients: dict[str, Tensor] = {}
@@ -160,5 +160,5 @@ def hf_gradients(trainee: Trainee, matched: Matched) -> dict[str, Tensor]:
             name = rule.key
             if entry.index:
                 name = name.replace("decoder.layers.", f"decoder.layers.{entry.index[0]}.")
-            gradients |= zip(entry.sources, rule.transform.split(own[name]), strict=True)
+            gradients |= zip(entry.sources, (part.clone() for part in rule.transform.split(own[name])), strict=True)
     return gradients

@@ -19,7 +19,6 @@ from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.training.batches import step_batches
 from exo_megatron.training.optimizer import Trainee
-from exo_megatron.training.step import forward_gradients
 from tools.bench.lengths import Lengths
 from tools.bench.memory import peak_bytes
 from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
@@ -28,7 +27,7 @@ from tools.bench.saved import saved_bytes
 from tools.bench.sides import agree
 from tools.bench.table import Table
 from tools.bench.timing import alternate
-from tools.bench.training import OurSteps
+from tools.bench.training import OurSteps, backward
 
 SHAPES = ((512, 128, 8, 1), (400, 50, 8, 1), (400, 50, 8, 4), (256, 256, 16, 1), (512, 512, 8, 1))
 QUICK_SHAPES = ((24, 8, 4, 1), (5, 12, 4, 2))
@@ -77,13 +76,12 @@ class Side:
 
     def step(self) -> None:
         """Forward and backward of one step, planning included."""
-        batches = step_batches(self.trainee, self.groups)
-        forward_gradients(self.trainee, batches.rows, self.ours.objective, batches.oversized)
+        backward(self.trainee, self.groups, self.ours.objective)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradient of the loss, by HF's names."""
         self.step()
-        return {name: gradient.clone() for name, gradient in hf_gradients(self.trainee, self.ours.matched).items()}
+        return hf_gradients(self.trainee, self.ours.matched)
 
 
 def _row(

@@ -87,4 +87,4 @@ class Sides:
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Gradient of the weighted likelihood, by HF's names."""
         self.step(groups)
-        return {name: gradient.clone() for name, gradient in hf_gradients(self.ours.trainee, self.matched).items()}
+        return hf_gradients(self.ours.trainee, self.matched)

@@ -50,7 +50,7 @@ class OurSteps:
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Gradient of the mean loss over the groups, by HF's names."""
         backward(self.trainee, self.stored(groups), self.objective)
-        return {name: gradient.clone() for name, gradient in hf_gradients(self.trainee, self.matched).items()}
+        return hf_gradients(self.trainee, self.matched)
 
 
 def backward(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchObjective) -> None:

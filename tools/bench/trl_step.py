@@ -18,75 +18,44 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
-from tools.bench.lengths import HH, TLDR, Distribution
+from tools.bench.lengths import HH, TLDR
 from tools.bench.models import Matched, Shape, matched_models, random_groups, world
 from tools.bench.options import Options
-from tools.bench.sides import agree
 from tools.bench.table import Table
-from tools.bench.timing import Timings, alternate
 from tools.bench.training import ADAM, LEARNING_RATE, OurSteps
+from tools.bench.versus import NOTE, Versus
 
 LOSS = LossConfig(kind="exo_pref", beta_pi=0.1, label_smoothing=1e-3, temperature=1.0)  # TRL has no temperature
 PAIRS_PER_MICROBATCH = 8
-TOLERANCE = 1e-4
 SHAPE, QUICK_SHAPE = Shape(hidden=256, layers=4, vocab=32_000), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
-TARGETS = {(HH.name, "live"): 6.0, (HH.name, "stored"): 7.8, (TLDR.name, "live"): 4.4, (TLDR.name, "stored"): 5.8}
+TARGETS = {HH.name: {"live": 6.0, "stored": 7.8}, TLDR.name: {"live": 4.4, "stored": 5.8}}
 
 
 def run(options: Options) -> Table:
     """See the module."""
     shape, pairs = (QUICK_SHAPE, 4) if options.quick else (SHAPE, 2 * PAIRS_PER_MICROBATCH)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     with world() as runtime:
         for lengths in (HH, TLDR):
             with matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
                 groups = random_groups(lengths.draw(pairs, 2), shape.vocab)
-                rows += _rows(lengths, *_measure(matched, groups, options.rounds))
+                measured = Versus.measure(OurSteps.of(matched, LOSS), TrlSteps(matched), groups, options.rounds)
+                rows += measured.rows(lengths.name, TARGETS[lengths.name])
     return Table(
         "Training step against TRL's exo_pair, K=2",
         ("lengths", "reference", "ours, s", "TRL / ours", "target", "gradient difference"),
         rows,
         (
             f"{shape}, fp32, {pairs} pairs a step. Median (range) of ratios round by round.",
-            "stored: ours reads reference log-probs, TRL computes them; both stored: neither computes them.",
+            NOTE,
         ),
     )
-
-
-def _measure(matched: Matched, groups: Sequence[Group], rounds: int) -> tuple[Timings, float]:
-    ours, trl = OurSteps.of(matched, LOSS), TrlSteps(matched, groups)
-    difference = agree(ours.gradients(groups), trl.gradients(), tolerance=TOLERANCE)
-    stored = ours.stored(groups)
-    given = [logps for group in stored for logps in [group.reference_logprobs or ()]]
-    timings = alternate(
-        {
-            "ours live": lambda: ours.step(groups),
-            "TRL live": lambda: trl.step(None),
-            "ours stored": lambda: ours.step(stored),
-            "TRL stored": lambda: trl.step(given),
-        },
-        rounds=rounds,
-    )
-    return timings, difference
-
-
-def _rows(lengths: Distribution, timings: Timings, difference: float) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for reference, ours, theirs in (
-        ("live", "ours live", "TRL live"),
-        ("stored", "ours stored", "TRL live"),
-        ("both stored", "ours stored", "TRL stored"),
-    ):
-        target = TARGETS.get((lengths.name, reference))
-        shown = (f"{timings.median(ours):.2f}", timings.shown(theirs, ours), f"{target}" if target else "")
-        rows.append((lengths.name, reference, *shown, f"{difference:.1e}"))
-    return rows
 
 
 class TrlSteps:
     """TRL's trainer on the same weights and pairs."""
 
-    def __init__(self, matched: Matched, groups: Sequence[Group]) -> None:
+    def __init__(self, matched: Matched) -> None:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
@@ -117,33 +86,34 @@ class TrlSteps:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, betas=(ADAM.beta1, ADAM.beta2), weight_decay=0.0
         )
-        self.examples: list[dict[str, Any]] = [
-            {"prompt_ids": [*g.prompt], "chosen_ids": [*g.candidates[0]], "rejected_ids": [*g.candidates[1]]}
-            for g in groups
-        ]
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Gradient of the mean loss over all pairs."""
-        self._backward(None)
+        self._backward(groups)
         found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
 
-    def step(self, given: Sequence[Sequence[float]] | None) -> None:
-        """One optimizer step. given: reference log-probs of each pair, or None for the live reference."""
-        self._backward(given)
+    def step(self, groups: Sequence[Group]) -> None:
+        """One optimizer step; groups without reference log-probs get them from the live reference."""
+        self._backward(groups)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), ADAM.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _backward(self, given: Sequence[Sequence[float]] | None) -> None:
-        examples = self.examples
-        if given is not None:
-            names = ("ref_chosen_logps", "ref_rejected_logps")
-            examples = [each | dict(zip(names, pair, strict=True)) for each, pair in zip(examples, given, strict=True)]
-        self.trainer.precompute_ref_logps = given is not None
-        starts = range(0, len(examples), PAIRS_PER_MICROBATCH)
+    def _backward(self, groups: Sequence[Group]) -> None:
+        self.trainer.precompute_ref_logps = groups[0].reference_logprobs is not None
+        starts = range(0, len(groups), PAIRS_PER_MICROBATCH)
         self.trainer.current_gradient_accumulation_steps = len(starts)
         for start in starts:
-            batch = self.trainer.data_collator(examples[start : start + PAIRS_PER_MICROBATCH])
-            self.trainer.training_step(self.model, self.trainer._prepare_inputs(batch))
+            examples = [_example(group) for group in groups[start : start + PAIRS_PER_MICROBATCH]]
+            self.trainer.training_step(self.model, self.trainer._prepare_inputs(self.trainer.data_collator(examples)))
+
+
+def _example(group: Group) -> dict[str, Any]:
+    """A pair as TRL's collator takes it."""
+    chosen, rejected = group.candidates
+    example: dict[str, Any] = {"prompt_ids": [*group.prompt], "chosen_ids": [*chosen], "rejected_ids": [*rejected]}
+    if group.reference_logprobs is not None:
+        example["ref_chosen_logps"], example["ref_rejected_logps"] = group.reference_logprobs
+    return example

@@ -1,0 +1,63 @@
+"""A training step of ours against somebody else's: gradients first, then times with live and stored references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from exo_megatron.data.groups import Group
+from tools.bench.sides import agree
+from tools.bench.timing import Timings, alternate
+from tools.bench.training import OurSteps
+
+TOLERANCE = 1e-4
+NOTE = "stored: ours reads reference log-probs, theirs computes them; both stored: neither computes them."
+
+
+class Steps(Protocol):
+    """The other side. Groups without reference log-probs get them from its live reference, within the step."""
+
+    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Gradient of the mean loss over the groups, by HF's names."""
+        ...
+
+    def step(self, groups: Sequence[Group]) -> None:
+        """One optimizer step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Times of both sides, and how far their gradients are apart."""
+
+    timings: Timings
+    difference: float
+
+    @classmethod
+    def measure(cls, ours: OurSteps, theirs: Steps, groups: Sequence[Group], rounds: int) -> Versus:
+        """Raises Different where the gradients are not the same."""
+        difference = agree(ours.gradients(groups), theirs.gradients(groups), tolerance=TOLERANCE)
+        stored = ours.stored(groups)
+        sides = {
+            "ours live": lambda: ours.step(groups),
+            "theirs live": lambda: theirs.step(groups),
+            "ours stored": lambda: ours.step(stored),
+            "theirs stored": lambda: theirs.step(stored),
+        }
+        return cls(alternate(sides, rounds=rounds), difference)
+
+    def rows(self, what: str, targets: Mapping[str, float]) -> list[tuple[str, ...]]:
+        """What, reference, our seconds, ratio, target (by reference), gradient difference."""
+        rows: list[tuple[str, ...]] = []
+        for reference, ours, theirs in (
+            ("live", "ours live", "theirs live"),
+            ("stored", "ours stored", "theirs live"),
+            ("both stored", "ours stored", "theirs stored"),
+        ):
+            target = f"{targets[reference]}" if reference in targets else ""
+            shown = (f"{self.timings.median(ours):.2f}", self.timings.shown(theirs, ours), target)
+            rows.append((what, reference, *shown, f"{self.difference:.1e}"))
+        return rows
