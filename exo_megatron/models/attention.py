@@ -18,8 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import kernels_for, merge
-from exo_megatron.models.attention_pass import ScoreRule, prompt_pass, segment_pass
+from exo_megatron.models.attention_kernels import kernels_for
+from exo_megatron.models.attention_pass import ScoreRule, group_passes
 from exo_megatron.models.decode import DecodeLayout, Layout
 from exo_megatron.models.layout import GroupLayout
 from exo_megatron.models.part_attention import part_attention
@@ -100,30 +100,19 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayo
 class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, rule: ScoreRule) -> Tensor:
-        segments = segment_pass(layout)
-        output, lse = kernels_for(query, segments, rule).forward(query, key, value, segments, rule)
-        if layout.response_rows.shape[0]:
-            rows, keys, prompts = layout.response_rows, layout.prompt_rows, prompt_pass(layout)
-            kernels = kernels_for(query, prompts, rule)
-            merge(output, lse, rows, *kernels.forward(query[rows], key[keys], value[keys], prompts, rule))
+        first, *others = ctx.passes = group_passes(layout)
+        output, lse = kernels_for(query, first, rule).forward(query, key, value, first, rule)
+        for which in others:
+            kernels_for(query, which, rule).merge(output, lse, query, key, value, which, rule)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.layout, ctx.rule = layout, rule
+        ctx.rule = rule
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, lse = ctx.saved_tensors
-        layout: GroupLayout = ctx.layout
-        rule: ScoreRule = ctx.rule
-        grad = grads[0].contiguous()
-        segments = segment_pass(layout)
-        kernels = kernels_for(query, segments, rule)
-        d_query, d_key, d_value = kernels.backward(grad, query, key, value, output, lse, segments, rule)
-        if layout.response_rows.shape[0]:
-            rows, keys, prompts = layout.response_rows, layout.prompt_rows, prompt_pass(layout)
-            own = (grad[rows], query[rows], key[keys], value[keys], output[rows], lse[:, rows])
-            dq, dk, dv = kernels_for(query, prompts, rule).backward(*own, prompts, rule)
-            d_query.index_add_(0, rows, dq)
-            d_key.index_add_(0, keys, dk)
-            d_value.index_add_(0, keys, dv)
-        return d_query, d_key, d_value, None, None
+        totals = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for which in ctx.passes:
+            kernels = kernels_for(query, which, ctx.rule)
+            kernels.add_gradients(totals, grads[0], query, key, value, output, lse, which, ctx.rule)
+        return *totals, None, None

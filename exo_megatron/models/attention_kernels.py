@@ -1,14 +1,14 @@
 """One attention pass over variable-length blocks, on the kernels of each device.
 
-CUDA, half precision: one variable-length flash-attention launch a pass, whatever the number of blocks. Elsewhere: one
-call for all blocks of equal shape, with the CPU flash kernels. Where flash attention cannot do what is asked (fp32 on
-CUDA, a soft cap, a window shorter than the texts), with plain matrix products.
+CUDA, half precision: one variable-length flash-attention launch a pass, whatever the number of blocks. Elsewhere: a
+call for each run of blocks of equal shape, with the CPU flash kernels. Where flash attention cannot do what is asked
+(fp32 on CUDA, a soft cap, a window shorter than the texts), with plain matrix products.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from exo_megatron.models.dense_attention import Blocks, CpuFlashKernel, DenseKer
 
 
 class AttentionKernels(Protocol):
-    """A pass and its backward. query and output [N, hq, d], key and value [Q, hkv, d], LSE [hq, N].
+    """Passes and their backward. query and output [N, hq, d], key and value [Q, hkv, d], LSE [hq, N].
 
     LSE, the log-sum-exp of each query's scores, is fp32 (fp64 for fp64 inputs); of a query that sees no key it is
     -inf, and its output 0. The backward computes with whatever output and LSE it is given: those of the pass alone,
@@ -30,11 +30,25 @@ class AttentionKernels(Protocol):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
     ) -> tuple[Tensor, Tensor]:
-        """Output and LSE."""
+        """Output and LSE of a pass whose blocks are all rows of the query."""
         ...
 
-    def backward(
+    def merge(
         self,
+        output: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        which: AttentionPass,
+        rule: ScoreRule,
+    ) -> None:
+        """Merge a pass into output and LSE, in place, which so far are those of passes over other keys."""
+        ...
+
+    def add_gradients(
+        self,
+        totals: Triple,
         grad: Tensor,
         query: Tensor,
         key: Tensor,
@@ -43,8 +57,8 @@ class AttentionKernels(Protocol):
         lse: Tensor,
         which: AttentionPass,
         rule: ScoreRule,
-    ) -> Triple:
-        """Gradients of query, key and value through this pass, given the gradient of the output."""
+    ) -> None:
+        """Add the gradients of query, key and value through this pass to `totals`, given the output's, `grad`."""
         ...
 
 
@@ -59,27 +73,30 @@ def kernels_for(query: Tensor, which: AttentionPass, rule: ScoreRule) -> Attenti
     return BatchedKernels(PlainKernel())
 
 
-def merge(output: Tensor, lse: Tensor, rows: Tensor | slice, other_output: Tensor, other_lse: Tensor) -> None:
-    """Merge a pass over other keys into `output` [S, hq, d] and `lse` [hq, S], in place, on these rows."""
-    own_lse = lse[:, rows]
-    merged_lse = torch.logaddexp(own_lse, other_lse)
-    own_share = (own_lse - merged_lse).exp().t().unsqueeze(-1)
-    other_share = (other_lse - merged_lse).exp().t().unsqueeze(-1)
-    output[rows] = (output[rows] * own_share + other_output * other_share).to(output.dtype)
-    lse[:, rows] = merged_lse
+def merge_(output: Tensor, lse: Tensor, other_output: Tensor, other_lse: Tensor) -> None:
+    """Merge attention over other keys into `output` [..., d] and `lse` [...], in place."""
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    if output.dtype == share.dtype:
+        output.lerp_(other_output, share)
+    else:
+        output.copy_(torch.lerp(output.to(share.dtype), other_output.to(share.dtype), share))
+    lse.copy_(torch.logaddexp(lse, other_lse))
 
 
 class FlashVarlenKernels:
-    """ATen's variable-length flash attention, delimited by cumulative lengths on the device. See AttentionKernels."""
+    """ATen's variable-length flash attention, delimited by cumulative lengths on the device. See AttentionKernels.
+
+    Rows that are not all of a tensor's are gathered first.
+    """
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
     ) -> tuple[Tensor, Tensor]:
         """See AttentionKernels."""
         output, lse, _, _, _ = torch.ops.aten._flash_attention_forward(
-            query,
-            key,
-            value,
+            _taken(query, which.query_rows),
+            _taken(key, which.key_rows),
+            _taken(value, which.key_rows),
             which.query_bounds,
             which.key_bounds,
             max(which.query_lengths),
@@ -91,8 +108,26 @@ class FlashVarlenKernels:
         )
         return output, lse
 
-    def backward(
+    def merge(
         self,
+        output: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        which: AttentionPass,
+        rule: ScoreRule,
+    ) -> None:
+        """See AttentionKernels."""
+        part, part_lse = self.forward(query, key, value, which, rule)
+        rows = slice(None) if which.query_rows is None else which.query_rows
+        own, own_lse = output[rows], lse[:, rows]
+        merge_(own, own_lse.t(), part, part_lse.t())
+        output[rows], lse[:, rows] = own, own_lse
+
+    def add_gradients(
+        self,
+        totals: Triple,
         grad: Tensor,
         query: Tensor,
         key: Tensor,
@@ -101,18 +136,19 @@ class FlashVarlenKernels:
         lse: Tensor,
         which: AttentionPass,
         rule: ScoreRule,
-    ) -> Triple:
+    ) -> None:
         """See AttentionKernels."""
         # The random state is read only when dropout is on.
         no_rng = torch.zeros(2, dtype=torch.uint64, device=query.device)
         unused = torch.empty(0, dtype=torch.uint64, device=query.device)
-        d_query, d_key, d_value = torch.ops.aten._flash_attention_backward(
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse.contiguous(),
+        own, seen = which.query_rows, which.key_rows
+        gradients = torch.ops.aten._flash_attention_backward(
+            _taken(grad, own),
+            _taken(query, own),
+            _taken(key, seen),
+            _taken(value, seen),
+            _taken(output, own),
+            lse.contiguous() if own is None else lse[:, own],
             which.query_bounds,
             which.key_bounds,
             max(which.query_lengths),
@@ -123,12 +159,20 @@ class FlashVarlenKernels:
             unused,
             scale=rule.scale,
         )
-        return d_query, d_key, d_value
+        for total, gradient, rows in zip(totals, gradients, (own, seen, seen), strict=True):
+            if rows is None:
+                total += gradient
+            else:
+                total.index_add_(0, rows, gradient)
+
+
+def _taken(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
 
 
 @dataclass(frozen=True)
 class BatchedKernels:
-    """A pass from a dense kernel: blocks of equal shape share one call. See AttentionKernels."""
+    """A pass from a dense kernel, called for each run of blocks of equal shape. See AttentionKernels."""
 
     dense: DenseKernel
 
@@ -139,16 +183,28 @@ class BatchedKernels:
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         output = torch.empty_like(query)
         lse = query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype)
-        for own, seen in _equal_blocks(which.query_lengths, which.key_lengths, query.device):
-            blocks = Blocks(which, own.index, seen.index)
-            q, k, v = own.heads(query), seen.heads(key), seen.heads(value)
-            part, part_lse = self.dense.forward(q, k, v, blocks, rule)
-            output[own.where] = own.flat(part)
-            lse[:, own.where] = part_lse.transpose(0, 1).reshape(lse.shape[0], -1)
+        for own, part, part_lse in self._parts(query, key, value, which, rule):
+            own.heads(output).copy_(part)
+            own.of_heads(lse).copy_(part_lse)
         return output, lse
 
-    def backward(
+    def merge(
         self,
+        output: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        which: AttentionPass,
+        rule: ScoreRule,
+    ) -> None:
+        """See AttentionKernels."""
+        for own, part, part_lse in self._parts(query, key, value, which, rule):
+            merge_(own.heads(output), own.of_heads(lse), part, part_lse)
+
+    def add_gradients(
+        self,
+        totals: Triple,
         grad: Tensor,
         query: Tensor,
         key: Tensor,
@@ -157,59 +213,85 @@ class BatchedKernels:
         lse: Tensor,
         which: AttentionPass,
         rule: ScoreRule,
-    ) -> Triple:
+    ) -> None:
         """See AttentionKernels."""
-        d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for own, seen in _equal_blocks(which.query_lengths, which.key_lengths, query.device):
-            blocks = Blocks(which, own.index, seen.index)
+        for own, seen in _equal_blocks(which):
             d_out, q, out = (own.heads(tensor) for tensor in (grad, query, output))
-            own_lse = lse[:, own.where].view(lse.shape[0], *own.index.shape).transpose(0, 1)
-            gradients = self.dense.backward(d_out, q, seen.heads(key), seen.heads(value), out, own_lse, blocks, rule)
-            d_query[own.where], d_key[seen.where], d_value[seen.where] = map(_Rows.flat, (own, seen, seen), gradients)
-        return d_query, d_key, d_value
+            k, v, own_lse = seen.heads(key), seen.heads(value), own.of_heads(lse)
+            gradients = self.dense.backward(d_out, q, k, v, out, own_lse, _blocks(which, own, seen), rule)
+            for total, gradient, rows in zip(totals, gradients, (own, seen, seen), strict=True):
+                rows.heads(total).add_(gradient)
+
+    def _parts(
+        self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
+    ) -> Iterator[tuple[EqualBlocks, Tensor, Tensor]]:
+        """Blocks of queries, their output [b, hq, q, d] and LSE [b, hq, q]."""
+        for own, seen in _equal_blocks(which):
+            q, k, v = own.heads(query), seen.heads(key), seen.heads(value)
+            yield own, *self.dense.forward(q, k, v, _blocks(which, own, seen), rule)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of a tensor that make blocks of equal length: `index` [blocks, length]; `where` selects all of them.
+class EqualBlocks:
+    """Blocks of `length` rows that begin every `step` rows, `count` of them, the first at row `start`.
 
-    Blocks that lie one behind the other are a slice, which is read without a copy.
+    What is read of a tensor are views.
     """
 
-    index: Tensor
-    where: slice | Tensor
+    start: int
+    step: int
+    count: int
+    length: int
 
-    @classmethod
-    def of(cls, first: list[int], length: int, device: torch.device) -> _Rows:
-        """Blocks of `length` rows that begin at these rows."""
-        index = torch.tensor(first, device=device)[:, None] + torch.arange(length, device=device)
-        stop = first[0] + len(first) * length
-        in_line = first == list(range(first[0], stop, length))
-        return cls(index, slice(first[0], stop) if in_line else index.flatten())
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """[N, *] -> [count, *, length]."""
+        stop = self.start + (self.count - 1) * self.step + self.length
+        return tensor[self.start : stop].unfold(0, self.length, self.step)
 
     def heads(self, tensor: Tensor) -> Tensor:
-        """[N, heads, d] -> [blocks, heads, length, d]."""
-        return tensor[self.where].view(*self.index.shape, *tensor.shape[1:]).transpose(1, 2)
+        """[N, heads, d] -> [count, heads, length, d]."""
+        return self.of_rows(tensor).transpose(2, 3)
 
-    def flat(self, part: Tensor) -> Tensor:
-        """[blocks, heads, length, d] -> [blocks * length, heads, d]."""
-        return part.transpose(1, 2).flatten(0, 1)
+    def of_heads(self, lse: Tensor) -> Tensor:
+        """[heads, N] -> [count, heads, length]."""
+        return self.of_rows(lse.t())
+
+
+def _blocks(which: AttentionPass, own: EqualBlocks, seen: EqualBlocks) -> Blocks:
+    return Blocks(which.causal, own.of_rows(which.query_positions), seen.of_rows(which.key_positions))
+
+
+def _equal_blocks(which: AttentionPass) -> tuple[tuple[EqualBlocks, EqualBlocks], ...]:
+    """Query rows and key rows of the blocks of a pass."""
+    return _runs(which.query_starts, which.query_lengths, which.key_starts, which.key_lengths)
 
 
 @lru_cache(maxsize=64)
-def _equal_blocks(
-    query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], device: torch.device
-) -> tuple[tuple[_Rows, _Rows], ...]:
-    """Query rows and key rows of the blocks of each distinct shape."""
-    starts: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    query = key = 0
-    for shape in zip(query_lengths, key_lengths, strict=True):
-        starts[shape].append((query, key))
-        query, key = query + shape[0], key + shape[1]
-    return tuple(
-        (
-            _Rows.of([own for own, _ in first], shape[0], device),
-            _Rows.of([seen for _, seen in first], shape[1], device),
-        )
-        for shape, first in starts.items()
-    )
+def _runs(
+    query_starts: tuple[int, ...],
+    query_lengths: tuple[int, ...],
+    key_starts: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+) -> tuple[tuple[EqualBlocks, EqualBlocks], ...]:
+    """Blocks of equal shape one after another, as many as lie at equal distances."""
+    runs: list[tuple[EqualBlocks, EqualBlocks]] = []
+    for query, queries, key, keys in zip(query_starts, query_lengths, key_starts, key_lengths, strict=True):
+        longer = _joined(runs[-1], (query, queries), (key, keys)) if runs else None
+        if longer is not None:
+            runs[-1] = longer
+        else:
+            runs.append((EqualBlocks(query, queries, 1, queries), EqualBlocks(key, keys, 1, keys)))
+    return tuple(runs)
+
+
+def _joined(
+    run: tuple[EqualBlocks, EqualBlocks], own: tuple[int, int], seen: tuple[int, int]
+) -> tuple[EqualBlocks, EqualBlocks] | None:
+    """The run and one block more, of which first row and length are given; None where it does not continue the run."""
+    longer = []
+    for blocks, (start, length) in zip(run, (own, seen), strict=True):
+        step = start - blocks.start if blocks.count == 1 else blocks.step
+        if length != blocks.length or start != blocks.start + blocks.count * step:
+            return None
+        longer.append(replace(blocks, step=step, count=blocks.count + 1))
+    return longer[0], longer[1]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_pass import AttentionPass, ScoreRule
+from exo_megatron.models.attention_pass import ScoreRule
 from exo_megatron.models.products import product
 from exo_megatron.models.softcap import soft_cap_, soft_cap_slope
 
@@ -21,11 +21,11 @@ PIECE = 2**25
 
 @dataclass(frozen=True)
 class Blocks:
-    """b blocks of equal shape of a pass: the rows of their queries, `own` [b, q], and of their keys, `seen` [b, k]."""
+    """b blocks of equal shape: the positions of their queries [b, q] and keys [b, k] in their texts."""
 
-    which: AttentionPass
-    own: Tensor
-    seen: Tensor
+    causal: bool
+    query_positions: Tensor
+    key_positions: Tensor
 
 
 class DenseKernel(Protocol):
@@ -60,7 +60,7 @@ class CpuFlashKernel:
     ) -> tuple[Tensor, Tensor]:
         """See DenseKernel."""
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, blocks.which.causal, scale=rule.scale
+            query, key, value, 0.0, blocks.causal, scale=rule.scale
         )
         return output, lse
 
@@ -77,7 +77,7 @@ class CpuFlashKernel:
     ) -> Triple:
         """See DenseKernel."""
         d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, output, lse.contiguous(), 0.0, blocks.which.causal, scale=rule.scale
+            grad, query, key, value, output, lse.contiguous(), 0.0, blocks.causal, scale=rule.scale
         )
         return d_query, d_key, d_value
 
@@ -97,7 +97,7 @@ class PlainKernel:
             _forward_piece(
                 query[:, :, rows], key[:, :, keys], value[:, :, keys], _hidden(blocks, rows, keys, rule), rule
             )
-            for rows, keys in _pieces(query, key, blocks.which.causal, rule)
+            for rows, keys in _pieces(query, key, blocks.causal, rule)
         ]
         return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
@@ -116,7 +116,7 @@ class PlainKernel:
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros(each.shape, dtype=lse.dtype, device=each.device) for each in (key, value))
         delta = (grad.to(lse.dtype) * output).sum(-1)
-        for rows, keys in _pieces(query, key, blocks.which.causal, rule):
+        for rows, keys in _pieces(query, key, blocks.causal, rule):
             own = (grad[:, :, rows], query[:, :, rows], lse[:, :, rows], delta[:, :, rows])
             hidden = _hidden(blocks, rows, keys, rule)
             dq, dk, dv = _backward_piece(*own, key[:, :, keys], value[:, :, keys], hidden, rule)
@@ -144,9 +144,9 @@ def _pieces(query: Tensor, key: Tensor, causal: bool, rule: ScoreRule) -> Iterat
 
 def _hidden(blocks: Blocks, rows: slice, keys: slice, rule: ScoreRule) -> Tensor:
     """[b, 1, 1, q, k]: which keys a query does not see: later ones if causal, and those that its window has left."""
-    positions = blocks.which.query_positions[blocks.own[:, rows]], blocks.which.key_positions[blocks.seen[:, keys]]
-    ago = positions[0].int().unsqueeze(-1) - positions[1].int().unsqueeze(-2)
-    hidden = ago < 0 if blocks.which.causal else torch.zeros_like(ago, dtype=torch.bool)
+    positions = blocks.query_positions[:, rows].int(), blocks.key_positions[:, keys].int()
+    ago = positions[0].unsqueeze(-1) - positions[1].unsqueeze(-2)
+    hidden = ago < 0 if blocks.causal else torch.zeros_like(ago, dtype=torch.bool)
     if rule.window is not None:
         hidden |= ago >= rule.window
     return hidden[:, None, None]

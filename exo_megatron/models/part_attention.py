@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_kernels import kernels_for, merge
+from exo_megatron.models.attention_kernels import kernels_for
 from exo_megatron.models.attention_pass import ScoreRule, segment_pass
 from exo_megatron.models.shared_prompt import PartLayout
 
@@ -34,10 +34,8 @@ class _PartAttention(torch.autograd.Function):
         segments, prompt = segment_pass(layout.row), layout.prompt
         output, lse = kernels_for(query, segments, rule).forward(query, key, value, segments, rule)
         if prompt is not None:
-            rows = slice(0, prompt.query_lengths[0])
             keys, values = layout.shared.keys[layer_number].value, layout.shared.values[layer_number].value
-            seen = kernels_for(query, prompt, rule).forward(query[rows], keys, values, prompt, rule)
-            merge(output, lse, rows, *seen)
+            kernels_for(query, prompt, rule).merge(output, lse, query, keys, values, prompt, rule)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.layer_number, ctx.rule = layout, layer_number, rule
         return output
@@ -47,16 +45,13 @@ class _PartAttention(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         layout: PartLayout = ctx.layout
         rule: ScoreRule = ctx.rule
-        grad = grads[0].contiguous()
         segments, prompt = segment_pass(layout.row), layout.prompt
+        totals = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         kernels = kernels_for(query, segments, rule)
-        d_query, d_key, d_value = kernels.backward(grad, query, key, value, output, lse, segments, rule)
+        kernels.add_gradients(totals, grads[0], query, key, value, output, lse, segments, rule)
         if prompt is not None:
-            rows = slice(0, prompt.query_lengths[0])
             keys, values = layout.shared.keys[ctx.layer_number], layout.shared.values[ctx.layer_number]
-            own = (grad[rows], query[rows], keys.value, values.value, output[rows], lse[:, rows])
-            dq, dk, dv = kernels_for(query, prompt, rule).backward(*own, prompt, rule)
-            d_query[rows] += dq
-            keys.add(dk)
-            values.add(dv)
-        return d_query, d_key, d_value, None, None, None
+            with_prompt = totals[0], keys.gradient, values.gradient
+            kernels = kernels_for(query, prompt, rule)
+            kernels.add_gradients(with_prompt, grads[0], query, keys.value, values.value, output, lse, prompt, rule)
+        return *totals, None, None, None

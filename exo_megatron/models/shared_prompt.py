@@ -22,26 +22,19 @@ from exo_megatron.models.layout import GroupLayout, build_layout
 
 
 class SharedTensor:
-    """What the prompt's pass computed and the parts read: `value`, and `grad`, the sum of their gradients so far.
-
-    The sum is in fp32 (fp64 for fp64), however many parts there are; None before the first gradient.
-    """
+    """What the prompt's pass computed and the parts read: `value`, and the sum of the parts' gradients so far."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value.detach()
-        self.grad: Tensor | None = None
+        self._gradient: Tensor | None = None
 
-    def add(self, grad: Tensor) -> None:
-        """Add a part's gradient, of the shape of `value`."""
-        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        if self.grad is None:
-            self.grad = grad.to(dtype, copy=True)
-        else:
-            self.grad += grad
-
-    def total(self) -> Tensor:
-        """The sum in the dtype of `value`; zeros where no part has read it."""
-        return torch.zeros_like(self.value) if self.grad is None else self.grad.to(self.value.dtype)
+    @property
+    def gradient(self) -> Tensor:
+        """The sum, of the shape of `value`, to add to; in fp32 (fp64 for fp64), however many parts there are."""
+        if self._gradient is None:
+            dtype = torch.promote_types(self.value.dtype, torch.float32)
+            self._gradient = torch.zeros(self.value.shape, dtype=dtype, device=self.value.device)
+        return self._gradient
 
 
 class SharedPrompt:
@@ -79,7 +72,8 @@ class SharedPrompt:
 
     def hidden_gradient(self) -> Tensor:
         """After the parts, on the last stage: the gradient of the output of the prompt's pass, [1, H]."""
-        return self._kept().total()
+        kept = self._kept()
+        return kept.gradient.to(kept.value.dtype)
 
     def _kept(self) -> SharedTensor:
         if self.hidden is None:
@@ -98,7 +92,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone()
-        total[: ctx.shared.value.shape[0]] += ctx.shared.total()
+        total[: ctx.shared.value.shape[0]] += ctx.shared.gradient
         return total, None
 
 
@@ -113,7 +107,7 @@ class _Before(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         count = ctx.shared.value.shape[0]
-        ctx.shared.add(grads[0][:count])
+        ctx.shared.gradient.add_(grads[0][:count])
         return grads[0][count:], None
 
 
@@ -192,16 +186,18 @@ def build_part_layout(
         return PartLayout(build_layout([], [], multiple=multiple).to(device), None, shared)
     row = _without_prompt(build_layout([[0] * shared.length], [candidates]), shared.length, multiple).to(device)
     tokens = sum(len(candidate) for candidate in candidates)
-    prompt_positions = torch.arange(shared.length, device=device)
     second = AttentionPass(
         causal=False,
         query_lengths=(tokens,),
         key_lengths=(shared.length,),
+        query_starts=(0,),
+        key_starts=(0,),
+        query_rows=torch.arange(tokens, device=device),
+        key_rows=None,
         query_bounds=torch.tensor((0, tokens), dtype=torch.int32, device=device),
         key_bounds=torch.tensor((0, shared.length), dtype=torch.int32, device=device),
-        position_ids=torch.cat((row.position_ids[:tokens], prompt_positions)),
-        query_rows=torch.arange(tokens, device=device),
-        key_rows=tokens + prompt_positions,
+        query_positions=row.position_ids,
+        key_positions=torch.arange(shared.length, device=device),
         longest=shared.length + max(len(candidate) for candidate in candidates),
     )
     return PartLayout(row, second, shared)
