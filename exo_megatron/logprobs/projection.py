@@ -67,9 +67,16 @@ class Projection:
         """[v, H], as `product` takes it; half precision on the CPU is cast here, a tile at a time."""
         return multiplicand(self._weight[tile])
 
-    def logits(self, tile: slice) -> Tensor:
-        """x [M, v], a new tensor."""
-        return soft_cap_(product(self.hidden, self.weight(tile).t()), self.head.softcap)
+    def logits(self, tile: slice, room: Tensor | None = None) -> Tensor:
+        """x [M, v], in the given room or a new tensor."""
+        weight = self.weight(tile).t()
+        shape = (self.hidden.shape[0], weight.shape[1])
+        out = None if room is None else room[: shape[0] * shape[1]].view(shape)
+        return soft_cap_(product(self.hidden, weight, out=out), self.head.softcap)
+
+    def room(self, columns: int) -> Tensor:
+        """[M * columns], for one tile after another: new memory costs more than what is computed in it."""
+        return self.hidden.new_empty(self.hidden.shape[0] * columns, dtype=self.dtype)
 
     def exponentials_(self, logits: Tensor, maximum: Tensor) -> Tensor:
         """x, in place, becomes exp((x - m) / tau); m [M]."""

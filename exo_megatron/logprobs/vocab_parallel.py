@@ -71,11 +71,10 @@ class _ShardedLogProbs(torch.autograd.Function):
         tokens = Tokens.of(token_row, token_target, hidden.shape[0])
         tiles = projection.tiles(tiling.columns)
         statistics = TileStatistics.empty(projection, tokens, len(tiles))
-        kept = []
-        for index, tile in enumerate(tiles):
-            factor = _forward_tile(index, tile, projection, tokens, statistics, keep=index < tiling.kept)
-            if factor is not None:
-                kept.append(factor)
+        kept = [_forward_tile(i, tile, projection, tokens, statistics) for i, tile in enumerate(tiles[: tiling.kept])]
+        room = projection.room(tiling.columns) if len(tiles) > len(kept) else None
+        for i, tile in enumerate(tiles[len(kept) :], start=len(kept)):
+            _enter_tile(i, tile, projection.logits(tile, room), projection, tokens, statistics)
         softmax = statistics.over_ranks(head)
         marks = _Marks(projection, tokens, softmax, statistics.maxima, softmax.shares(statistics.maxima, head))
         for index, factor in enumerate(kept):
@@ -93,13 +92,15 @@ class _ShardedLogProbs(torch.autograd.Function):
         row_grad = grad.new_zeros(hidden.shape[0]).index_put_((ctx.tokens.row,), grad, accumulate=True)
         d_hidden = torch.zeros(hidden.shape, dtype=projection.dtype, device=hidden.device)
         d_weight = WeightGradient(weight, projection.dtype) if ctx.needs_input_grad[1] else None
-        for index, tile in enumerate(projection.tiles(ctx.tiling.columns)):
-            factor = kept[index] if index < len(kept) else marks.recomputed(index, tile)
+        tiles = projection.tiles(ctx.tiling.columns)
+        room = projection.room(ctx.tiling.columns) if len(tiles) > len(kept) else None
+        row_room = torch.empty_like(d_hidden)
+        for index, tile in enumerate(tiles):
+            factor = kept[index] if index < len(kept) else marks.recomputed(index, tile, room)
             scale = (-row_grad * shares[index])[:, None]
-            d_hidden.addcmul_(product(factor, projection.weight(tile)), scale)
+            d_hidden.addcmul_(product(factor, projection.weight(tile), out=row_room), scale)
             if d_weight is not None:
-                d_weight.add(tile, factor.t(), (projection.hidden * scale).to(factor.dtype))
-            del factor  # before the next tile is made
+                d_weight.add(tile, factor.t(), torch.mul(projection.hidden, scale, out=row_room).to(factor.dtype))
         if d_weight is not None:
             d_weight.no_rows_from(projection.valid)
         _add_extra_tokens(d_hidden, d_weight, marks, grad)
@@ -108,15 +109,22 @@ class _ShardedLogProbs(torch.autograd.Function):
 
 
 def _forward_tile(
-    index: int, tile: slice, projection: Projection, tokens: Tokens, statistics: TileStatistics, *, keep: bool
-) -> Tensor | None:
-    """Enter one tile into the statistics; to keep, its factor of the backward's products [M, v], not yet marked."""
+    index: int, tile: slice, projection: Projection, tokens: Tokens, statistics: TileStatistics
+) -> Tensor:
+    """Enter a tile into the statistics; its factor of the backward's products [M, v], not yet marked."""
     logits = projection.logits(tile)
+    slope = projection.head.slope(logits)
+    return projection.factor(_enter_tile(index, tile, logits, projection, tokens, statistics), slope)
+
+
+def _enter_tile(
+    index: int, tile: slice, logits: Tensor, projection: Projection, tokens: Tokens, statistics: TileStatistics
+) -> Tensor:
+    """Enter a tile into the statistics; its exponentials, in place of the logits."""
     statistics.enter_logits(index, tile, logits, projection, tokens)
-    slope = projection.head.slope(logits) if keep else None
     exponentials = projection.exponentials_(logits, statistics.maxima[index])
     torch.sum(exponentials, dim=1, out=statistics.totals[index])
-    return projection.factor(exponentials, slope) if keep else None
+    return exponentials
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,9 @@ class _Marks:
         current = factor.gather(1, column[:, None])[:, 0]
         factor.scatter_(1, column[:, None], torch.where(here, value.to(factor.dtype), current)[:, None])
 
-    def recomputed(self, index: int, tile: slice) -> Tensor:
+    def recomputed(self, index: int, tile: slice, room: Tensor | None) -> Tensor:
         """The factor of a tile that was not kept."""
-        logits = self.projection.logits(tile)
+        logits = self.projection.logits(tile, room)
         slope = self.projection.head.slope(logits)
         factor = self.projection.factor(self.projection.exponentials_(logits, self.maxima[index]), slope)
         self.put_(factor, index, tile)

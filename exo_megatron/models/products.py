@@ -17,17 +17,20 @@ def multiplicand(matrix: Tensor) -> Tensor:
     return matrix.float()
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
     """left @ right (both matrices, or both batches of them) in fp32; fp64 for fp64 operands.
 
+    out: of the result's shape and type, to be overwritten with it; for matrices only.
     Half-precision operands give the fp32 sums of their exact products: the same as a product of fp32 copies up to
     the order of summation, on CUDA without making the copies (needs torch >= 2.8).
     """
     left, right = multiplicand(left), multiplicand(right)
+    if left.dim() == 2:
+        if left.dtype in (torch.float32, torch.float64):
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
     if left.dtype in (torch.float32, torch.float64):
         return left @ right
-    if left.dim() == 2:
-        return torch.mm(left, right, out_dtype=torch.float32)
     return torch.bmm(left, right, out_dtype=torch.float32)
 
 

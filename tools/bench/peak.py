@@ -1,7 +1,8 @@
 """Share of the machine's own matrix-multiply peak that a training step reaches.
 
-Peak: the fastest of several square matrix products in the precision of the step, measured in turn with it. The step is
-a whole one (packing, forward, backward, reduction, Adam) on groups of the HH-like and TL;DR-like lengths with stored
+Peak: square matrix products in the precision of the step, repeated for two seconds and more in turn with it, of the
+size that is fastest over all rounds. (A single product is over before the machine's other programs get in its way, as
+they get in that of a step.) The step is a whole one (packing, forward, backward, reduction, Adam) on groups of the HH-like and TL;DR-like lengths with stored
 reference log-probs. Its FLOPs are those of the model on the packed row: 6 per weight of a decoder matrix and token, 6
 per weight of the head and predicting row, 12 H per layer and visible query-key pair. Nothing that is recomputed counts,
 nor norms, activations, softmax and Adam.
@@ -9,12 +10,15 @@ nor norms, activations, softmax and Adam.
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
@@ -22,7 +26,7 @@ from tools.bench.lengths import HH, TLDR, Distribution, Lengths
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.table import Table
-from tools.bench.timing import alternate
+from tools.bench.timing import alternate, timed
 from tools.bench.training import OurSteps
 
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, temperature=0.8)
@@ -30,7 +34,7 @@ CANDIDATES = 4
 TOKENS = 4096
 TARGET = 0.85
 QUICK_SHAPE = Shape(hidden=64, layers=2, vocab=199, head_dim=16)
-CPU_SHAPES = (Shape(hidden=512, layers=4, vocab=32_000), Shape(hidden=1024, layers=4, vocab=32_000))
+CPU_SHAPES = tuple(Shape(hidden, layers, vocab=32_000) for hidden, layers in ((512, 4), (1024, 4), (2048, 2)))
 CUDA_SHAPES = (Shape(hidden=4096, layers=8, vocab=32_000, head_dim=128),)
 
 
@@ -79,21 +83,43 @@ def step_flops(shape: Shape, groups: Sequence[Group]) -> float:
     return matrices + 12 * shape.hidden * shape.layers * pairs
 
 
-def square_product(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    """One product of two square matrices."""
-    left, right, result = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
-    return partial(torch.mm, left, right, out=result)
+@dataclass(frozen=True)
+class SquareProducts:
+    """Products of two square matrices, `times` of them, into a third."""
+
+    matrices: tuple[Tensor, Tensor, Tensor]
+    times: int
+
+    @classmethod
+    def of(cls, size: int, dtype: torch.dtype, device: torch.device, *, seconds: float) -> SquareProducts:
+        """As many as take about so long."""
+        left, right, result = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
+        one = cls((left, right, result), 1)
+        one()
+        return cls((left, right, result), math.ceil(seconds / timed(one)))
+
+    @property
+    def flops(self) -> float:
+        """Of all of them."""
+        return 2.0 * self.matrices[0].shape[0] ** 3 * self.times
+
+    def __call__(self) -> None:
+        left, right, result = self.matrices
+        for _ in range(self.times):
+            torch.mm(left, right, out=result)
 
 
 def _row(
     shape: Shape, lengths: Distribution, ours: OurSteps, groups: Sequence[Group], options: Options
 ) -> tuple[str, ...]:
     sizes = (256,) if options.quick else (8192,) if torch.cuda.is_available() else (1024, 2048)
-    products = {f"{size}": square_product(size, ours.matched.hf.dtype, ours.matched.topology.device) for size in sizes}
+    dtype, device = ours.matched.hf.dtype, ours.matched.topology.device
+    seconds = 0.05 if options.quick else 2.0
+    products = {f"{size}": SquareProducts.of(size, dtype, device, seconds=seconds) for size in sizes}
     timings = alternate({"step": partial(ours.step, groups), **products}, rounds=options.rounds)
-    flops = step_flops(shape, groups)
-    peaks = [max(2 * size**3 / timings.seconds[f"{size}"][i] for size in sizes) for i in range(options.rounds)]
-    steps = [flops / seconds for seconds in timings.seconds["step"]]
+    best = max(products, key=lambda size: products[size].flops / timings.median(size))
+    peaks = [products[best].flops / seconds for seconds in timings.seconds[best]]
+    steps = [step_flops(shape, groups) / seconds for seconds in timings.seconds["step"]]
     shares = [step / peak for step, peak in zip(steps, peaks, strict=True)]
     return (
         f"H={shape.hidden}, {shape.layers} layers, V={shape.vocab}",
