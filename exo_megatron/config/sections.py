@@ -52,6 +52,11 @@ class ParallelConfig(Section):
         """The fewest processes that hold a model cut this way; a world is a multiple of them."""
         return max(self.tensor, self.expert) * self.pipeline
 
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows must be a multiple of this many tokens."""
+        return self.tensor if self.sequence else 1
+
 
 class ComputeConfig(Section):
     """Arithmetic and memory."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import HIDDEN_SIZE, best_fit, candidate_cost, prompt_cost
+from exo_megatron.data.packing import HIDDEN_SIZE, best_fit, candidate_cost, prompt_cost, row_capacity
 from exo_megatron.errors import DataError
 
 
@@ -49,7 +49,7 @@ class OversizedPlan:
 def check_fits_in_parts(group: Group, *, max_tokens: int, multiple: int) -> None:
     """Raise DataError for a group that fits into a row in no way: its prompt and longest candidate are too long."""
     longest = max(len(candidate) for candidate in group.candidates)
-    capacity = max_tokens // multiple * multiple
+    capacity = row_capacity(max_tokens, multiple)
     if len(group.prompt) + longest > capacity:
         raise DataError(
             f"group {group.id!r}",
@@ -65,7 +65,7 @@ def rows_of_group(group: Group, *, max_tokens: int, multiple: int) -> Iterator[G
     For passes without gradients. The group itself where it fits. Raises DataError where no split helps.
     """
     check_fits_in_parts(group, max_tokens=max_tokens, multiple=multiple)
-    room = max_tokens // multiple * multiple - len(group.prompt)
+    room = row_capacity(max_tokens, multiple) - len(group.prompt)
     taken: list[int] = []
     used = 0
     for number, candidate in enumerate(group.candidates):
@@ -93,7 +93,7 @@ def plan_oversized(
     passes as any other (model copies that share experts must), some of padding only. Depends on the arguments alone,
     so every rank may compute it for itself. Raises DataError for a group that fits in no way.
     """
-    capacity = max_tokens // multiple * multiple
+    capacity = row_capacity(max_tokens, multiple)
     large = [i for i, group in enumerate(groups) if group.num_tokens > capacity]
     for i in large:
         check_fits_in_parts(groups[i], max_tokens=max_tokens, multiple=multiple)

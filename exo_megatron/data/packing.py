@@ -31,6 +31,11 @@ def make_microbatch(groups: Sequence[Group], *, multiple: int) -> MicroBatch:
     return MicroBatch(groups=tuple(groups), layout=layout)
 
 
+def row_capacity(max_tokens: int, multiple: int) -> int:
+    """Tokens of the longest row of at most max_tokens, padding included, that is a multiple of `multiple`."""
+    return max_tokens // multiple * multiple
+
+
 def group_cost(group: Group, hidden_size: int = HIDDEN_SIZE) -> float:
     """Cost of one group in units of one token's linear FLOPs.
 
@@ -70,7 +75,7 @@ def plan_microbatches(
     needs), some of them empty where groups are few. Depends on the arguments alone, so every rank may compute it
     for itself. Raises ValueError for a group that does not fit into one row: data/oversized.py is for those.
     """
-    capacity = max_tokens // multiple * multiple
+    capacity = row_capacity(max_tokens, multiple)
     for group in groups:
         if group.num_tokens > capacity:
             raise ValueError(f"group {group.id!r} has {group.num_tokens} tokens, a row {capacity}")

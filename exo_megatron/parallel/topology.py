@@ -60,7 +60,7 @@ class Topology:
     @property
     def row_multiple(self) -> int:
         """Packed rows must be a multiple of this many tokens."""
-        return self.tensor_size if self.sequence_parallel else 1
+        return self.parallel.row_multiple
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.packing import row_capacity
 from exo_megatron.errors import DataError
 from exo_megatron.models.spec import ModelSpec
 
@@ -27,8 +28,7 @@ def check_row_length(
     prompts: Sequence[Prompt], sampling: SamplingConfig, compute: ComputeConfig, parallel: ParallelConfig
 ) -> None:
     """Raise DataError, naming the prompt, if its candidates could not be scored: prompt and one of them share a row."""
-    multiple = parallel.tensor if parallel.sequence else 1
-    row = compute.max_tokens_per_microbatch // multiple * multiple
+    row = row_capacity(compute.max_tokens_per_microbatch, parallel.row_multiple)
     for prompt in prompts:
         if len(prompt.ids) + sampling.max_new_tokens > row:
             raise DataError(

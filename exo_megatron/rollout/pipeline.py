@@ -38,20 +38,39 @@ def run_stage(model: PolicyModel, layout: GroupLayout | DecodeLayout, topology: 
     pipeline group: hidden states [S, 1, H] ([S / t, 1, H] under sequence parallelism) in the parameters' dtype.
     Returns the last stage's output (see PolicyModel), None on the others.
     """
-    ranks = dist.get_process_group_ranks(topology.pipeline_group)
     if not topology.is_first_stage:
-        hidden = torch.empty(
-            (layout.row_length // topology.row_multiple, 1, model.config.hidden_size),
-            dtype=model.config.pipeline_dtype,
-            device=topology.device,
-        )
-        dist.recv(hidden, src=ranks[topology.pipeline_rank - 1], group=topology.pipeline_group)
-        model.set_input_tensor(hidden)
+        model.set_input_tensor(received_hidden(model, layout.row_length, topology))
     output: Tensor = model(layout.input_ids[None], layout.position_ids[None], None, packed_seq_params=layout)
     if topology.is_last_stage:
         return output
-    dist.send(output.contiguous(), dst=ranks[topology.pipeline_rank + 1], group=topology.pipeline_group)
+    send_to_stage(output, 1, topology)
     return None
+
+
+def received_hidden(model: PolicyModel, row_length: int, topology: Topology) -> Tensor:
+    """What the stage before has sent of a row of that many tokens: [S, 1, H], or [S / t, 1, H], in its dtype."""
+    hidden = torch.empty(
+        (row_length // topology.row_multiple, 1, model.config.hidden_size),
+        dtype=model.config.pipeline_dtype,
+        device=topology.device,
+    )
+    receive_from_stage(hidden, -1, topology)
+    return hidden
+
+
+def receive_from_stage(tensor: Tensor, step: int, topology: Topology) -> None:
+    """Overwrite `tensor`, which is contiguous, with what the stage before (-1) or after (1) this one has sent."""
+    dist.recv(tensor, src=_neighbour(step, topology), group=topology.pipeline_group)
+
+
+def send_to_stage(tensor: Tensor, step: int, topology: Topology) -> None:
+    """Send to the stage before (-1) or after (1) this one."""
+    dist.send(tensor.contiguous(), dst=_neighbour(step, topology), group=topology.pipeline_group)
+
+
+def _neighbour(step: int, topology: Topology) -> int:
+    """Its rank in the world."""
+    return dist.get_process_group_ranks(topology.pipeline_group)[topology.pipeline_rank + step]
 
 
 def announce_pass(topology: Topology) -> None:

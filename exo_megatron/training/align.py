@@ -35,7 +35,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         candidates=config.candidates,
         logprobs=_wanted_logprobs(config, reference),
     )
-    check_groups(groups, start.spec, config.compute.max_tokens_per_microbatch)
+    check_groups(groups, start.spec, config.compute, config.parallel)
     identity = run_identity(
         data_digest(groups),
         start.fingerprint + reference.fingerprint,

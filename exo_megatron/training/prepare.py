@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.data.oversized import check_fits_in_parts
 from exo_megatron.errors import DataError
 from exo_megatron.models.spec import ModelSpec
 
 
-def check_groups(groups: Sequence[Group], spec: ModelSpec, max_tokens: int) -> None:
+def check_groups(groups: Sequence[Group], spec: ModelSpec, compute: ComputeConfig, parallel: ParallelConfig) -> None:
     """Raise DataError for a group with too many positions, or that fits into micro-batches not even in parts."""
     for group in groups:
         longest = len(group.prompt) + max(len(candidate) for candidate in group.candidates)
@@ -21,5 +22,4 @@ def check_groups(groups: Sequence[Group], spec: ModelSpec, max_tokens: int) -> N
                 expected=f"at most {spec.max_positions}, the model's positions",
                 fix="shorten it, or lower data.max_prompt_tokens and data.max_completion_tokens",
             )
-        # Whether rows must be a multiple of some number of tokens is known when the model is cut.
-        check_fits_in_parts(group, max_tokens=max_tokens, multiple=1)
+        check_fits_in_parts(group, max_tokens=compute.max_tokens_per_microbatch, multiple=parallel.row_multiple)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from exo_megatron.models.shared_prompt import PromptLayout
+from exo_megatron.rollout.pipeline import receive_from_stage, received_hidden, send_to_stage
 from exo_megatron.training.forward import stage_output
 from exo_megatron.training.optimizer import Trainee
 
@@ -30,16 +30,11 @@ def forward_prompt(trainee: Trainee, layout: PromptLayout) -> PromptPass:
     topology = trainee.topology
     received = None
     if not topology.is_first_stage:
-        received = torch.empty(
-            (layout.row.row_length // topology.row_multiple, 1, trainee.spec.hidden_size),
-            dtype=trainee.policy.config.pipeline_dtype,
-            device=topology.device,
-        )
-        dist.recv(received, src=_neighbour(trainee, -1), group=topology.pipeline_group)
-        trainee.policy.set_input_tensor(received.requires_grad_())
+        received = received_hidden(trainee.policy, layout.row.row_length, topology).requires_grad_()
+        trainee.policy.set_input_tensor(received)
     output = stage_output(trainee.model, layout)
     if not topology.is_last_stage:
-        dist.send(output.detach().contiguous(), dst=_neighbour(trainee, 1), group=topology.pipeline_group)
+        send_to_stage(output.detach(), 1, topology)
     return PromptPass(layout, received, output)
 
 
@@ -53,13 +48,7 @@ def backward_prompt(trainee: Trainee, prompt: PromptPass) -> None:
         grad = prompt.layout.shared.hidden_gradient()
     else:
         grad = torch.empty_like(prompt.output, memory_format=torch.contiguous_format)
-        dist.recv(grad, src=_neighbour(trainee, 1), group=topology.pipeline_group)
+        receive_from_stage(grad, 1, topology)
     torch.autograd.backward(prompt.output, grad)
     if prompt.received is not None and prompt.received.grad is not None:
-        dist.send(prompt.received.grad.contiguous(), dst=_neighbour(trainee, -1), group=topology.pipeline_group)
-
-
-def _neighbour(trainee: Trainee, step: int) -> int:
-    """World rank of the pipeline stage before (-1) or after (1) this one."""
-    ranks = dist.get_process_group_ranks(trainee.topology.pipeline_group)
-    return ranks[trainee.topology.pipeline_rank + step]
+        send_to_stage(prompt.received.grad, -1, topology)

@@ -45,16 +45,6 @@ class ReferenceModel:
         return [replace(group, reference_logprobs=row) for group, row in zip(groups, logps, strict=True)]
 
 
-@dataclass(frozen=True)
-class StoredKey:
-    """What stored log-probs belong to. Says nothing of the topology: it does not change them."""
-
-    fingerprint: str
-    data: str
-    temperature: float
-    precision: str
-
-
 def complete_groups(
     groups: Sequence[Group],
     output: Path,
@@ -71,10 +61,9 @@ def complete_groups(
     origins = {"stored with the data": len(groups) - len(missing)}
     found: Sequence[Group] = ()
     if missing:
-        key = StoredKey(source.fingerprint, data_digest(missing), source.temperature, source.precision)
-        kept = read_stored(output, key, missing)
+        kept = read_stored(output, source, missing)
         origins["computed by this run" if kept is None else "computed by this run earlier"] = len(missing)
-        found = store_logprobs(output, key, load(), missing, runtime) if kept is None else kept
+        found = store_logprobs(output, source, load(), missing, runtime) if kept is None else kept
     if runtime.is_main:
         counts = ", ".join(f"{count} {origin}" for origin, count in origins.items() if count)
         print(f"reference log-probs of {len(groups)} groups: {counts}", flush=True)
@@ -82,25 +71,32 @@ def complete_groups(
     return [next(new) if group.reference_logprobs is None else group for group in groups]
 
 
-def read_stored(directory: Path, key: StoredKey, groups: Sequence[Group]) -> list[Group] | None:
-    """Groups with the log-probs stored in `directory`, or None when there are none for this key."""
+def read_stored(directory: Path, source: LogprobSource, groups: Sequence[Group]) -> list[Group] | None:
+    """Groups with the log-probs stored in `directory`; None where there are none of this source for these groups."""
     path = directory / FILE
     if not path.exists():
         return None
     stored = read_json(path)
-    if stored["key"] != vars(key):
+    if stored["key"] != _key(source, groups):
         return None
     return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, stored["logps"], strict=True)]
 
 
 def store_logprobs(
-    directory: Path, key: StoredKey, reference: ReferenceModel, groups: Sequence[Group], runtime: Runtime
+    directory: Path, source: LogprobSource, reference: ReferenceModel, groups: Sequence[Group], runtime: Runtime
 ) -> list[Group]:
     """Compute the groups' reference log-probs and store them (rank 0 writes). Collective over the world."""
     progress = Progress("reference log-probs", len(groups), "groups", enabled=runtime.is_main)
     completed = reference.complete(groups, progress)
     progress.close()
     if runtime.is_main:
-        write_json(directory / FILE, {"key": vars(key), "logps": [group.reference_logprobs for group in completed]})
+        write_json(
+            directory / FILE, {"key": _key(source, groups), "logps": [group.reference_logprobs for group in completed]}
+        )
     runtime.barrier()
     return completed
+
+
+def _key(source: LogprobSource, groups: Sequence[Group]) -> dict[str, str | float]:
+    """What stored log-probs belong to."""
+    return {**vars(source), "data": data_digest(groups)}

@@ -20,7 +20,7 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     """Train on demonstrations; leaves checkpoints, metrics.jsonl and TensorBoard events in `config.output`."""
     start = find_policy(config.model.checkpoint, config.parallel)
     groups = load_groups(config.data, find_tokenizer(start, config.data.tokenizer), purpose="sft")
-    check_groups(groups, start.spec, config.compute.max_tokens_per_microbatch)
+    check_groups(groups, start.spec, config.compute, config.parallel)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy, spec = load_policy(start.checkpoint, topology, config.compute)
         Trainer(

@@ -21,9 +21,10 @@ from exo_megatron.logprobs.tiles import plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.losses.objective import group_objective
 from exo_megatron.models.layout import GroupLayout, build_layout
+from tools.bench.measured import Measured
 from tools.bench.memory import peak_bytes
 from tools.bench.sides import agree
-from tools.bench.timing import Timings, alternate
+from tools.bench.timing import alternate
 
 STRAIGHT, KEPT, PARTLY, RECOMPUTED = "straightforward", "ours, kept", "ours, partly kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, PARTLY: 17.0, RECOMPUTED: 1.0}
@@ -45,15 +46,6 @@ class Size:
 
     def __str__(self) -> str:
         return f"P={self.prompt}, R={self.response}, K={self.candidates}, V={self.vocab}, H={self.hidden}"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Seconds, peak bytes and largest gradient difference to float64 of each side."""
-
-    timings: Timings
-    peaks: dict[str, int]
-    differences: dict[str, float]
 
 
 class HeadAndLoss:
@@ -162,7 +154,7 @@ class HeadAndLoss:
         return {"hidden": gradient.clone(), "weight": weight.clone()}
 
 
-def compare(size: Size, device: torch.device, rounds: int, *, buffer: bool) -> Compared:
+def compare(size: Size, device: torch.device, rounds: int, *, buffer: bool) -> Measured:
     """Raises Different."""
     sides = HeadAndLoss(size, device, buffer=buffer)
     losses: dict[str, Callable[[], Tensor]] = {
@@ -180,4 +172,4 @@ def compare(size: Size, device: torch.device, rounds: int, *, buffer: bool) -> C
         sides.forget()  # else what is freed of the last side would count for this one
         peaks[name] = peak_bytes(partial(sides.step, loss))
     work = {name: partial(sides.work, loss) for name, loss in losses.items()}
-    return Compared(alternate(work, rounds=rounds), peaks, differences)
+    return Measured(alternate(work, rounds=rounds), peaks, differences)

@@ -19,9 +19,10 @@ from exo_megatron.logprobs.tiles import plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
+from tools.bench.measured import Measured
 from tools.bench.memory import peak_bytes
 from tools.bench.sides import agree
-from tools.bench.timing import Timings, alternate
+from tools.bench.timing import alternate
 
 NAIVE, MEGATRON, KEPT, RECOMPUTED = "naive", "megatron-core", "ours, kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, RECOMPUTED: 4.0}
@@ -39,15 +40,6 @@ class Size:
 
     def __str__(self) -> str:
         return f"N={self.rows}, H={self.hidden}, V={self.vocab}"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of one rank: seconds, peak bytes of each side, largest gradient difference to naive of each other side."""
-
-    timings: Timings
-    peaks: dict[str, int]
-    differences: dict[str, float]
 
 
 @dataclass(frozen=True)

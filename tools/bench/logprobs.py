@@ -17,8 +17,8 @@ import torch
 from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, start_processes
 
 from tools.bench import head_loss, logprob_sides
-from tools.bench.head_loss import Compared
-from tools.bench.logprob_sides import MEGATRON, NAIVE, Measured
+from tools.bench.logprob_sides import MEGATRON, NAIVE
+from tools.bench.measured import Measured
 from tools.bench.options import Options
 from tools.bench.sides import Different
 from tools.bench.table import Table
@@ -72,7 +72,7 @@ def run(options: Options) -> Table:
     )
 
 
-def _cells(measured: Measured | Compared, other: str, ours: str) -> tuple[str, ...]:
+def _cells(measured: Measured, other: str, ours: str) -> tuple[str, ...]:
     peaks = measured.peaks
     return (
         other,

@@ -2,10 +2,10 @@
 
 Peak: square matrix products in the precision of the step, repeated for two seconds and more in turn with it, of the
 size that is fastest over all rounds. (A single product is over before the machine's other programs get in its way, as
-they get in that of a step.) The step is a whole one (packing, forward, backward, reduction, Adam) on groups of the HH-like and TL;DR-like lengths with stored
-reference log-probs. Its FLOPs are those of the model on the packed row: 6 per weight of a decoder matrix and token, 6
-per weight of the head and predicting row, 12 H per layer and visible query-key pair. Nothing that is recomputed counts,
-nor norms, activations, softmax and Adam.
+they get in that of a step.) The step is a whole one (packing, forward, backward, reduction, Adam) on groups of the
+HH-like and TL;DR-like lengths with stored reference log-probs. Its FLOPs are those of the model on the packed row: 6
+per weight of a decoder matrix and token, 6 per weight of the head and predicting row, 12 H per layer and visible
+query-key pair. Nothing that is recomputed counts, nor norms, activations, softmax and Adam.
 """
 
 from __future__ import annotations

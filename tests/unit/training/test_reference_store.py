@@ -11,10 +11,10 @@ import pytest
 from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
-from exo_megatron.training.reference import FILE, StoredKey, complete_groups, read_stored, store_logprobs
+from exo_megatron.training.reference import FILE, complete_groups, read_stored, store_logprobs
 from exo_megatron.utils.progress import Progress
 
-KEY = StoredKey(fingerprint="f", data="d", temperature=0.8, precision="fp32")
+SOURCE = LogprobSource(fingerprint="f", temperature=0.8, precision="fp32")
 BARE = [Group("a", (3,), ((4, 2), (5, 2))), Group("b", (6,), ((7, 2), (8, 2), (9, 2)))]
 LOGPS = [(-1.0 / 3.0, -123.456789012345678), (-0.1, -1e-17, -800.0000000001)]
 COMPLETE = [replace(group, reference_logprobs=row) for group, row in zip(BARE, LOGPS, strict=True)]
@@ -35,20 +35,25 @@ def runtime() -> Runtime:
 
 
 def test_written_and_read_again(tmp_path: Path, runtime: Runtime) -> None:
-    assert read_stored(tmp_path, KEY, BARE) is None
-    assert store_logprobs(tmp_path, KEY, KnownReference(), BARE, runtime) == COMPLETE
-    assert read_stored(tmp_path, KEY, BARE) == COMPLETE
+    assert read_stored(tmp_path, SOURCE, BARE) is None
+    assert store_logprobs(tmp_path, SOURCE, KnownReference(), BARE, runtime) == COMPLETE
+    assert read_stored(tmp_path, SOURCE, BARE) == COMPLETE
 
 
-@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"data": "e"}, {"temperature": 1.0}, {"precision": "bf16"}])
-def test_another_reference_data_set_temperature_or_precision_is_computed_again(
+@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"temperature": 1.0}, {"precision": "bf16"}])
+def test_another_reference_temperature_or_precision_is_computed_again(
     other: dict[str, object], tmp_path: Path, runtime: Runtime
 ) -> None:
-    store_logprobs(tmp_path, KEY, KnownReference(), BARE, runtime)
-    assert read_stored(tmp_path, replace(KEY, **other), BARE) is None
+    store_logprobs(tmp_path, SOURCE, KnownReference(), BARE, runtime)
+    assert read_stored(tmp_path, replace(SOURCE, **other), BARE) is None
 
 
-SOURCE = LogprobSource(fingerprint="f", temperature=0.8, precision="fp32")
+def test_other_data_are_computed_again(tmp_path: Path, runtime: Runtime) -> None:
+    store_logprobs(tmp_path, SOURCE, KnownReference(), BARE, runtime)
+    changed = replace(BARE[0], candidates=((4, 2), (6, 2)))
+    assert read_stored(tmp_path, SOURCE, [changed, BARE[1]]) is None
+
+
 STORED = [replace(group, reference_logprobs=(-7.0,) * len(group.candidates)) for group in BARE]
 
 

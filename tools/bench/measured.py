@@ -1,0 +1,16 @@
+"""What is measured of sides that compute the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tools.bench.timing import Timings
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds and peak bytes of each side, and the largest difference of its gradients from the exact or naive ones."""
+
+    timings: Timings
+    peaks: dict[str, int]
+    differences: dict[str, float]
