@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
@@ -26,8 +28,9 @@ SPEC = ModelSpec(
 FITS = Group("fits", (3, 4, 5), ((6, 7, 8, 9, 2), (6, 2)))  # 8 positions, 10 tokens
 
 
-def check(groups: list[Group], max_tokens: int, parallel: ParallelConfig = ParallelConfig()) -> None:
-    check_groups(groups, SPEC, ComputeConfig(max_tokens_per_microbatch=max_tokens), parallel)
+def check(groups: list[Group], max_tokens: int, **parallel: Any) -> None:
+    compute = ComputeConfig(max_tokens_per_microbatch=max_tokens)
+    check_groups(groups, SPEC, compute, ParallelConfig(**parallel))
 
 
 def test_a_group_at_both_limits_passes() -> None:
@@ -52,7 +55,7 @@ def test_prompt_and_one_candidate_must_fit_into_a_row() -> None:
 
 def test_rows_are_padded_under_sequence_parallelism() -> None:
     """8 tokens fit into 9, but not into the multiple of 3 below 8."""
-    check([FITS], 9, ParallelConfig(tensor=3))
-    check([FITS], 8, ParallelConfig(tensor=3, sequence=False))
+    check([FITS], 9, tensor=3)
+    check([FITS], 8, tensor=3, sequence=False)
     with pytest.raises(DataError, match=r"'fits'.*at most 6"):
-        check([FITS], 8, ParallelConfig(tensor=3))
+        check([FITS], 8, tensor=3)
