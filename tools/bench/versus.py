@@ -47,7 +47,7 @@ class Versus:
             "ours stored": lambda: ours.step(stored),
             "theirs stored": lambda: theirs.step(stored),
         }
-        return cls(alternate(sides, rounds=rounds), difference)
+        return cls(alternate(sides, rounds=rounds, warmup=0), difference)  # the gradients were the warm-up
 
     def rows(self, what: str, targets: Mapping[str, float]) -> list[tuple[str, ...]]:
         """What, reference, our seconds, ratio, target (by reference), gradient difference."""
