@@ -143,7 +143,7 @@ class FlashVarlenKernels:
         unused = torch.empty(0, dtype=torch.uint64, device=query.device)
         own, seen = which.query_rows, which.key_rows
         gradients = torch.ops.aten._flash_attention_backward(
-            _taken(grad, own),
+            _taken(grad, own).contiguous(),
             _taken(query, own),
             _taken(key, seen),
             _taken(value, seen),

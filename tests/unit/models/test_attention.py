@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from exo_megatron.models.attention import group_attention
 from exo_megatron.models.attention_kernels import BatchedKernels
-from exo_megatron.models.attention_pass import ScoreRule
+from exo_megatron.models.attention_pass import ScoreRule, group_passes
 from exo_megatron.models.dense_attention import PlainKernel
 from exo_megatron.models.layout import GroupLayout, build_layout
 
@@ -155,6 +157,44 @@ def test_plain_kernels_equal_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("exo_megatron.models.attention.kernels_for", lambda query, which, rule: kernels)
     layout = make_layout(*RAGGED)
     compare(RAGGED[0], layout, random_qkv(layout.row_length, 6, 2, torch.float64), 1e-13)
+
+
+class CountingKernel(PlainKernel):
+    """Notes the shape of the queries of every call, [blocks, heads, length, d]."""
+
+    def __init__(self) -> None:
+        self.queries: list[Tensor] = []
+
+    def forward(self, query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        self.queries.append(query)
+        return super().forward(query, *others)
+
+
+@pytest.mark.parametrize(
+    ("groups", "calls"),
+    [
+        # Prompt and answers of one length, and those of the next group behind them: one call a pass.
+        ([(4, (4, 4)), (4, (4, 4))], [(6, 4), (2, 8)]),
+        # Segments of other lengths lie between those of equal length: a call for each.
+        ([(3, (2,)), (3, (2,))], [(1, 3), (1, 2), (1, 3), (1, 2), (2, 2)]),
+        # Equal lengths, but not at equal distances.
+        ([(2, (2, 2)), (2, (1, 3)), (2, (2, 2))], [(4, 2), (1, 1), (1, 3), (3, 2), (3, 4)]),
+        ([(2, (4,)), (2, (1, 3)), (1, (4,))], [(1, 2), (1, 4), (1, 2), (1, 1), (1, 3), (1, 1), (1, 4), (2, 4), (1, 4)]),
+    ],
+)
+def test_blocks_of_a_run_share_a_call_and_are_read_in_place(
+    groups: list[tuple[int, tuple[int, ...]]], calls: list[tuple[int, int]]
+) -> None:
+    layout = make_layout(groups, 1)
+    query, key, value = (tensor.detach() for tensor in random_qkv(layout.row_length, 4, 2, torch.float64))
+    kernel = CountingKernel()
+    first, second = group_passes(layout)
+    output, lse = BatchedKernels(kernel).forward(query, key, value, first, RULE)
+    BatchedKernels(kernel).merge(output, lse, query, key, value, second, RULE)
+    assert [(each.shape[0], each.shape[2]) for each in kernel.queries] == calls
+    assert {each.untyped_storage().data_ptr() for each in kernel.queries} == {query.untyped_storage().data_ptr()}
+    mask = visible(groups, layout.row_length)
+    torch.testing.assert_close(output, dense_attention(query, key, value, mask, RULE), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
