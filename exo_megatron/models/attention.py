@@ -111,8 +111,9 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, lse = ctx.saved_tensors
-        totals = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for which in ctx.passes:
-            kernels = kernels_for(query, which, ctx.rule)
-            kernels.add_gradients(totals, grads[0], query, key, value, output, lse, which, ctx.rule)
+        first, *others = ctx.passes
+        own = (grads[0], query, key, value, output, lse)
+        totals = kernels_for(query, first, ctx.rule).gradients(None, *own, first, ctx.rule)
+        for which in others:
+            totals = kernels_for(query, which, ctx.rule).gradients(totals, *own, which, ctx.rule)
         return *totals, None, None

@@ -7,7 +7,7 @@ call for each run of blocks of equal shape, with the CPU flash kernels. Where fl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -46,9 +46,9 @@ class AttentionKernels(Protocol):
         """Merge a pass into output and LSE, in place, which so far are those of passes over other keys."""
         ...
 
-    def add_gradients(
+    def gradients(
         self,
-        totals: Triple,
+        totals: Triple | None,
         grad: Tensor,
         query: Tensor,
         key: Tensor,
@@ -57,8 +57,11 @@ class AttentionKernels(Protocol):
         lse: Tensor,
         which: AttentionPass,
         rule: ScoreRule,
-    ) -> None:
-        """Add the gradients of query, key and value through this pass to `totals`, given the output's, `grad`."""
+    ) -> Triple:
+        """Gradients of query, key and value through this pass, given the output's, `grad`: added to `totals`.
+
+        None: new tensors, of a pass whose blocks are all rows.
+        """
         ...
 
 
@@ -125,9 +128,9 @@ class FlashVarlenKernels:
         merge_(own, own_lse.t(), part, part_lse.t())
         output[rows], lse[:, rows] = own, own_lse
 
-    def add_gradients(
+    def gradients(
         self,
-        totals: Triple,
+        totals: Triple | None,
         grad: Tensor,
         query: Tensor,
         key: Tensor,
@@ -136,13 +139,13 @@ class FlashVarlenKernels:
         lse: Tensor,
         which: AttentionPass,
         rule: ScoreRule,
-    ) -> None:
+    ) -> Triple:
         """See AttentionKernels."""
         # The random state is read only when dropout is on.
         no_rng = torch.zeros(2, dtype=torch.uint64, device=query.device)
         unused = torch.empty(0, dtype=torch.uint64, device=query.device)
         own, seen = which.query_rows, which.key_rows
-        gradients = torch.ops.aten._flash_attention_backward(
+        gradients: Triple = torch.ops.aten._flash_attention_backward(
             _taken(grad, own).contiguous(),
             _taken(query, own),
             _taken(key, seen),
@@ -159,11 +162,14 @@ class FlashVarlenKernels:
             unused,
             scale=rule.scale,
         )
+        if totals is None:
+            return gradients
         for total, gradient, rows in zip(totals, gradients, (own, seen, seen), strict=True):
             if rows is None:
-                total += gradient
+                total.add_(gradient)
             else:
                 total.index_add_(0, rows, gradient)
+        return totals
 
 
 def _taken(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -202,9 +208,9 @@ class BatchedKernels:
         for own, part, part_lse in self._parts(query, key, value, which, rule):
             merge_(own.heads(output), own.of_heads(lse), part, part_lse)
 
-    def add_gradients(
+    def gradients(
         self,
-        totals: Triple,
+        totals: Triple | None,
         grad: Tensor,
         query: Tensor,
         key: Tensor,
@@ -213,14 +219,17 @@ class BatchedKernels:
         lse: Tensor,
         which: AttentionPass,
         rule: ScoreRule,
-    ) -> None:
+    ) -> Triple:
         """See AttentionKernels."""
+        put: Callable[[Tensor, Tensor], Tensor] = Tensor.copy_ if totals is None else Tensor.add_
+        found = totals or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
         for own, seen in _equal_blocks(which):
             d_out, q, out = (own.heads(tensor) for tensor in (grad, query, output))
             k, v, own_lse = seen.heads(key), seen.heads(value), own.of_heads(lse)
             gradients = self.dense.backward(d_out, q, k, v, out, own_lse, _blocks(which, own, seen), rule)
-            for total, gradient, rows in zip(totals, gradients, (own, seen, seen), strict=True):
-                rows.heads(total).add_(gradient)
+            for total, gradient, rows in zip(found, gradients, (own, seen, seen), strict=True):
+                put(rows.heads(total), gradient)
+        return found
 
     def _parts(
         self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule

@@ -46,12 +46,11 @@ class _PartAttention(torch.autograd.Function):
         layout: PartLayout = ctx.layout
         rule: ScoreRule = ctx.rule
         segments, prompt = segment_pass(layout.row), layout.prompt
-        totals = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         kernels = kernels_for(query, segments, rule)
-        kernels.add_gradients(totals, grads[0], query, key, value, output, lse, segments, rule)
+        totals = kernels.gradients(None, grads[0], query, key, value, output, lse, segments, rule)
         if prompt is not None:
             keys, values = layout.shared.keys[ctx.layer_number], layout.shared.values[ctx.layer_number]
             with_prompt = totals[0], keys.gradient, values.gradient
             kernels = kernels_for(query, prompt, rule)
-            kernels.add_gradients(with_prompt, grads[0], query, keys.value, values.value, output, lse, prompt, rule)
+            kernels.gradients(with_prompt, grads[0], query, keys.value, values.value, output, lse, prompt, rule)
         return *totals, None, None, None
