@@ -4,7 +4,8 @@ Split: `compute.max_tokens_per_microbatch` leaves room for the prompt and n cand
 (exo_megatron/training/oversized.py). A forward costs 1 and a backward 2, so with P + K R tokens in one row the passes
 cost 3 (P + K R) and those of the parts R (K - n) more: at most 4/3 of it. The prompt and one part are in memory:
 (P + n R) / (P + K R) of the activations. What autograd keeps is counted, and beside it the peak of all that is
-allocated, with gradients of weights and passing buffers.
+allocated, with gradients of weights and passing buffers. A step has several groups where they are small, one after
+another on both sides.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tools.bench.training import OurSteps, backward
 SHAPES = ((512, 128, 8, 1), (400, 50, 8, 1), (400, 50, 8, 4), (256, 256, 16, 1), (512, 512, 8, 1))
 QUICK_SHAPES = ((24, 8, 4, 1), (5, 12, 4, 2))
 SHAPE, QUICK_SHAPE = Shape(hidden=512, layers=4, vocab=512), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
+TOKENS = 4096
+"""About as many tokens a step as this; at least one group."""
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.1, beta_r=1.0, temperature=0.8)
 TOLERANCE = 1e-5
 TIME_TARGET, MEMORY_TARGET = 1.36, 1.10
@@ -84,22 +87,27 @@ class Side:
         return hf_gradients(self.trainee, self.ours.matched)
 
 
+def _with_rows_of(compute: ComputeConfig, tokens: int) -> ComputeConfig:
+    return compute.model_copy(update={"max_tokens_per_microbatch": tokens})
+
+
 def _row(
     matched: Matched, ours: OurSteps, prompt: int, response: int, candidates: int, together: int, *, rounds: int
 ) -> tuple[str, ...]:
-    lengths = Lengths(prompt, (response,) * candidates)
-    groups = ours.stored(random_groups([lengths], matched.spec.vocab_size))
-    room = prompt + together * response
-    compute = matched.compute.model_copy(update={"max_tokens_per_microbatch": room})
-    unsplit, split = Side(ours.trainee, ours, groups), Side(replace(ours.trainee, compute=compute), ours, groups)
+    tokens, room = prompt + candidates * response, prompt + together * response
+    lengths = [Lengths(prompt, (response,) * candidates)] * max(1, TOKENS // tokens)
+    groups = ours.stored(random_groups(lengths, matched.spec.vocab_size))
+    unsplit, split = (
+        Side(replace(ours.trainee, compute=_with_rows_of(matched.compute, size)), ours, groups)
+        for size in (tokens, room)
+    )
     parts = [share.parts for wave in step_batches(split.trainee, groups).oversized.waves for share in wave.shares]
-    assert [{len(part) for part in each} for each in parts] == [{together}]
+    assert [{len(part) for part in each} for each in parts] == [{together}] * len(groups)
     difference = agree(split.gradients(), unsplit.gradients(), tolerance=TOLERANCE)
     timings = alternate({"split": split.step, "unsplit": unsplit.step}, rounds=rounds)
     saved = partial(saved_bytes, without=list(ours.trainee.policy.parameters()))
     kept = saved(split.step) / saved(unsplit.step)
     peak = peak_bytes(split.step) / peak_bytes(unsplit.step)
-    tokens = prompt + candidates * response
     formula = room / tokens
     work = 1 + (candidates - together) * response / (3 * tokens)
     return (
