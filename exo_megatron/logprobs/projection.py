@@ -1,7 +1,7 @@
 """A shard's share of the softmax over the vocabulary, tile by tile, as exponentials that the backward can multiply.
 
-Letters: M rows, H hidden, v columns of a tile, tau the temperature. x are the logits of a tile before the temperature
-(after the soft cap), m their row maximum.
+Letters: M rows, H hidden, m rows and v columns of a tile, tau the temperature. x are the logits of a tile before the
+temperature (after the soft cap).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from exo_megatron.logprobs.tiles import Tile, Tiling
 from exo_megatron.models.products import multiplicand, product
 from exo_megatron.models.softcap import soft_cap_, soft_cap_slope
 
@@ -47,6 +48,13 @@ class Head:
         return None if self.softcap is None else soft_cap_slope(logits, self.softcap)
 
 
+def place_in(index: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Place of each index in a part of a dimension, and whether it is there at all (if not, the place is any)."""
+    place = index - part.start
+    length = part.stop - part.start
+    return place.clamp(0, length - 1), (place >= 0) & (place < length)
+
+
 class Projection:
     """Hidden rows and this rank's vocabulary rows; products are accumulated in fp32 (fp64 for fp64)."""
 
@@ -59,27 +67,28 @@ class Projection:
         self.valid = head.shard.valid(weight.shape[0])
         self._weight = weight.detach()
 
-    def tiles(self, columns: int) -> list[slice]:
-        """Ranges of the shard's real vocabulary rows, `columns` in each but the last."""
-        return [slice(first, min(first + columns, self.valid)) for first in range(0, self.valid, columns)]
+    def tiles(self, tiling: Tiling) -> list[Tile]:
+        """Of the hidden rows by the shard's real vocabulary rows."""
+        return tiling.tiles(self.hidden.shape[0], self.valid)
 
-    def weight(self, tile: slice) -> Tensor:
+    def weight(self, tile: Tile) -> Tensor:
         """[v, H], as `product` takes it; half precision on the CPU is cast here, a tile at a time."""
-        return multiplicand(self._weight[tile])
+        return multiplicand(self._weight[tile.columns])
 
-    def logits(self, tile: slice, room: Tensor | None = None) -> Tensor:
-        """x [M, v], in the given room or a new tensor."""
-        weight = self.weight(tile).t()
-        shape = (self.hidden.shape[0], weight.shape[1])
+    def logits(self, tile: Tile, room: Tensor | None = None) -> Tensor:
+        """x [m, v], in the given room or a new tensor."""
+        hidden, weight = self.hidden[tile.rows], self.weight(tile).t()
+        shape = (hidden.shape[0], weight.shape[1])
         out = None if room is None else room[: shape[0] * shape[1]].view(shape)
-        return soft_cap_(product(self.hidden, weight, out=out), self.head.softcap)
+        return soft_cap_(product(hidden, weight, out=out), self.head.softcap)
 
-    def room(self, columns: int) -> Tensor:
-        """[M * columns], for one tile after another: new memory costs more than what is computed in it."""
-        return self.hidden.new_empty(self.hidden.shape[0] * columns, dtype=self.dtype)
+    def room(self, tile: Tile, columns: int) -> Tensor:
+        """For logits of one tile after another, or rows [m, columns]: new memory costs more than the work in it."""
+        height = tile.rows.stop - tile.rows.start
+        return self.hidden.new_empty(height * columns, dtype=self.dtype)
 
     def exponentials_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """x, in place, becomes exp((x - m) / tau); m [M]."""
+        """x, in place, becomes exp((x - m) / tau); the maxima of its rows [m]."""
         logits.sub_(maximum[:, None])
         if self.head.temperature != 1.0:
             logits.mul_(1 / self.head.temperature)
@@ -91,11 +100,9 @@ class Projection:
             exponentials.mul_(slope)
         return exponentials.to(self.hidden.dtype)
 
-    def local(self, target: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-        """Column in the tile of each vocabulary id, and whether it is there at all (if not, the column is any)."""
-        column = target - (self.start + tile.start)
-        width = tile.stop - tile.start
-        return column.clamp(0, width - 1), (column >= 0) & (column < width)
+    def local(self, target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Place among the columns of each vocabulary id, and whether it is there at all (if not, the place is any)."""
+        return place_in(target - self.start, columns)
 
     def rows(self, index: Tensor) -> Tensor:
         """[n, H] in `dtype`: rows of this rank's weight."""

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exo_megatron.logprobs.projection import Head, Projection
+from exo_megatron.logprobs.projection import Head, Projection, place_in
+from exo_megatron.logprobs.tiles import Tile
 from exo_megatron.logprobs.tokens import Tokens
 
 
@@ -39,7 +40,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class TileStatistics:
-    """What the forward pass over this rank's tiles has found so far."""
+    """What the forward pass over this rank's tiles has found so far. tiles: ranges of columns."""
 
     maxima: Tensor  # [tiles, M]
     totals: Tensor  # [tiles, M], relative to the tile's maximum
@@ -48,18 +49,23 @@ class TileStatistics:
 
     @classmethod
     def empty(cls, projection: Projection, tokens: Tokens, tiles: int) -> TileStatistics:
-        """For this many tiles."""
+        """For this many ranges of columns."""
         rows, extra = tokens.first_target.shape[0], tokens.extra.shape[0]
         shapes: tuple[tuple[int, ...], ...] = ((tiles, rows), (tiles, rows), (rows,), (extra,))
         return cls(*(projection.hidden.new_zeros(shape, dtype=projection.dtype) for shape in shapes))
 
-    def enter_logits(self, index: int, tile: slice, logits: Tensor, projection: Projection, tokens: Tokens) -> None:
-        """Maximum and targets of a tile's x [M, v]."""
-        torch.amax(logits, dim=1, out=self.maxima[index])
-        column, here = projection.local(tokens.first_target, tile)
-        self.first.add_(logits.gather(1, column[:, None])[:, 0] * here)
-        column, here = projection.local(tokens.extra_target, tile)
-        self.extra.add_(logits[tokens.extra_row, column] * here)
+    def enter_logits(self, tile: Tile, logits: Tensor, projection: Projection, tokens: Tokens) -> None:
+        """Maximum and targets of a tile's x [m, v]."""
+        torch.amax(logits, dim=1, out=self.maxima[tile.number, tile.rows])
+        column, here = projection.local(tokens.first_target[tile.rows], tile.columns)
+        self.first[tile.rows].add_(logits.gather(1, column[:, None])[:, 0] * here)
+        column, here = projection.local(tokens.extra_target, tile.columns)
+        row, inside = place_in(tokens.extra_row, tile.rows)
+        self.extra.add_(logits[row, column] * (here & inside))
+
+    def enter_exponentials(self, tile: Tile, exponentials: Tensor) -> None:
+        """Sums of a tile's exponentials [m, v] relative to its maxima."""
+        torch.sum(exponentials, dim=1, out=self.totals[tile.number, tile.rows])
 
     def over_ranks(self, head: Head) -> Softmax:
         """All tiles of all ranks, by one all-gather over the tensor group."""

@@ -1,10 +1,11 @@
 """Log-probs of response tokens from hidden states, on vocabulary shards, in fp32, a tile of the vocabulary at a time.
 
 Letters: M predicting rows, N response tokens (N >= M: K first tokens share one row), H hidden, V vocabulary,
-Vp padded vocabulary, t tensor-parallel size, v columns of a tile, x logits before the temperature tau.
+Vp padded vocabulary, t tensor-parallel size, m rows and v columns of a tile, x logits before the temperature tau.
 
-A tile's logits become E = exp((x - m) / tau) in place, m being the tile's row maximum; the row's softmax on the tile
-is E times one number per row, `share`. With R the sum of a row's token gradients and T its first token's target,
+A tile's logits become E = exp((x - max) / tau) in place, max being the row's maximum in the tile; the row's softmax on
+the tile is E times one number per row, `share`. With R the sum of a row's token gradients and T its first token's
+target,
 
     d x = -R/tau share (E - onehot(T) / share)  +  what the row's other tokens add: g/tau (onehot(target) - onehot(T))
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from exo_megatron.logprobs.projection import Head, Projection, VocabShard
 from exo_megatron.logprobs.statistics import Softmax, TileStatistics
-from exo_megatron.logprobs.tiles import Tiling
+from exo_megatron.logprobs.tiles import Tile, Tiling
 from exo_megatron.logprobs.tokens import Tokens
 from exo_megatron.logprobs.weight_gradient import WeightGradient
 from exo_megatron.models.products import product
@@ -69,16 +70,16 @@ class _ShardedLogProbs(torch.autograd.Function):
     ) -> Tensor:
         projection = Projection(hidden, weight, head)
         tokens = Tokens.of(token_row, token_target, hidden.shape[0])
-        tiles = projection.tiles(tiling.columns)
-        statistics = TileStatistics.empty(projection, tokens, len(tiles))
-        kept = [_forward_tile(i, tile, projection, tokens, statistics) for i, tile in enumerate(tiles[: tiling.kept])]
-        room = projection.room(tiling.columns) if len(tiles) > len(kept) else None
-        for i, tile in enumerate(tiles[len(kept) :], start=len(kept)):
-            _enter_tile(i, tile, projection.logits(tile, room), projection, tokens, statistics)
+        tiles = projection.tiles(tiling)
+        statistics = TileStatistics.empty(projection, tokens, tiles[-1].number + 1 if tiles else 0)
+        kept = [_forward_tile(tile, projection, tokens, statistics) for tile in tiles[: tiling.kept]]
+        room = projection.room(tiles[0], tiling.columns) if len(tiles) > len(kept) else None
+        for tile in tiles[len(kept) :]:
+            _enter_tile(tile, projection.logits(tile, room), projection, tokens, statistics)
         softmax = statistics.over_ranks(head)
         marks = _Marks(projection, tokens, softmax, statistics.maxima, softmax.shares(statistics.maxima, head))
-        for index, factor in enumerate(kept):
-            marks.put_(factor, index, tiles[index])
+        for factor, tile in zip(kept, tiles, strict=False):
+            marks.put_(factor, tile)
         ctx.save_for_backward(hidden, weight, marks.maxima, marks.shares, *kept)
         ctx.head, ctx.tiling, ctx.tokens, ctx.softmax = head, tiling, tokens, softmax
         return softmax.logprobs(tokens, head)
@@ -92,15 +93,17 @@ class _ShardedLogProbs(torch.autograd.Function):
         row_grad = grad.new_zeros(hidden.shape[0]).index_put_((ctx.tokens.row,), grad, accumulate=True)
         d_hidden = torch.zeros(hidden.shape, dtype=projection.dtype, device=hidden.device)
         d_weight = WeightGradient(weight, projection.dtype) if ctx.needs_input_grad[1] else None
-        tiles = projection.tiles(ctx.tiling.columns)
-        room = projection.room(ctx.tiling.columns) if len(tiles) > len(kept) else None
-        row_room = torch.empty_like(d_hidden)
+        tiles = projection.tiles(ctx.tiling)
+        room = projection.room(tiles[0], ctx.tiling.columns) if len(tiles) > len(kept) else None
+        row_room = torch.empty_like(d_hidden[tiles[0].rows]) if tiles else d_hidden
         for index, tile in enumerate(tiles):
-            factor = kept[index] if index < len(kept) else marks.recomputed(index, tile, room)
-            scale = (-row_grad * shares[index])[:, None]
-            d_hidden.addcmul_(product(factor, projection.weight(tile), out=row_room), scale)
+            factor = kept[index] if index < len(kept) else marks.recomputed(tile, room)
+            own, rows = d_hidden[tile.rows], row_room[: factor.shape[0]]
+            scale = (-row_grad[tile.rows] * shares[tile.number, tile.rows])[:, None]
+            own.addcmul_(product(factor, projection.weight(tile), out=rows), scale)
             if d_weight is not None:
-                d_weight.add(tile, factor.t(), torch.mul(projection.hidden, scale, out=row_room).to(factor.dtype))
+                right = torch.mul(projection.hidden[tile.rows], scale, out=rows).to(factor.dtype)
+                d_weight.add(tile.columns, factor.t(), right, first=tile.rows.start == 0)
         if d_weight is not None:
             d_weight.no_rows_from(projection.valid)
         _add_extra_tokens(d_hidden, d_weight, marks, grad)
@@ -108,22 +111,20 @@ class _ShardedLogProbs(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), weight_grad, None, None, None, None
 
 
-def _forward_tile(
-    index: int, tile: slice, projection: Projection, tokens: Tokens, statistics: TileStatistics
-) -> Tensor:
-    """Enter a tile into the statistics; its factor of the backward's products [M, v], not yet marked."""
+def _forward_tile(tile: Tile, projection: Projection, tokens: Tokens, statistics: TileStatistics) -> Tensor:
+    """Enter a tile into the statistics; its factor of the backward's products [m, v], not yet marked."""
     logits = projection.logits(tile)
     slope = projection.head.slope(logits)
-    return projection.factor(_enter_tile(index, tile, logits, projection, tokens, statistics), slope)
+    return projection.factor(_enter_tile(tile, logits, projection, tokens, statistics), slope)
 
 
 def _enter_tile(
-    index: int, tile: slice, logits: Tensor, projection: Projection, tokens: Tokens, statistics: TileStatistics
+    tile: Tile, logits: Tensor, projection: Projection, tokens: Tokens, statistics: TileStatistics
 ) -> Tensor:
     """Enter a tile into the statistics; its exponentials, in place of the logits."""
-    statistics.enter_logits(index, tile, logits, projection, tokens)
-    exponentials = projection.exponentials_(logits, statistics.maxima[index])
-    torch.sum(exponentials, dim=1, out=statistics.totals[index])
+    statistics.enter_logits(tile, logits, projection, tokens)
+    exponentials = projection.exponentials_(logits, statistics.maxima[tile.number, tile.rows])
+    statistics.enter_exponentials(tile, exponentials)
     return exponentials
 
 
@@ -137,22 +138,24 @@ class _Marks:
     maxima: Tensor  # [tiles, M]
     shares: Tensor  # [tiles, M]
 
-    def put_(self, factor: Tensor, index: int, tile: slice) -> None:
+    def put_(self, factor: Tensor, tile: Tile) -> None:
         """Put (E - 1/share) times the soft cap's slope at each row's first target, where the tile has it, in place."""
-        head, logits = self.projection.head, self.softmax.first
-        value = torch.exp((logits - self.maxima[index]) / head.temperature) - 1 / self.shares[index]
+        head, logits = self.projection.head, self.softmax.first[tile.rows]
+        maxima, shares = (each[tile.number, tile.rows] for each in (self.maxima, self.shares))
+        value = torch.exp((logits - maxima) / head.temperature) - 1 / shares
         slope = head.slope(logits)
         value = value if slope is None else value * slope
-        column, here = self.projection.local(self.tokens.first_target, tile)
+        column, here = self.projection.local(self.tokens.first_target[tile.rows], tile.columns)
         current = factor.gather(1, column[:, None])[:, 0]
         factor.scatter_(1, column[:, None], torch.where(here, value.to(factor.dtype), current)[:, None])
 
-    def recomputed(self, index: int, tile: slice, room: Tensor | None) -> Tensor:
+    def recomputed(self, tile: Tile, room: Tensor | None) -> Tensor:
         """The factor of a tile that was not kept."""
         logits = self.projection.logits(tile, room)
         slope = self.projection.head.slope(logits)
-        factor = self.projection.factor(self.projection.exponentials_(logits, self.maxima[index]), slope)
-        self.put_(factor, index, tile)
+        exponentials = self.projection.exponentials_(logits, self.maxima[tile.number, tile.rows])
+        factor = self.projection.factor(exponentials, slope)
+        self.put_(factor, tile)
         return factor
 
 

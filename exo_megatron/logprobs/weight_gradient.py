@@ -26,9 +26,9 @@ class WeightGradient:
         self._in_place = buffer is not None and buffer.dtype == dtype
         self._matrix = buffer if buffer is not None and self._in_place else weight.new_empty(weight.shape, dtype=dtype)
 
-    def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
-        """Add left @ right [rows, H]. Without a buffer the first call for each range sets it: one call for each."""
-        add_product_(self._matrix[rows], left, right, fresh=not self._in_place)
+    def add(self, rows: slice, left: Tensor, right: Tensor, *, first: bool) -> None:
+        """Add left @ right [rows, H]. first: nothing has been added to these rows, which without a buffer it sets."""
+        add_product_(self._matrix[rows], left, right, fresh=first and not self._in_place)
 
     def no_rows_from(self, row: int) -> None:
         """Rows from `row` on have no gradient."""

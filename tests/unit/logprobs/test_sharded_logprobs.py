@@ -21,7 +21,12 @@ TOKEN_ROW = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
 TOKEN_TARGET = torch.tensor([3, 10, 3, 0, 7, 1, 10, 5])
 ROWS = 5
 # Widths around those at which targets lie on the border of a tile; no, some and all tiles kept.
-TILINGS = [Tiling(columns, kept) for columns in (1, 3, 4, 7, 10, 11, 100) for kept in (0, 1, 100)]
+TILINGS = [
+    Tiling(columns, kept, rows)
+    for columns in (1, 3, 4, 7, 10, 11, 100)
+    for kept in (0, 1, 5, 100)
+    for rows in (None, 2)
+]
 # The tokens of row 0 have coefficients as an objective gives them (their sum is 0), row 2's do not.
 UPSTREAM = torch.tensor([1.5, -2.0, 0.5, 0.0, 3.0, -1.0, 2.0, -0.7], dtype=torch.float64)
 

@@ -29,7 +29,7 @@ def hidden(dtype: torch.dtype) -> Tensor:
 def backward(weight: Tensor, kept: int = 100) -> None:
     shard = VocabShard(group=None, rank=0, ranks=1, vocab_size=VOCAB)
     rows = hidden(weight.dtype)
-    logps = sharded_logprobs(rows, weight, TOKEN_ROW, TOKEN_TARGET, shard, temperature=0.8, tiling=Tiling(4, kept))
+    logps = sharded_logprobs(rows, weight, TOKEN_ROW, TOKEN_TARGET, shard, temperature=0.8, tiling=Tiling(4, kept, 2))
     logps.backward(torch.tensor([1.0, -3.0, 0.5, 2.0]))
 
 
