@@ -6,6 +6,7 @@ temperature (after the soft cap).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,13 +83,12 @@ class Projection:
         out = None if room is None else room[: shape[0] * shape[1]].view(shape)
         return soft_cap_(product(hidden, weight, out=out), self.head.softcap)
 
-    def room(self, tile: Tile, columns: int) -> Tensor:
-        """For logits of one tile after another, or rows [m, columns]: new memory costs more than the work in it."""
-        height = tile.rows.stop - tile.rows.start
-        return self.hidden.new_empty(height * columns, dtype=self.dtype)
+    def room(self, tiles: Sequence[Tile]) -> Tensor:
+        """For the logits of one of these tiles after another: new memory for each would cost more than its work."""
+        return self.hidden.new_empty(max((tile.logits for tile in tiles), default=0), dtype=self.dtype)
 
     def exponentials_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """x, in place, becomes exp((x - m) / tau); the maxima of its rows [m]."""
+        """x, in place, becomes exp((x - maximum) / tau); maximum [m]."""
         logits.sub_(maximum[:, None])
         if self.head.temperature != 1.0:
             logits.mul_(1 / self.head.temperature)

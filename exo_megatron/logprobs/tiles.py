@@ -24,6 +24,12 @@ class Tile:
     columns: slice
     number: int
 
+    @property
+    def logits(self) -> int:
+        """How many it has."""
+        rows, columns = (len(range(part.start, part.stop)) for part in (self.rows, self.columns))
+        return rows * columns
+
 
 @dataclass(frozen=True)
 class Tiling:

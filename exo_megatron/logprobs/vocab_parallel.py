@@ -73,7 +73,7 @@ class _ShardedLogProbs(torch.autograd.Function):
         tiles = projection.tiles(tiling)
         statistics = TileStatistics.empty(projection, tokens, tiles[-1].number + 1 if tiles else 0)
         kept = [_forward_tile(tile, projection, tokens, statistics) for tile in tiles[: tiling.kept]]
-        room = projection.room(tiles[0], tiling.columns) if len(tiles) > len(kept) else None
+        room = projection.room(tiles[len(kept) :])
         for tile in tiles[len(kept) :]:
             _enter_tile(tile, projection.logits(tile, room), projection, tokens, statistics)
         softmax = statistics.over_ranks(head)
@@ -94,7 +94,7 @@ class _ShardedLogProbs(torch.autograd.Function):
         d_hidden = torch.zeros(hidden.shape, dtype=projection.dtype, device=hidden.device)
         d_weight = WeightGradient(weight, projection.dtype) if ctx.needs_input_grad[1] else None
         tiles = projection.tiles(ctx.tiling)
-        room = projection.room(tiles[0], ctx.tiling.columns) if len(tiles) > len(kept) else None
+        room = projection.room(tiles[len(kept) :])
         row_room = torch.empty_like(d_hidden[tiles[0].rows]) if tiles else d_hidden
         for index, tile in enumerate(tiles):
             factor = kept[index] if index < len(kept) else marks.recomputed(tile, room)
@@ -149,7 +149,7 @@ class _Marks:
         current = factor.gather(1, column[:, None])[:, 0]
         factor.scatter_(1, column[:, None], torch.where(here, value.to(factor.dtype), current)[:, None])
 
-    def recomputed(self, tile: Tile, room: Tensor | None) -> Tensor:
+    def recomputed(self, tile: Tile, room: Tensor) -> Tensor:
         """The factor of a tile that was not kept."""
         logits = self.projection.logits(tile, room)
         slope = self.projection.head.slope(logits)

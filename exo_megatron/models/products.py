@@ -25,12 +25,10 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
     the order of summation, on CUDA without making the copies (needs torch >= 2.8).
     """
     left, right = multiplicand(left), multiplicand(right)
-    if left.dim() == 2:
-        if left.dtype in (torch.float32, torch.float64):
-            return torch.mm(left, right, out=out)
-        return torch.mm(left, right, out_dtype=torch.float32, out=out)
     if left.dtype in (torch.float32, torch.float64):
-        return left @ right
+        return torch.matmul(left, right, out=out)
+    if left.dim() == 2:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
     return torch.bmm(left, right, out_dtype=torch.float32)
 
 
