@@ -116,9 +116,10 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "perform_initialization": False,
         "deallocate_pipeline_outputs": True,
         # megatron-core's fused GELU is always the tanh approximation.
-        "bias_activation_fusion": topology.device.type == "cuda" and spec.gated and spec.activation == "silu",
+        "bias_activation_fusion": spec.gated and spec.activation == "silu",
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
+        # Only where parameters have gradient buffers: linear.add_gradients_in_place.
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         **expert_settings(spec, topology),

@@ -37,3 +37,17 @@ def linear_backend() -> LinearBackend:
 
         return LinearBackend(TEColumnParallelLinear, TERowParallelLinear)
     return LinearBackend(ColumnParallelLinear, RowParallelLinear)
+
+
+def add_gradients_in_place(model: torch.nn.Module) -> None:
+    """Let megatron-core's own linear layers add the gradients of their weights to its buffers (`main_grad`) themselves.
+
+    They then make no matrix of the weight's size per backward pass, and do not round its sum to half precision. For a
+    model whose parameters have such buffers. No effect on CUDA without apex, whose kernel does it there, and on the
+    layers of Transformer Engine.
+    """
+    if torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        return
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module.gradient_accumulation_fusion = True

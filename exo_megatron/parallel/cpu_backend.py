@@ -3,7 +3,8 @@
 megatron-core writes `torch.cuda.current_device()`, `device="cuda"` and `tensor.type() == "torch.cuda.FloatTensor"`
 throughout. `install()` makes those mean the CPU: `torch.cuda` functions that need a driver become their CPU
 counterparts or no-ops, and megatron modules that spell out "cuda" get a view of the torch module whose factory
-functions put tensors on the CPU. Nothing outside megatron's own modules and `torch.cuda` changes, except
+functions put tensors on the CPU. Where megatron-core has a CUDA kernel and a slow way besides, it gets those of
+`cpu_kernels`. Nothing outside megatron's own modules and `torch.cuda` changes, except
 `Tensor.cuda` (identity) and `Tensor.type()` (its answer equals both the CPU's and the CUDA name).
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from exo_megatron.parallel import cpu_kernels
 
 # Modules of megatron.core (0.16 to 0.19) that create tensors on the literal device "cuda".
 _LITERAL_CUDA_MODULES = (
@@ -117,7 +120,12 @@ def install() -> None:
     view = _TorchOnCpu()
     for name in _LITERAL_CUDA_MODULES:
         if importlib.util.find_spec(f"megatron.core.{name}") is not None:
-            vars(importlib.import_module(f"megatron.core.{name}"))["torch"] = view
+            vars(_megatron(name))["torch"] = view
+    _patch_kernels()
+
+
+def _megatron(name: str) -> ModuleType:
+    return importlib.import_module(f"megatron.core.{name}")
 
 
 class _Installed:
@@ -149,10 +157,21 @@ def _patch_torch_cuda() -> None:
     vars(torch.cuda.random)["get_rng_state"] = rng.get_state
     for name in ("range_push", "range_pop"):
         setattr(torch.cuda.nvtx, name, _returns(None))
-    megatron_random = importlib.import_module("megatron.core.tensor_parallel.random")
-    vars(megatron_random)["_set_cuda_rng_state"] = rng.set_state
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    vars(dispatcher)["maybe_move_tensor_to_cpu"] = _as_moved_to_cpu
+    vars(_megatron("tensor_parallel.random"))["_set_cuda_rng_state"] = rng.set_state
+    vars(_megatron("transformer.moe.token_dispatcher"))["maybe_move_tensor_to_cpu"] = _as_moved_to_cpu
+
+
+def _patch_kernels() -> None:
+    for name in ("transformer.mlp", "transformer.moe.shared_experts"):
+        vars(_megatron(name))["bias_swiglu_impl"] = cpu_kernels.swiglu
+    vars(_megatron("transformer.mlp"))["weighted_bias_swiglu_impl"] = cpu_kernels.weighted_swiglu
+    linear = vars(_megatron("tensor_parallel.layers"))
+    linear["fused_weight_gradient_mlp_cuda"] = cpu_kernels.WeightGradients
+    linear["_grad_accum_fusion_available"] = True
+    vars(_megatron("optimizer.clip_grads"))["multi_tensor_scale_impl"] = cpu_kernels.scale
+    buffers = vars(_megatron("distributed.param_and_grad_buffer"))
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        buffers[name] = cpu_kernels.unless_alone(buffers[name])
 
 
 def _patch_tensor() -> None:

@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
 from exo_megatron.models.build import DTYPES
+from exo_megatron.models.linear import add_gradients_in_place
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
@@ -91,6 +92,7 @@ def make_trainee(
         ),
         policy,
     )
+    add_gradients_in_place(policy)
     optimizer = get_megatron_optimizer(_megatron_config(config, compute), [model])
     _fuse_torch_adam(optimizer)
     policy.config.grad_scale_func = optimizer.scale_loss

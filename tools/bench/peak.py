@@ -1,6 +1,6 @@
 """Share of the machine's own matrix-multiply peak that a training step reaches.
 
-Peak: square matrix products in the precision of the step, repeated for two seconds and more in turn with it, of the
+Peak: square matrix products in the precision of the step, repeated for four seconds and more in turn with it, of the
 size that is fastest over all rounds. (A single product is over before the machine's other programs get in its way, as
 they get in that of a step.) The step is a whole one (packing, forward, backward, reduction, Adam) on groups of the
 HH-like and TL;DR-like lengths with stored reference log-probs. Its FLOPs are those of the model on the packed row: 6
@@ -114,7 +114,7 @@ def _row(
 ) -> tuple[str, ...]:
     sizes = (256,) if options.quick else (8192,) if torch.cuda.is_available() else (1024, 2048)
     dtype, device = ours.matched.hf.dtype, ours.matched.topology.device
-    seconds = 0.05 if options.quick else 2.0
+    seconds = 0.05 if options.quick else 4.0
     products = {f"{size}": SquareProducts.of(size, dtype, device, seconds=seconds) for size in sizes}
     timings = alternate({"step": partial(ours.step, groups), **products}, rounds=options.rounds)
     best = max(products, key=lambda size: products[size].flops / timings.median(size))

@@ -8,7 +8,7 @@ linear FLOPs of a token and `b` FLOPs of a query-key pair the work differs by th
 
 The vocabulary is small, because the formula leaves the head out: it sees the same rows on both sides. The model is wide
 and has one layer: the formula counts FLOPs, of which attention on a CPU needs several times as long as matrix products,
-and the wider a model, the less it has of them. (A 7B Llama is twice as wide.)
+and the wider a model, the less it has of them. (A 7B Llama is twice as wide, with heads of the same 128.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from tools.bench.training import OurSteps, backward
 
 SHAPES = ((47, 230, 4), (400, 50, 4), (400, 50, 8), (512, 512, 4), (1024, 128, 8), (2048, 256, 8))
 QUICK_SHAPES = ((12, 20, 4), (40, 5, 8))
-SHAPE, QUICK_SHAPE = Shape(hidden=2048, layers=1, vocab=512), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
+SHAPE = Shape(hidden=2048, layers=1, vocab=512, head_dim=128)
+QUICK_SHAPE = Shape(hidden=64, layers=2, vocab=199, head_dim=16)
 TOKENS = 2048
 """About as many tokens a step as this, prompts shared; at least one group."""
 TOLERANCE = 1e-5
