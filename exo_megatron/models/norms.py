@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from exo_megatron.parallel import cpu_kernels
+
 
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (HF `LlamaRMSNorm`).
@@ -35,10 +37,9 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H], same dtype."""
         if not self.zero_centered:
-            return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+            return _rms_norm(hidden, self.weight, self.eps)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        normed = functional.rms_norm(hidden.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps)
-        return normed.to(hidden.dtype)
+        return _rms_norm(hidden.to(wide), 1 + self.weight.to(wide), self.eps).to(hidden.dtype)
 
 
 class LayerNorm(torch.nn.Module):
@@ -81,6 +82,12 @@ def norm_spec(norm: Literal["rms", "layer"], *, zero_centered: bool) -> ModuleSp
     if norm == "layer":
         return ModuleSpec(module=LayerNorm)
     return ModuleSpec(module=RMSNorm, params={"zero_centered": zero_centered})
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if hidden.is_cuda:
+        return functional.rms_norm(hidden, weight.shape, weight, eps)
+    return cpu_kernels.rms_norm(hidden, weight, eps)
 
 
 def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:

@@ -1,7 +1,7 @@
-"""Stand-ins on the CPU for kernels that megatron-core takes from apex or compiles for CUDA, and for what gloo copies.
+"""Stand-ins on the CPU for kernels that exist for CUDA only, and for what gloo copies.
 
-Each does in one or two passes over memory, into memory that is there already, what megatron-core's own fallback does in
-several new tensors. `cpu_backend` puts them in place.
+Each does in a few passes over memory, into memory that is there already, what torch's or megatron-core's own fallback
+does in several new tensors. `cpu_backend` puts them in place of megatron-core's; models/norms.py calls `rms_norm`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,37 @@ class _SwiGLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
         torch.ops.aten.silu.out(gate, out=of_up).mul_(gradient)
         return result
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`torch.nn.functional.rms_norm` over the last dimension: [..., H] and [H] -> [..., H], in the type of `hidden`.
+
+    At least in fp32 inside, as there; on CUDA that is one kernel, on the CPU a dozen passes over memory.
+    """
+    apply: Callable[..., Tensor] = _RMSNorm.apply
+    return apply(hidden, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x s w with s = (mean(x^2) + eps)^(-1/2); dx = s g w - s^3/H (sum_h g w x) x; dw = sum over rows of g x s."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        x = rows.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(rows, weight, scale)
+        return torch.mul(x, scale).mul_(weight).to(hidden.dtype).view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, scale = ctx.saved_tensors
+        x, w, gradient = rows.to(scale.dtype), weight.to(scale.dtype), output.reshape(rows.shape).to(scale.dtype)
+        result = gradient * x
+        of_weight = torch.mv(result.t(), scale.squeeze(-1)).to(weight.dtype)
+        along_x = torch.mv(result, w).unsqueeze(-1).mul_(scale.pow(3)).div_(x.shape[-1])
+        torch.mul(gradient, w, out=result).mul_(scale).addcmul_(x, along_x, value=-1)
+        return result.to(output.dtype).view(output.shape), of_weight, None
 
 
 class WeightGradients:

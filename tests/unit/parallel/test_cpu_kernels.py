@@ -66,6 +66,28 @@ def test_weighted_swiglu_keeps_the_type_of_the_tokens() -> None:
     assert torch.equal(result, (plain_swiglu(both, None) * weights).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3, 12), (7, 12), (4, 2, 3, 12)])
+def test_rms_norm_is_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Values, and gradients against those of torch's in fp64; rows far from unit size, and one of zeros."""
+    hidden, weight, gradient = random(*shape, dtype=dtype) * 30, random(12, dtype=dtype, seed=1), random(*shape, seed=2)
+    hidden[0] = 0
+    sides: list[list[Tensor]] = []
+    for norm, wide in ((cpu_kernels.rms_norm, dtype), (lambda x, w, eps: F.rms_norm(x, (12,), w, eps), torch.float64)):
+        x, w = (each.to(wide).requires_grad_() for each in (hidden, weight))
+        y = norm(x, w, 1e-3)
+        assert y.dtype == wide
+        sides.append([y, *torch.autograd.grad(y, (x, w), gradient.to(dtype).to(wide))])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for ours, theirs in zip(*sides, strict=True):
+        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_rms_norm_gradients_by_differences() -> None:
+    inputs = (random(5, 2, 6).requires_grad_(), random(6, seed=1).requires_grad_(), 1e-2)
+    assert torch.autograd.gradcheck(cpu_kernels.rms_norm, inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradient_is_added_in_fp32(dtype: torch.dtype) -> None:
     rows, gradient, total = random(64, 6, dtype=dtype), random(64, 4, dtype=dtype, seed=1), torch.full((4, 6), 2.0)
