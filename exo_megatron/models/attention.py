@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from exo_megatron.models.attention_kernels import kernels_for
-from exo_megatron.models.attention_pass import ScoreRule, group_passes
+from exo_megatron.models.attention_pass import QKV, Attended, ScoreRule, group_passes
 from exo_megatron.models.decode import DecodeLayout, Layout
 from exo_megatron.models.layout import GroupLayout
 from exo_megatron.models.part_attention import part_attention
@@ -101,18 +101,19 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, rule: ScoreRule) -> Tensor:
         first, *others = ctx.passes = group_passes(layout)
-        output, lse = kernels_for(query, first, rule).forward(query, key, value, first, rule)
+        inputs = QKV(query, key, value)
+        attended = kernels_for(query, first, rule).forward(inputs, first, rule)
         for which in others:
-            kernels_for(query, which, rule).merge(output, lse, query, key, value, which, rule)
-        ctx.save_for_backward(query, key, value, output, lse)
+            kernels_for(query, which, rule).merge(attended, inputs, which, rule)
+        ctx.save_for_backward(*inputs, *attended)
         ctx.rule = rule
-        return output
+        return attended.output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, *attended = ctx.saved_tensors
         first, *others = ctx.passes
-        own = (grads[0], query, key, value, output, lse)
+        own = (grads[0], QKV(query, key, value), Attended(*attended))
         totals = kernels_for(query, first, ctx.rule).gradients(None, *own, first, ctx.rule)
         for which in others:
             totals = kernels_for(query, which, ctx.rule).gradients(totals, *own, which, ctx.rule)

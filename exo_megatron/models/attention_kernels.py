@@ -15,49 +15,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_pass import AttentionPass, ScoreRule
-from exo_megatron.models.dense_attention import Blocks, CpuFlashKernel, DenseKernel, PlainKernel, Triple
+from exo_megatron.models.attention_pass import QKV, Attended, AttentionPass, ScoreRule
+from exo_megatron.models.dense_attention import Blocks, CpuFlashKernel, DenseKernel, PlainKernel
 
 
 class AttentionKernels(Protocol):
-    """Passes and their backward. query and output [N, hq, d], key and value [Q, hkv, d], LSE [hq, N].
+    """Passes and their backward, which computes with whatever output and LSE it is given.
 
-    LSE, the log-sum-exp of each query's scores, is fp32 (fp64 for fp64 inputs); of a query that sees no key it is
-    -inf, and its output 0. The backward computes with whatever output and LSE it is given: those of the pass alone,
-    or merged with those of other passes over other keys.
+    Those of the pass alone, or merged with those of other passes over other keys.
     """
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> Attended:
         """Output and LSE of a pass whose blocks are all rows of the query."""
         ...
 
-    def merge(
-        self,
-        output: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        which: AttentionPass,
-        rule: ScoreRule,
-    ) -> None:
-        """Merge a pass into output and LSE, in place, which so far are those of passes over other keys."""
+    def merge(self, merged: Attended, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> None:
+        """Merge a pass into `merged`, in place, which so far is that of passes over other keys."""
         ...
 
     def gradients(
-        self,
-        totals: Triple | None,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        which: AttentionPass,
-        rule: ScoreRule,
-    ) -> Triple:
+        self, totals: QKV | None, grad: Tensor, inputs: QKV, merged: Attended, which: AttentionPass, rule: ScoreRule
+    ) -> QKV:
         """Gradients of query, key and value through this pass, given the output's, `grad`: added to `totals`.
 
         None: new tensors, of a pass whose blocks are all rows.
@@ -76,8 +54,9 @@ def kernels_for(query: Tensor, which: AttentionPass, rule: ScoreRule) -> Attenti
     return BatchedKernels(PlainKernel())
 
 
-def merge_(output: Tensor, lse: Tensor, other_output: Tensor, other_lse: Tensor) -> None:
-    """Merge attention over other keys into `output` [..., d] and `lse` [...], in place."""
+def merge_(merged: Attended, other: Attended) -> None:
+    """Merge attention over other keys into `merged`, in place; here output [..., d] and LSE [...] of any shape."""
+    (output, lse), (other_output, other_lse) = merged, other
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     if output.dtype == share.dtype:
         output.lerp_(other_output, share)
@@ -92,14 +71,12 @@ class FlashVarlenKernels:
     Rows that are not all of a tensor's are gathered first.
     """
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> Attended:
         """See AttentionKernels."""
         output, lse, _, _, _ = torch.ops.aten._flash_attention_forward(
-            _taken(query, which.query_rows),
-            _taken(key, which.key_rows),
-            _taken(value, which.key_rows),
+            _taken(inputs.query, which.query_rows),
+            _taken(inputs.key, which.key_rows),
+            _taken(inputs.value, which.key_rows),
             which.query_bounds,
             which.key_bounds,
             max(which.query_lengths),
@@ -109,49 +86,31 @@ class FlashVarlenKernels:
             False,
             scale=rule.scale,
         )
-        return output, lse
+        return Attended(output, lse)
 
-    def merge(
-        self,
-        output: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        which: AttentionPass,
-        rule: ScoreRule,
-    ) -> None:
+    def merge(self, merged: Attended, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> None:
         """See AttentionKernels."""
-        part, part_lse = self.forward(query, key, value, which, rule)
+        part, part_lse = self.forward(inputs, which, rule)
         rows = slice(None) if which.query_rows is None else which.query_rows
-        own, own_lse = output[rows], lse[:, rows]
-        merge_(own, own_lse.t(), part, part_lse.t())
-        output[rows], lse[:, rows] = own, own_lse
+        own, own_lse = merged.output[rows], merged.lse[:, rows]
+        merge_(Attended(own, own_lse.t()), Attended(part, part_lse.t()))
+        merged.output[rows], merged.lse[:, rows] = own, own_lse
 
     def gradients(
-        self,
-        totals: Triple | None,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        which: AttentionPass,
-        rule: ScoreRule,
-    ) -> Triple:
+        self, totals: QKV | None, grad: Tensor, inputs: QKV, merged: Attended, which: AttentionPass, rule: ScoreRule
+    ) -> QKV:
         """See AttentionKernels."""
         # The random state is read only when dropout is on.
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        unused = torch.empty(0, dtype=torch.uint64, device=query.device)
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+        unused = torch.empty(0, dtype=torch.uint64, device=grad.device)
         own, seen = which.query_rows, which.key_rows
-        gradients: Triple = torch.ops.aten._flash_attention_backward(
+        gradients = torch.ops.aten._flash_attention_backward(
             _taken(grad, own).contiguous(),
-            _taken(query, own),
-            _taken(key, seen),
-            _taken(value, seen),
-            _taken(output, own),
-            lse.contiguous() if own is None else lse[:, own],
+            _taken(inputs.query, own),
+            _taken(inputs.key, seen),
+            _taken(inputs.value, seen),
+            _taken(merged.output, own),
+            merged.lse.contiguous() if own is None else merged.lse[:, own],
             which.query_bounds,
             which.key_bounds,
             max(which.query_lengths),
@@ -163,7 +122,7 @@ class FlashVarlenKernels:
             scale=rule.scale,
         )
         if totals is None:
-            return gradients
+            return QKV(*gradients)
         for total, gradient, rows in zip(totals, gradients, (own, seen, seen), strict=True):
             if rows is None:
                 total.add_(gradient)
@@ -182,62 +141,40 @@ class BatchedKernels:
 
     dense: DenseKernel
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> Attended:
         """See AttentionKernels."""
-        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        output = torch.empty_like(query)
-        lse = query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype)
-        for own, part, part_lse in self._parts(query, key, value, which, rule):
-            own.heads(output).copy_(part)
-            own.of_heads(lse).copy_(part_lse)
-        return output, lse
+        query = inputs.query
+        lse_dtype = torch.promote_types(query.dtype, torch.float32)
+        whole = Attended(torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype))
+        for own, part in self._parts(inputs, which, rule):
+            for total, each in zip(own.attended(whole), part, strict=True):
+                total.copy_(each)
+        return whole
 
-    def merge(
-        self,
-        output: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        which: AttentionPass,
-        rule: ScoreRule,
-    ) -> None:
+    def merge(self, merged: Attended, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> None:
         """See AttentionKernels."""
-        for own, part, part_lse in self._parts(query, key, value, which, rule):
-            merge_(own.heads(output), own.of_heads(lse), part, part_lse)
+        for own, part in self._parts(inputs, which, rule):
+            merge_(own.attended(merged), part)
 
     def gradients(
-        self,
-        totals: Triple | None,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        which: AttentionPass,
-        rule: ScoreRule,
-    ) -> Triple:
+        self, totals: QKV | None, grad: Tensor, inputs: QKV, merged: Attended, which: AttentionPass, rule: ScoreRule
+    ) -> QKV:
         """See AttentionKernels."""
         put: Callable[[Tensor, Tensor], Tensor] = Tensor.copy_ if totals is None else Tensor.add_
-        found = totals or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        found = totals or QKV(*(torch.empty_like(each) for each in inputs))
         for own, seen in _equal_blocks(which):
-            d_out, q, out = (own.heads(tensor) for tensor in (grad, query, output))
-            k, v, own_lse = seen.heads(key), seen.heads(value), own.of_heads(lse)
-            gradients = self.dense.backward(d_out, q, k, v, out, own_lse, _blocks(which, own, seen), rule)
-            for total, gradient, rows in zip(found, gradients, (own, seen, seen), strict=True):
-                put(rows.heads(total), gradient)
+            blocks = _blocks(which, own, seen)
+            gradients = self.dense.backward(
+                own.heads(grad), _operands(inputs, own, seen), own.attended(merged), blocks, rule
+            )
+            for total, gradient in zip(_operands(found, own, seen), gradients, strict=True):
+                put(total, gradient)
         return found
 
-    def _parts(
-        self, query: Tensor, key: Tensor, value: Tensor, which: AttentionPass, rule: ScoreRule
-    ) -> Iterator[tuple[EqualBlocks, Tensor, Tensor]]:
-        """Blocks of queries, their output [b, hq, q, d] and LSE [b, hq, q]."""
+    def _parts(self, inputs: QKV, which: AttentionPass, rule: ScoreRule) -> Iterator[tuple[EqualBlocks, Attended]]:
+        """Blocks of queries and what attention gives for them."""
         for own, seen in _equal_blocks(which):
-            q, k, v = own.heads(query), seen.heads(key), seen.heads(value)
-            yield own, *self.dense.forward(q, k, v, _blocks(which, own, seen), rule)
+            yield own, self.dense.forward(_operands(inputs, own, seen), _blocks(which, own, seen), rule)
 
 
 @dataclass(frozen=True)
@@ -261,9 +198,14 @@ class EqualBlocks:
         """[N, heads, d] -> [count, heads, length, d]."""
         return self.of_rows(tensor).transpose(2, 3)
 
-    def of_heads(self, lse: Tensor) -> Tensor:
-        """[heads, N] -> [count, heads, length]."""
-        return self.of_rows(lse.t())
+    def attended(self, whole: Attended) -> Attended:
+        """Of these queries: output [count, heads, length, d] and LSE [count, heads, length]."""
+        return Attended(self.heads(whole.output), self.of_rows(whole.lse.t()))
+
+
+def _operands(whole: QKV, own: EqualBlocks, seen: EqualBlocks) -> QKV:
+    """Query [b, hq, q, d], key and value [b, hkv, k, d]."""
+    return QKV(own.heads(whole.query), seen.heads(whole.key), seen.heads(whole.value))
 
 
 def _blocks(which: AttentionPass, own: EqualBlocks, seen: EqualBlocks) -> Blocks:

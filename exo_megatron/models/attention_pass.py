@@ -1,13 +1,33 @@
-"""What an attention pass is: which queries see which keys, and how a score is made of them."""
+"""What an attention pass is: its operands, which queries see which keys, and how a score is made of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from torch import Tensor
 
 from exo_megatron.models.layout import GroupLayout
+
+
+class QKV(NamedTuple):
+    """Query [N, hq, d], key and value [Q, hkv, d], or their gradients. In dense kernels [b, heads, rows, d]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Attended(NamedTuple):
+    """What attention gives: output [N, hq, d] and LSE [hq, N]. In dense kernels [b, hq, q, d] and [b, hq, q].
+
+    LSE, the log-sum-exp of each query's scores, is fp32 (fp64 for fp64 inputs); of a query that sees no key it is
+    -inf, and its output 0.
+    """
+
+    output: Tensor
+    lse: Tensor
 
 
 @dataclass(frozen=True)

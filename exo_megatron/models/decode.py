@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.models.attention_kernels import kernels_for
-from exo_megatron.models.attention_pass import ScoreRule, segment_pass
+from exo_megatron.models.attention_pass import QKV, ScoreRule, segment_pass
 from exo_megatron.models.layout import GroupLayout, build_layout
 from exo_megatron.models.products import product
 from exo_megatron.models.shared_prompt import PartLayout, PromptLayout
@@ -341,5 +341,4 @@ def _attend_prompts(
     cache.prompt_keys[layer][prefill.slots, :, prefill.places] = k
     cache.prompt_values[layer][prefill.slots, :, prefill.places] = v
     prompts = segment_pass(prefill.prompts)
-    output, _ = kernels_for(q, prompts, rule).forward(q, k, v, prompts, rule)
-    return output
+    return kernels_for(q, prompts, rule).forward(QKV(q, k, v), prompts, rule).output

@@ -9,11 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_pass import ScoreRule
+from exo_megatron.models.attention_pass import QKV, Attended, ScoreRule
 from exo_megatron.models.products import product
 from exo_megatron.models.softcap import soft_cap_, soft_cap_slope
-
-Triple = tuple[Tensor, Tensor, Tensor]
 
 PIECE = 2**25
 """Scores that PlainKernel has in memory at once: 128 MiB in fp32, a few times over in the backward pass."""
@@ -29,25 +27,13 @@ class Blocks:
 
 
 class DenseKernel(Protocol):
-    """Attention of blocks: query and output [b, hq, q, d], key and value [b, hkv, k, d], LSE [b, hq, q]."""
+    """Attention of b blocks: query and output [b, hq, q, d], key and value [b, hkv, k, d], LSE [b, hq, q]."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, blocks: Blocks, rule: ScoreRule) -> Attended:
         """Output and LSE."""
         ...
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        blocks: Blocks,
-        rule: ScoreRule,
-    ) -> Triple:
+    def backward(self, grad: Tensor, inputs: QKV, attended: Attended, blocks: Blocks, rule: ScoreRule) -> QKV:
         """Gradients of query, key and value."""
         ...
 
@@ -55,31 +41,19 @@ class DenseKernel(Protocol):
 class CpuFlashKernel:
     """ATen's flash attention for the CPU, fp32, fp64 and half precision; no soft cap, no window. See DenseKernel."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, blocks: Blocks, rule: ScoreRule) -> Attended:
         """See DenseKernel."""
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, blocks.causal, scale=rule.scale
+            *inputs, 0.0, blocks.causal, scale=rule.scale
         )
-        return output, lse
+        return Attended(output, lse)
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        blocks: Blocks,
-        rule: ScoreRule,
-    ) -> Triple:
+    def backward(self, grad: Tensor, inputs: QKV, attended: Attended, blocks: Blocks, rule: ScoreRule) -> QKV:
         """See DenseKernel."""
-        d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, output, lse.contiguous(), 0.0, blocks.causal, scale=rule.scale
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *inputs, attended.output, attended.lse.contiguous(), 0.0, blocks.causal, scale=rule.scale
         )
-        return d_query, d_key, d_value
+        return QKV(*gradients)
 
 
 class PlainKernel:
@@ -89,48 +63,40 @@ class PlainKernel:
     to its length. Half-precision operands are multiplied as such; products, scores, LSE and probabilities are fp32.
     """
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, rule: ScoreRule
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: QKV, blocks: Blocks, rule: ScoreRule) -> Attended:
         """See DenseKernel."""
         parts = [
-            _forward_piece(
-                query[:, :, rows], key[:, :, keys], value[:, :, keys], _hidden(blocks, rows, keys, rule), rule
-            )
-            for rows, keys in _pieces(query, key, blocks.causal, rule)
+            _forward_piece(_cut(inputs, rows, keys), _hidden(blocks, rows, keys, rule), rule)
+            for rows, keys in _pieces(inputs, blocks.causal, rule)
         ]
-        return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+        return Attended(*(torch.cat(each, dim=2) for each in zip(*parts, strict=True)))
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        blocks: Blocks,
-        rule: ScoreRule,
-    ) -> Triple:
+    def backward(self, grad: Tensor, inputs: QKV, attended: Attended, blocks: Blocks, rule: ScoreRule) -> QKV:
         """As flash attention computes it: P = exp(scores - LSE), delta = rowsum(dO * O). See DenseKernel."""
+        query, key, value = inputs
+        output, lse = attended
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros(each.shape, dtype=lse.dtype, device=each.device) for each in (key, value))
         delta = (grad.to(lse.dtype) * output).sum(-1)
-        for rows, keys in _pieces(query, key, blocks.causal, rule):
-            own = (grad[:, :, rows], query[:, :, rows], lse[:, :, rows], delta[:, :, rows])
+        for rows, keys in _pieces(inputs, blocks.causal, rule):
+            own = (grad[:, :, rows], lse[:, :, rows], delta[:, :, rows])
             hidden = _hidden(blocks, rows, keys, rule)
-            dq, dk, dv = _backward_piece(*own, key[:, :, keys], value[:, :, keys], hidden, rule)
+            dq, dk, dv = _backward_piece(*own, _cut(inputs, rows, keys), hidden, rule)
             d_query[:, :, rows] = dq
             d_key[:, :, keys] += dk
             d_value[:, :, keys] += dv
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+        return QKV(d_query, d_key.to(key.dtype), d_value.to(value.dtype))
 
 
-def _pieces(query: Tensor, key: Tensor, causal: bool, rule: ScoreRule) -> Iterator[tuple[slice, slice]]:
+def _cut(inputs: QKV, rows: slice, keys: slice) -> QKV:
+    return QKV(inputs.query[:, :, rows], inputs.key[:, :, keys], inputs.value[:, :, keys])
+
+
+def _pieces(inputs: QKV, causal: bool, rule: ScoreRule) -> Iterator[tuple[slice, slice]]:
     """Slices of the queries and, for each, of the keys outside of which none of its queries sees any."""
-    count, seen = query.shape[2], key.shape[2]
+    (blocks, heads, count, _), seen = inputs.query.shape, inputs.key.shape[2]
     widest = seen if rule.window is None else min(seen, 2 * rule.window)
-    size = max(1, PIECE // (query.shape[0] * query.shape[1] * widest))
+    size = max(1, PIECE // (blocks * heads * widest))
     if rule.window is not None and causal:
         size = min(size, rule.window)
     for start in range(0, count, size):
@@ -152,18 +118,18 @@ def _hidden(blocks: Blocks, rows: slice, keys: slice, rule: ScoreRule) -> Tensor
     return hidden[:, None, None]
 
 
-def _forward_piece(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
+def _forward_piece(inputs: QKV, hidden: Tensor, rule: ScoreRule) -> Attended:
+    query, key, value = inputs
     scores = _scores(query, key, rule).masked_fill_(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp_()
     output = product(_by_group(weights.flatten(1, 2).to(value.dtype), key), value.flatten(0, 1))
-    return output.view(query.shape).to(query.dtype), lse.flatten(1, 2)
+    return Attended(output.view(query.shape).to(query.dtype), lse.flatten(1, 2))
 
 
-def _backward_piece(
-    grad: Tensor, query: Tensor, lse: Tensor, delta: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rule: ScoreRule
-) -> Triple:
+def _backward_piece(grad: Tensor, lse: Tensor, delta: Tensor, inputs: QKV, hidden: Tensor, rule: ScoreRule) -> QKV:
     """Gradients of this piece's queries, in their dtype, and its shares of those of key and value, in that of LSE."""
+    query, key, value = inputs
     keys, values, d_out = key.flatten(0, 1), value.flatten(0, 1), _by_group(grad, key)
     capped = _scores(query, key, rule)
     probabilities = (capped - lse.reshape(capped.shape[:-1]).unsqueeze(-1)).exp_().masked_fill_(hidden, 0.0)
@@ -175,7 +141,7 @@ def _backward_piece(
     d_scores = _by_group(d_scores.flatten(1, 2).to(query.dtype), key)
     d_query = product(d_scores, keys).view(query.shape).to(query.dtype)
     d_key = product(d_scores.transpose(1, 2), _by_group(query, key))
-    return d_query, d_key.view(key.shape), d_value.view(key.shape)
+    return QKV(d_query, d_key.view(key.shape), d_value.view(key.shape))
 
 
 def _by_group(heads: Tensor, key: Tensor) -> Tensor:

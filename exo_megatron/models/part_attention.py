@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.models.attention_kernels import kernels_for
-from exo_megatron.models.attention_pass import ScoreRule, segment_pass
+from exo_megatron.models.attention_pass import QKV, Attended, ScoreRule, segment_pass
 from exo_megatron.models.shared_prompt import PartLayout
 
 
@@ -32,25 +32,26 @@ class _PartAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PartLayout, layer_number: int, rule: ScoreRule
     ) -> Tensor:
         segments, prompt = segment_pass(layout.row), layout.prompt
-        output, lse = kernels_for(query, segments, rule).forward(query, key, value, segments, rule)
+        attended = kernels_for(query, segments, rule).forward(QKV(query, key, value), segments, rule)
         if prompt is not None:
             keys, values = layout.shared.keys[layer_number].value, layout.shared.values[layer_number].value
-            kernels_for(query, prompt, rule).merge(output, lse, query, keys, values, prompt, rule)
-        ctx.save_for_backward(query, key, value, output, lse)
+            kernels_for(query, prompt, rule).merge(attended, QKV(query, keys, values), prompt, rule)
+        ctx.save_for_backward(query, key, value, *attended)
         ctx.layout, ctx.layer_number, ctx.rule = layout, layer_number, rule
-        return output
+        return attended.output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, *attended = ctx.saved_tensors
+        merged = Attended(*attended)
         layout: PartLayout = ctx.layout
         rule: ScoreRule = ctx.rule
         segments, prompt = segment_pass(layout.row), layout.prompt
         kernels = kernels_for(query, segments, rule)
-        totals = kernels.gradients(None, grads[0], query, key, value, output, lse, segments, rule)
+        totals = kernels.gradients(None, grads[0], QKV(query, key, value), merged, segments, rule)
         if prompt is not None:
             keys, values = layout.shared.keys[ctx.layer_number], layout.shared.values[ctx.layer_number]
-            with_prompt = totals[0], keys.gradient, values.gradient
-            kernels = kernels_for(query, prompt, rule)
-            kernels.gradients(with_prompt, grads[0], query, keys.value, values.value, output, lse, prompt, rule)
+            with_prompt = QKV(totals.query, keys.gradient, values.gradient)
+            seen = QKV(query, keys.value, values.value)
+            kernels_for(query, prompt, rule).gradients(with_prompt, grads[0], seen, merged, prompt, rule)
         return *totals, None, None, None

@@ -65,7 +65,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What a point costs each side, and how far apart their gradients are where both were computed."""
 
     costs: dict[str, Cost]
@@ -122,9 +122,9 @@ def quick_sweeps() -> list[Sweep]:
     ]
 
 
-def measure(sweep: Sweep, runtime: Runtime, options: Options) -> list[Measured]:
+def measure(sweep: Sweep, runtime: Runtime, options: Options) -> list[Measurement]:
     """All points in turn that share a model; points in the order of the sweep."""
-    measured: list[Measured] = []
+    measured: list[Measurement] = []
     points = [point for _, point in sweep.points]
     models = dict.fromkeys((point.shape, point.max_tokens) for point in points)
     for shape, max_tokens in models:
@@ -135,7 +135,7 @@ def measure(sweep: Sweep, runtime: Runtime, options: Options) -> list[Measured]:
     return measured
 
 
-def _measure_points(sides: Sides, points: Sequence[Point], separate: bool, rounds: int) -> list[Measured]:
+def _measure_points(sides: Sides, points: Sequence[Point], separate: bool, rounds: int) -> list[Measurement]:
     work = {(i, OURS): point.drawn() for i, point in enumerate(points)}
     others = {(i, SEPARATE): unshared(point.drawn()) for i, point in enumerate(points)}
     differences: dict[int, float] = {}
@@ -148,7 +148,7 @@ def _measure_points(sides: Sides, points: Sequence[Point], separate: bool, round
     timings = alternate(named, rounds=rounds)
     peaks = {name: peak_bytes(step) for name, step in named.items()}
     return [
-        Measured(
+        Measurement(
             {
                 side: Cost(timings.median(f"{i} {side}"), peaks[f"{i} {side}"])
                 for side in ((OURS, SEPARATE) if separate else (OURS,))
@@ -159,7 +159,7 @@ def _measure_points(sides: Sides, points: Sequence[Point], separate: bool, round
     ]
 
 
-def draw(sweep: Sweep, measured: Sequence[Measured], options: Options) -> None:
+def draw(sweep: Sweep, measured: Sequence[Measurement], options: Options) -> None:
     """Time and memory, side by side."""
     x = [value for value, _ in sweep.points]
     sides = list(measured[0].costs)
@@ -170,7 +170,7 @@ def draw(sweep: Sweep, measured: Sequence[Measured], options: Options) -> None:
     draw_panels(options.pictures / name, sweep.title, sweep.x_label, panels)
 
 
-def _cells(sweep: Sweep, index: int, measured: Sequence[Measured]) -> tuple[str, ...]:
+def _cells(sweep: Sweep, index: int, measured: Sequence[Measurement]) -> tuple[str, ...]:
     value, point = sweep.points[index]
     cost, other = measured[index].costs[OURS], measured[index].costs.get(SEPARATE)
     difference = measured[index].difference

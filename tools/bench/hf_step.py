@@ -21,7 +21,7 @@ from tools.bench.lengths import TLDR
 from tools.bench.models import Matched, Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.table import Table
-from tools.bench.training import ADAM, LEARNING_RATE, OurSteps
+from tools.bench.training import OurSteps
 from tools.bench.versus import NOTE, Versus
 
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, beta_r=1.0, temperature=0.8)
@@ -38,7 +38,7 @@ def run(options: Options) -> Table:
         for candidates in (4, 8):
             with matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
                 groups = random_groups(TLDR.draw(rows_per_step // candidates, candidates), shape.vocab)
-                ours, hf = OurSteps.of(matched, LOSS), StraightforwardSteps(matched)
+                ours, hf = OurSteps.of(matched, LOSS), StraightforwardLoss(matched)
                 measured = Versus.measure(ours, hf, groups, options.rounds)
                 rows += measured.rows(str(candidates), TARGETS.get(candidates, {}))
     return Table(
@@ -52,31 +52,15 @@ def run(options: Options) -> Table:
     )
 
 
-class StraightforwardSteps:
-    """EXO_rw with transformers and autograd, and nothing clever."""
+class StraightforwardLoss:
+    """EXO_rw with transformers and autograd, and nothing clever. See Peer."""
 
     def __init__(self, matched: Matched) -> None:
         self.model = copy.deepcopy(matched.hf).train()
         self.reference = copy.deepcopy(matched.hf).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=LEARNING_RATE, betas=(ADAM.beta1, ADAM.beta2), weight_decay=0.0
-        )
 
-    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over the groups."""
-        self._backward(groups)
-        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        self.optimizer.zero_grad()
-        return found
-
-    def step(self, groups: Sequence[Group]) -> None:
-        """One optimizer step; groups without reference log-probs get them from the live reference."""
-        self._backward(groups)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), ADAM.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _backward(self, groups: Sequence[Group]) -> None:
+    def backward(self, groups: Sequence[Group]) -> None:
+        """In micro-batches of whole groups."""
         candidates = len(groups[0].candidates)
         size = max(1, ROWS_PER_MICROBATCH // candidates)
         for start in range(0, len(groups), size):

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
@@ -22,7 +21,7 @@ from tools.bench.lengths import HH, TLDR
 from tools.bench.models import Matched, Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.table import Table
-from tools.bench.training import ADAM, LEARNING_RATE, OurSteps
+from tools.bench.training import LEARNING_RATE, OurSteps
 from tools.bench.versus import NOTE, Versus
 
 LOSS = LossConfig(kind="exo_pref", beta_pi=0.1, label_smoothing=1e-3, temperature=1.0)  # TRL has no temperature
@@ -39,7 +38,7 @@ def run(options: Options) -> Table:
         for lengths in (HH, TLDR):
             with matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
                 groups = random_groups(lengths.draw(pairs, 2), shape.vocab)
-                measured = Versus.measure(OurSteps.of(matched, LOSS), TrlSteps(matched), groups, options.rounds)
+                measured = Versus.measure(OurSteps.of(matched, LOSS), TrlTrainer(matched), groups, options.rounds)
                 rows += measured.rows(lengths.name, TARGETS[lengths.name])
     return Table(
         "Training step against TRL's exo_pair, K=2",
@@ -52,8 +51,8 @@ def run(options: Options) -> Table:
     )
 
 
-class TrlSteps:
-    """TRL's trainer on the same weights and pairs."""
+class TrlTrainer:
+    """TRL's trainer on the same weights and pairs. See Peer."""
 
     def __init__(self, matched: Matched) -> None:
         from datasets import Dataset
@@ -83,25 +82,9 @@ class TrlSteps:
         )
         self.model = self.trainer.model
         self.model.train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=LEARNING_RATE, betas=(ADAM.beta1, ADAM.beta2), weight_decay=0.0
-        )
 
-    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over all pairs."""
-        self._backward(groups)
-        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        self.optimizer.zero_grad()
-        return found
-
-    def step(self, groups: Sequence[Group]) -> None:
-        """One optimizer step; groups without reference log-probs get them from the live reference."""
-        self._backward(groups)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), ADAM.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _backward(self, groups: Sequence[Group]) -> None:
+    def backward(self, groups: Sequence[Group]) -> None:
+        """TRL's own micro-batches, each with its own loss."""
         self.trainer.precompute_ref_logps = groups[0].reference_logprobs is not None
         starts = range(0, len(groups), PAIRS_PER_MICROBATCH)
         self.trainer.current_gradient_accumulation_steps = len(starts)

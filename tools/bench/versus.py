@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
 
 from exo_megatron.data.groups import Group
+from tools.bench.peer import Peer, PeerSteps
 from tools.bench.sides import agree
 from tools.bench.timing import Timings, alternate
 from tools.bench.training import OurSteps
@@ -19,18 +17,6 @@ COMPARED = 16
 NOTE = "stored: ours reads reference log-probs, theirs computes them; both stored: neither computes them."
 
 
-class Steps(Protocol):
-    """The other side. Groups without reference log-probs get them from its live reference, within the step."""
-
-    def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over the groups, by HF's names."""
-        ...
-
-    def step(self, groups: Sequence[Group]) -> None:
-        """One optimizer step."""
-        ...
-
-
 @dataclass(frozen=True)
 class Versus:
     """Times of both sides, and how far their gradients are apart."""
@@ -39,8 +25,9 @@ class Versus:
     difference: float
 
     @classmethod
-    def measure(cls, ours: OurSteps, theirs: Steps, groups: Sequence[Group], rounds: int) -> Versus:
+    def measure(cls, ours: OurSteps, peer: Peer, groups: Sequence[Group], rounds: int) -> Versus:
         """Raises Different where the gradients of the first groups are not the same."""
+        theirs = PeerSteps(peer)
         compared = groups[:COMPARED]
         difference = agree(ours.gradients(compared), theirs.gradients(compared), tolerance=TOLERANCE)
         stored = ours.stored(groups)

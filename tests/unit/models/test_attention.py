@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exo_megatron.models.attention import group_attention
 from exo_megatron.models.attention_kernels import BatchedKernels
-from exo_megatron.models.attention_pass import ScoreRule, group_passes
+from exo_megatron.models.attention_pass import QKV, Attended, ScoreRule, group_passes
 from exo_megatron.models.dense_attention import PlainKernel
 from exo_megatron.models.layout import GroupLayout, build_layout
 
@@ -165,9 +165,9 @@ class CountingKernel(PlainKernel):
     def __init__(self) -> None:
         self.queries: list[Tensor] = []
 
-    def forward(self, query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        self.queries.append(query)
-        return super().forward(query, *others)
+    def forward(self, inputs: QKV, *others: Any) -> Attended:
+        self.queries.append(inputs.query)
+        return super().forward(inputs, *others)
 
 
 @pytest.mark.parametrize(
@@ -186,15 +186,16 @@ def test_blocks_of_a_run_share_a_call_and_are_read_in_place(
     groups: list[tuple[int, tuple[int, ...]]], calls: list[tuple[int, int]]
 ) -> None:
     layout = make_layout(groups, 1)
-    query, key, value = (tensor.detach() for tensor in random_qkv(layout.row_length, 4, 2, torch.float64))
+    inputs = QKV(*(tensor.detach() for tensor in random_qkv(layout.row_length, 4, 2, torch.float64)))
     kernel = CountingKernel()
     first, second = group_passes(layout)
-    output, lse = BatchedKernels(kernel).forward(query, key, value, first, RULE)
-    BatchedKernels(kernel).merge(output, lse, query, key, value, second, RULE)
+    attended = BatchedKernels(kernel).forward(inputs, first, RULE)
+    BatchedKernels(kernel).merge(attended, inputs, second, RULE)
     assert [(each.shape[0], each.shape[2]) for each in kernel.queries] == calls
-    assert {each.untyped_storage().data_ptr() for each in kernel.queries} == {query.untyped_storage().data_ptr()}
+    storage = inputs.query.untyped_storage().data_ptr()
+    assert {each.untyped_storage().data_ptr() for each in kernel.queries} == {storage}
     mask = visible(groups, layout.row_length)
-    torch.testing.assert_close(output, dense_attention(query, key, value, mask, RULE), rtol=0, atol=1e-13)
+    torch.testing.assert_close(attended.output, dense_attention(*inputs, mask, RULE), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
