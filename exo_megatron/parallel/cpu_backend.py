@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.parallel import cpu_kernels
+from exo_megatron.parallel.cpu_memory import keep_memory
 
 # Modules of megatron.core (0.16 to 0.19) that create tensors on the literal device "cuda".
 _LITERAL_CUDA_MODULES = (
@@ -122,6 +123,7 @@ def install() -> None:
         if importlib.util.find_spec(f"megatron.core.{name}") is not None:
             vars(_megatron(name))["torch"] = view
     _patch_kernels()
+    keep_memory()
 
 
 def _megatron(name: str) -> ModuleType:
