@@ -38,6 +38,7 @@ EXTRAS = {
     "bench": ["trl>=1.16"],  # peers of tools/bench
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff==0.17.5",
         "mypy==2.4.1",
         "import-linter==2.16",

@@ -34,14 +34,19 @@ install_slurm() {
 # The time limit ends what hangs; it is many times what the part takes on two idle cores.
 run_pytest() { timeout --kill-after=20 "$1" python -m pytest -q --durations=5 "${@:2}"; }
 
+# As many test files at a time as there are cores, at most four: some tests start four processes, with a model in each.
+readonly SIDE_BY_SIDE="--numprocesses=logical --maxprocesses=4 --dist=loadfile"
+
 command_of() {
     case $1 in
         lint) ruff check . ;;
         format) ruff format --check . ;;
         types) mypy ;;
         imports) lint-imports --no-logo ;;
-        unit) run_pytest 1200 tests --ignore=tests/multiprocess --ignore=tests/slurm ;;
-        multiprocess) run_pytest 2400 tests/multiprocess ;;
+        # shellcheck disable=SC2086
+        unit) run_pytest 1200 tests --ignore=tests/multiprocess --ignore=tests/slurm $SIDE_BY_SIDE ;;
+        # shellcheck disable=SC2086
+        multiprocess) run_pytest 2400 tests/multiprocess $SIDE_BY_SIDE ;;
         slurm) install_slurm && run_pytest 1200 tests/slurm ;;
     esac
 }

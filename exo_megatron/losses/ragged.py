@@ -20,7 +20,7 @@ class RaggedGroups:
     def of(cls, group_sizes: Sequence[int], device: torch.device) -> RaggedGroups:
         """group_sizes: the K of each group; at least one group."""
         width = max(group_sizes)
-        sizes = torch.tensor(group_sizes, device=device)
+        sizes = torch.tensor(group_sizes).to(device, non_blocking=True)
         columns = torch.arange(width, device=device)
         mask = columns < sizes[:, None]
         first = sizes.cumsum(0) - sizes

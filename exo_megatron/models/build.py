@@ -59,7 +59,7 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
     config = transformer_config(spec, topology, compute)
     per_stage = spec.layers // topology.pipeline_size
     first = topology.pipeline_rank * per_stage
-    block = block_spec(spec, config, linear_backend(), range(first, first + per_stage))
+    block = block_spec(spec, config, linear_backend(config.params_dtype), range(first, first + per_stage))
     policy = PolicyModel(
         config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
     )

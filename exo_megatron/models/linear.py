@@ -30,12 +30,17 @@ class LinearBackend:
         return False
 
 
-def linear_backend() -> LinearBackend:
-    """Transformer Engine's linears where it is installed and there is a GPU, megatron-core's own elsewhere."""
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None:
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+def linear_backend(dtype: torch.dtype) -> LinearBackend:
+    """Transformer Engine's linears where it works and there is a GPU, megatron-core's own elsewhere.
 
-        return LinearBackend(TEColumnParallelLinear, TERowParallelLinear)
+    dtype: of the parameters. In fp32 they are megatron-core's as well, because Transformer Engine multiplies fp32
+    matrices in TF32, with 10 bits of mantissa, whatever torch is told.
+    """
+    if torch.cuda.is_available() and dtype != torch.float32:
+        from megatron.core.extensions import transformer_engine
+
+        if transformer_engine.HAVE_TE:  # it imports, and its torch part, too
+            return LinearBackend(transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear)
     return LinearBackend(ColumnParallelLinear, RowParallelLinear)
 
 

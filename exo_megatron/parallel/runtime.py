@@ -41,7 +41,7 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for every rank of the world."""
-        dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """The value of rank `source` (pickled), on every rank of the world."""

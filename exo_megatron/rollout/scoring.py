@@ -58,7 +58,7 @@ def candidate_logprobs(
                 sums = _row_logprobs(model, spec, topology, [pieces[i] for i in indices], compute, temperature)
                 places = [place for i in indices for place in range(starts[i], starts[i + 1])]
                 if sums is not None:
-                    totals[torch.tensor(places, device=topology.device)] = sums
+                    totals[torch.tensor(places).to(topology.device, non_blocking=True)] = sums
             if progress is not None:
                 # Rows cost about the same, so the other ranks are as far.
                 progress.advance(sum(completes[i] for rows in plan for i in rows[step]))

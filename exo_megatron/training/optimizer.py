@@ -92,6 +92,7 @@ def make_trainee(
         ),
         policy,
     )
+    _keep_padding_between_buckets(model)
     add_gradients_in_place(policy)
     optimizer = get_megatron_optimizer(_megatron_config(config, compute), [model])
     _fuse_torch_adam(optimizer)
@@ -99,6 +100,19 @@ def make_trainee(
     policy.config.finalize_model_grads_func = finalize_model_grads
     policy.config.no_sync_func = model.no_sync
     return Trainee(policy, model, optimizer, spec, topology, compute, config.weight_decay)
+
+
+def _keep_padding_between_buckets(model: DistributedDataParallel) -> None:
+    """Let megatron-core gather optimizer state for a checkpoint with the padding between gradient buckets.
+
+    It leaves the padding out, and then takes every parameter from its place with the padding: those behind the first
+    bucket would be stored shifted (Megatron-LM, pull request 5077). Buckets are several with overlapped reduction, and
+    with tied embeddings on several pipeline stages. Files hold no padding either way. Before the optimizer is made.
+    """
+    for buffer in (*model.buffers, *model.expert_parallel_buffers):
+        for bucket in buffer.buckets[:-1]:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
@@ -119,7 +133,8 @@ def _with_step_of(part: DistributedOptimizer, stored: dict[str, Any]) -> dict[st
 
     All else in a group is configuration, which the caller compares, and is set anew before every step.
     """
-    step = stored["optimizer"]["param_groups"][0]["step"]
+    # An integer: fused Adams take no other, and torch's, whose checkpoint this may be, counts in a float.
+    step = int(stored["optimizer"]["param_groups"][0]["step"])
     own: dict[str, Any] = part.state_dict()
     groups = [{**group, "step": step} for group in own["optimizer"]["param_groups"]]
     return {**stored, "optimizer": {**own["optimizer"], "param_groups": groups}}

@@ -109,7 +109,7 @@ def _loss(
     """
     result = objective(token_logps, batch)
     reports.append(UnitSum(result.total.detach(), result.count, result.statistics))
-    count = torch.tensor(result.count + counted, dtype=torch.int, device=token_logps.device)
+    count = torch.full((), result.count + counted, dtype=torch.int, device=token_logps.device)
     return result.total.float(), count, {}
 
 

@@ -224,6 +224,7 @@ def flex_side(case: Case, row: Triple, gradient: Tensor) -> Side:
         return (query >= key) & (group[query] == group[key]) & (own | (segment[key] == 0))
 
     mask = create_block_mask(sees, None, None, case.row_length, case.row_length, device=gradient.device.type)
+    torch._dynamo.reset()  # else from the ninth shape on flex_attention is no longer compiled
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -121,13 +121,14 @@ class HeadAndLoss:
         return {"hidden": d_hidden, "weight": d_weight}
 
     def step(self, loss: Callable[[], Tensor]) -> None:
-        """Forward and backward; then megatron-core's hook: what is in `grad` is added to the buffer."""
+        """Forward and backward; then megatron-core's hook: what is in `grad` is added, unless that has happened."""
         attributes = vars(self.weight)
         if self.buffer is not None:
             attributes |= {"main_grad": self.buffer, "grad_added_to_main_grad": False}
         loss().backward()
-        if self.buffer is not None and self.weight.grad is not None:
-            self.buffer.add_(self.weight.grad)
+        if self.buffer is not None:
+            if self.weight.grad is not None and not attributes["grad_added_to_main_grad"]:
+                self.buffer.add_(self.weight.grad)
             self.weight.grad = None
 
     def forget(self) -> None:

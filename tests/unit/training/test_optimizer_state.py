@@ -1,0 +1,67 @@
+"""What a checkpoint takes of the optimizer is each parameter's own state, also where gradients have several buckets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from exo_megatron.config.sections import ComputeConfig, OptimizerConfig, ParallelConfig
+from exo_megatron.models.build import build_policy
+from exo_megatron.models.spec import ModelSpec, Rotary
+from exo_megatron.parallel.runtime import distributed_runtime
+from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.training import optimizer as optimizer_module
+from exo_megatron.training.optimizer import make_trainee
+
+# Sizes that are no multiples of 128: megatron-core pads its buckets to that.
+SPEC = ModelSpec(
+    family="test",
+    layers=2,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    heads=2,
+    kv_heads=1,
+    head_dim=12,
+    vocab_size=40,
+    max_positions=32,
+    norm_epsilon=1e-5,
+    rotary=Rotary(base=1e4, dim=12),
+)
+BETA1, BETA2 = 0.8, 0.9
+
+
+@pytest.mark.parametrize("bucket_size", [None, 2000])
+def test_state_of_every_parameter(bucket_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one step from nothing the moments are (1 - beta1) g and (1 - beta2) g^2."""
+
+    def in_buckets(**settings: Any) -> DistributedDataParallelConfig:
+        overlap = {"overlap_grad_reduce": True, "bucket_size": bucket_size} if bucket_size else {}
+        return DistributedDataParallelConfig(**settings | overlap)
+
+    monkeypatch.setattr(optimizer_module, "DistributedDataParallelConfig", in_buckets)
+    compute = ComputeConfig(precision="fp32")
+    adam = OptimizerConfig(lr=0.1, beta1=BETA1, beta2=BETA2, clip_grad=0.0)
+    with distributed_runtime() as runtime, model_parallel(runtime, ParallelConfig(), seed=0) as topology:
+        torch.manual_seed(0)
+        policy = build_policy(SPEC, topology, compute)
+        for parameter in policy.parameters():
+            torch.nn.init.normal_(parameter)
+        trainee = make_trainee(policy, SPEC, topology, compute, adam)
+        (buffer,) = trainee.model.buffers
+        assert (len(buffer.buckets) > 3) == bool(bucket_size)
+        for parameter in policy.parameters():
+            vars(parameter)["main_grad"].normal_()
+        trainee.optimizer.step()
+        (stored,) = trainee.sharded_state(loading=False)["optimizer"]["param_state"].values()
+        # megatron-core numbers parameters in the order of its buffer.
+        for number, parameter in enumerate(buffer.param_index_map):
+            gradient = vars(parameter)["main_grad"]
+            for kind, expected in {
+                "param": parameter.detach(),
+                "exp_avg": (1 - BETA1) * gradient,
+                "exp_avg_sq": (1 - BETA2) * gradient**2,
+            }.items():
+                torch.testing.assert_close(stored[number][kind].data, expected, rtol=1e-5, atol=1e-7)
