@@ -105,7 +105,8 @@ prepare() {
     [ "$STAGE" != align ] || CONFIG=${CONFIG:-$ROOT/examples/configs/align_6b.yaml}
     [ -n "${CONFIG:-}" ] || refuse "STAGE=$STAGE needs CONFIG, its configuration file"
     [ -f "$CONFIG" ] || refuse "CONFIG=$CONFIG does not exist"
-    OUTPUT=${OUTPUT:-outputs/$STAGE-$SLURM_JOB_ID}
+    # Absolute: tasks in a container may start in another folder.
+    CONFIG=$(realpath "$CONFIG") OUTPUT=$(realpath -m "${OUTPUT:-outputs/$STAGE-$SLURM_JOB_ID}")
     [ -z "${VENV:-}" ] || PYTHON=$VENV/bin/python
     PYTHON=${PYTHON:-python3}
     [ -n "${CONTAINER_IMAGE:-}" ] || command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set VENV or PYTHON"
@@ -193,7 +194,14 @@ completed() {
     [ "$OUTPUT/stage.json" -nt "$STATE/started" ] && grep -q '"status": *"complete"' "$OUTPUT/stage.json"
 }
 
+# Slurm ends the job by itself: it was cancelled, or Slurm requeues it.
+ending() { ! scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; }
+
 requeue() {
+    if [ "$STOP" = TERM ] && ending; then
+        say "stopped before the end, by Slurm; whether the job starts again is its decision"
+        exit "$TRY_AGAIN"
+    fi
     if [ "$RESTART" -ge "$MAX_RESTARTS" ]; then
         say "stopped before the end, and MAX_RESTARTS=$MAX_RESTARTS is used up"
         exit "$TRY_AGAIN"
@@ -209,14 +217,15 @@ requeue() {
 # srun ends its step at once on TERM; USR2 it hands to the tasks, which save and exit.
 # shellcheck disable=SC2317  # called by the trap
 stop() {
-    STOP=yes
+    STOP=${STOP:-$1} # the first signal: after USR2, TERM only says that the time is up
     say "asked to stop; the stage saves and exits"
     [ -z "$STEP" ] || kill -USR2 "$STEP" 2>/dev/null
 }
 
 STOP='' STEP=''
 prepare
-trap stop USR2 TERM
+trap 'stop USR2' USR2
+trap 'stop TERM' TERM
 for ((attempt = 0; attempt <= MAX_CRASHES; attempt++)); do
     run_once "$attempt"
     code=$?

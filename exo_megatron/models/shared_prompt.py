@@ -56,8 +56,11 @@ class SharedPrompt:
         A recomputation of the layer finds them kept and leaves them alone.
         """
         if layer_number not in self.keys:
-            self.keys[layer_number] = SharedTensor(key[: self.length])
-            self.values[layer_number] = SharedTensor(value[: self.length])
+            own, other = key[: self.length], value[: self.length]
+            if not torch.is_grad_enabled():
+                # A layer that will be recomputed: no graph holds what these are views of, queries and all, but they.
+                own, other = own.clone(), other.clone()
+            self.keys[layer_number], self.values[layer_number] = SharedTensor(own), SharedTensor(other)
         apply: Callable[..., Tensor] = _Tap.apply
         return apply(key, self.keys[layer_number]), apply(value, self.values[layer_number])
 

@@ -20,8 +20,12 @@ from exo_megatron.models.policy import PolicyModel
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
 
-# The only optimizer-state format of megatron-core that loads at another TP, PP or DP.
-STATE_METADATA: dict[str, object] = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The only optimizer-state format of megatron-core that loads at another TP, PP or DP. Of a model copy's ranks only data
+# rank 0, which writes it, gathers it to be saved: 12 bytes a parameter in the memory of the host.
+STATE_METADATA: dict[str, object] = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Trainee:
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Weights and optimizer state as megatron-core sharded tensors. Saving gathers optimizer state over DP.
+        """Weights and optimizer state as megatron-core sharded tensors.
 
-        The state of all parts of the optimizer in one form, so that it loads where there are others: with
-        parallel.expert 1 the experts belong to the part of all weights, else to one of their own.
+        Saving gathers the optimizer's on data rank 0 in fp32: over the data group, by gloo, a gather per bucket and
+        kind of state. The state of all parts of the optimizer is in one form, so that it loads where there are others:
+        with parallel.expert 1 the experts belong to the part of all weights, else to one of their own.
         """
         state: dict[str, Any] = self.policy.sharded_state_dict()
         parts = _parts(self.optimizer)
@@ -59,8 +64,8 @@ class Trainee:
             for part in parts:
                 _allocate_torch_adam(part)
         states = [part.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA) for part in parts]
-        first = states[0]
-        state["optimizer"] = {**first, "param_state": {i: each["param_state"] for i, each in enumerate(states)}}
+        gathered = {i: each["param_state"] for i, each in enumerate(states) if each["param_state"] is not None}
+        state["optimizer"] = {**states[0], "param_state": gathered}
         return state
 
     def load_state(self, state: dict[str, Any], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
 from exo_megatron.config.stages import AlignConfig
@@ -12,6 +13,7 @@ from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training import trainer as trainer_module
 from exo_megatron.training.align import run_align
 from exo_megatron.training.objectives import AlignObjective, RowBatch, UnitSum
+from exo_megatron.training.optimizer import Trainee
 from exo_megatron.training.step import StepResult
 
 
@@ -40,6 +42,25 @@ def error_of(runtime: Runtime, *, config: dict[str, Any], nan_step: int | None =
     finally:
         AlignObjective.__call__ = original
     raise RuntimeError("the run ended without an error")
+
+
+def gathered_bytes(runtime: Runtime, *, config: dict[str, Any]) -> set[int]:
+    """Bytes of optimizer state that this rank held whole in any of a run's saves."""
+    original = Trainee.sharded_state
+    seen: set[int] = set()
+
+    def watched(self: Trainee, *, loading: bool) -> dict[str, Any]:
+        state = original(self, loading=loading)
+        shards = nested_values(state["optimizer"]["param_state"])
+        seen.add(sum(shard.data.nbytes for shard in shards))
+        return state
+
+    Trainee.sharded_state = watched
+    try:
+        run_align(AlignConfig(**config), runtime)
+    finally:
+        Trainee.sharded_state = original
+    return seen
 
 
 def align_in_pieces(runtime: Runtime, *, pieces: list[tuple[dict[str, Any], int]], last: dict[str, Any]) -> None:

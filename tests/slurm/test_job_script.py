@@ -67,7 +67,7 @@ def test_a_file_of_stages(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").touch()
     job_id = submit(cluster, tmp_path, f'echo "$*" > {tmp_path}/task', STAGE="run", CONFIG="run.yaml", TP="2")
     assert cluster.wait(job_id, ENDED, timeout=60)["JobState"] == "COMPLETED", log(tmp_path, job_id)
-    wanted = f"-m exo_megatron run --config run.yaml output={tmp_path}/out defaults.parallel.tensor=2\n"
+    wanted = f"-m exo_megatron run --config {tmp_path}/run.yaml output={tmp_path}/out defaults.parallel.tensor=2\n"
     assert (tmp_path / "task").read_text() == wanted
 
 
@@ -131,6 +131,16 @@ def test_stopped_job_saves_requeues_and_completes(cluster: Cluster, tmp_path: Pa
     assert "restart 1, attempt 0" in log(tmp_path, job_id)
 
 
+def test_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    job_id = submit(cluster, tmp_path, SAVES_ON_SIGNAL.format(folder=tmp_path))
+    wait_until(lambda: len(list(tmp_path.glob("running-*"))) == 4, timeout=30)
+    cluster.command("scancel", str(job_id))
+    cluster.wait(job_id, ENDED, timeout=60)
+    time.sleep(2)  # a requeued job would be pending by now
+    fields = cluster.wait(job_id, ENDED, timeout=10)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), log(tmp_path, job_id)
+
+
 def test_restart_budget(cluster: Cluster, tmp_path: Path) -> None:
     job_id = submit(cluster, tmp_path, "exit 75", MAX_RESTARTS="0")
     fields = cluster.wait(job_id, ENDED, timeout=60)
@@ -177,6 +187,8 @@ def test_container_options_reach_srun(cluster: Cluster, tmp_path: Path) -> None:
         PATH=f"{tmp_path}:{cluster.env['PATH']}",
         CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:25.09-py3",
         CONTAINER_MOUNTS="/data:/data",
+        CONTAINER_WORKDIR="/elsewhere",
+        OUTPUT="out",
         SRUN_ARGS="--mpi=none --exact",
     )
     assert cluster.wait(job_id, ENDED, timeout=60)["JobState"] == "COMPLETED", log(tmp_path, job_id)
@@ -185,6 +197,7 @@ def test_container_options_reach_srun(cluster: Cluster, tmp_path: Path) -> None:
     assert "--container-image=nvcr.io#nvidia/pytorch:25.09-py3" in arguments
     mounts = f"--container-mounts={root}:{root},{tmp_path}:{tmp_path},{tmp_path}:{tmp_path},/data:/data"
     assert mounts in arguments
-    assert f"--container-workdir={tmp_path}" in arguments
+    assert "--container-workdir=/elsewhere" in arguments
+    assert f"output={tmp_path}/out" in arguments  # where it is mounted, although the tasks start elsewhere
     place = arguments.index("--mpi=none")
     assert arguments[place : place + 3] == ["--mpi=none", "--exact", "bash"]
