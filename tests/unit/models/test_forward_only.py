@@ -12,24 +12,11 @@ from torch import Tensor, nn
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.models.build import build_policy
 from exo_megatron.models.layout import build_layout
-from exo_megatron.models.spec import Experts, ModelSpec, Rotary
+from exo_megatron.models.spec import Experts
 from exo_megatron.parallel.runtime import distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.pipeline import forward_only, run_stage
-
-SPEC = ModelSpec(
-    family="test",
-    layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    vocab_size=40,
-    max_positions=32,
-    norm_epsilon=1e-5,
-    rotary=Rotary(base=1e4, dim=8),
-)
+from tests.reference.tiny_spec import TINY_SPEC
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +43,7 @@ def topology() -> Iterator[Topology]:
 )
 def test_no_graph_is_kept(changes: dict[str, Any], topology: Topology) -> None:
     """megatron-core turns gradients on inside its layers, around residual connections."""
-    model = build_policy(SPEC.model_copy(update=changes), topology, ComputeConfig(precision="fp32"))
+    model = build_policy(TINY_SPEC.model_copy(update=changes), topology, ComputeConfig(precision="fp32"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.1)

@@ -10,23 +10,9 @@ import torch
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.models.build import build_policy
 from exo_megatron.models.shared_prompt import build_prompt_layout
-from exo_megatron.models.spec import ModelSpec, Rotary
 from exo_megatron.parallel.runtime import distributed_runtime
 from exo_megatron.parallel.topology import model_parallel
-
-SPEC = ModelSpec(
-    family="test",
-    layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    vocab_size=40,
-    max_positions=32,
-    norm_epsilon=1e-5,
-    rotary=Rotary(base=1e4, dim=8),
-)
+from tests.reference.tiny_spec import TINY_SPEC
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -34,7 +20,7 @@ def test_nothing_is_kept_but_keys_and_values(recompute: Literal["none", "full"])
     """Without recomputation the graph holds queries, keys and values anyway, and a copy would be the waste."""
     compute = ComputeConfig(precision="fp32", recompute=recompute)
     with distributed_runtime() as runtime, model_parallel(runtime, ParallelConfig(), seed=0) as topology:
-        policy = build_policy(SPEC, topology, compute)
+        policy = build_policy(TINY_SPEC, topology, compute)
         for parameter in policy.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         layout = build_prompt_layout(range(3, 12), multiple=1, device=topology.device)

@@ -14,26 +14,15 @@ from torch import Tensor
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig, ParallelConfig
 from exo_megatron.models.build import build_policy
 from exo_megatron.models.layout import build_layout
-from exo_megatron.models.spec import Experts, ModelSpec, Rotary
+from exo_megatron.models.spec import Experts, ModelSpec
 from exo_megatron.parallel import cpu_kernels
 from exo_megatron.parallel.runtime import distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.pipeline import run_stage
 from exo_megatron.training.optimizer import make_trainee
+from tests.reference.tiny_spec import TINY_SPEC
 
-SPEC = ModelSpec(
-    family="test",
-    layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    vocab_size=40,
-    max_positions=32,
-    norm_epsilon=1e-5,
-    rotary=Rotary(base=1e4, dim=8),
-)
+EXPERTS = Experts(count=2, per_token=2, ffn_hidden_size=24, normalized=True)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -136,7 +125,10 @@ def topology() -> Iterator[Topology]:
 
 @pytest.mark.parametrize(
     "spec",
-    [SPEC, SPEC.model_copy(update={"experts": Experts(count=2, per_token=2, ffn_hidden_size=24, normalized=True)})],
+    [
+        TINY_SPEC,
+        TINY_SPEC.model_copy(update={"experts": Experts(count=2, per_token=2, ffn_hidden_size=24, normalized=True)}),
+    ],
     ids=["dense", "experts"],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
