@@ -25,7 +25,7 @@
 #   EXIT_WAIT        seconds that tasks may go on after the first has ended [600]
 #   EXO_ROOT         checkout of exo-megatron [the one of this script]
 #
-# 120 s before the time limit, and on preemption, the stage saves and exits 75; the job requeues itself and goes on
+# 120 s before the time limit, and on preemption, sft and align save and exit 75; the job requeues itself and goes on
 # from that checkpoint. Wrong input (exit 2) is never retried. NCCL variables are left to the site.
 # Two jobs with the same OUTPUT: give both the same --job-name and --dependency=singleton.
 #
@@ -105,8 +105,8 @@ prepare() {
     [ "$STAGE" != align ] || CONFIG=${CONFIG:-$ROOT/examples/configs/align_6b.yaml}
     [ -n "${CONFIG:-}" ] || refuse "STAGE=$STAGE needs CONFIG, its configuration file"
     [ -f "$CONFIG" ] || refuse "CONFIG=$CONFIG does not exist"
-    # Absolute: tasks in a container may start in another folder.
-    CONFIG=$(realpath "$CONFIG") OUTPUT=$(realpath -m "${OUTPUT:-outputs/$STAGE-$SLURM_JOB_ID}")
+    # Absolute, because tasks in a container may start in another folder; symbolic links stay, as in what is mounted.
+    CONFIG=$(realpath -s "$CONFIG") OUTPUT=$(realpath -ms "${OUTPUT:-outputs/$STAGE-$SLURM_JOB_ID}")
     [ -z "${VENV:-}" ] || PYTHON=$VENV/bin/python
     PYTHON=${PYTHON:-python3}
     [ -n "${CONTAINER_IMAGE:-}" ] || command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set VENV or PYTHON"
@@ -129,7 +129,7 @@ prepare() {
 container_options() {
     [ -n "${CONTAINER_IMAGE:-}" ] || return 0
     local parent
-    parent=$(cd "$(dirname "$OUTPUT")" && pwd)
+    parent=$(dirname "$OUTPUT")
     echo "--container-image=$CONTAINER_IMAGE"
     echo "--container-mounts=$ROOT:$ROOT,$PWD:$PWD,$parent:$parent${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
     echo "--container-workdir=${CONTAINER_WORKDIR:-$PWD}"

@@ -56,11 +56,12 @@ class SharedPrompt:
         A recomputation of the layer finds them kept and leaves them alone.
         """
         if layer_number not in self.keys:
-            own, other = key[: self.length], value[: self.length]
+            kept_key, kept_value = key[: self.length], value[: self.length]
             if not torch.is_grad_enabled():
                 # A layer that will be recomputed: no graph holds what these are views of, queries and all, but they.
-                own, other = own.clone(), other.clone()
-            self.keys[layer_number], self.values[layer_number] = SharedTensor(own), SharedTensor(other)
+                kept_key, kept_value = kept_key.clone(), kept_value.clone()
+            self.keys[layer_number] = SharedTensor(kept_key)
+            self.values[layer_number] = SharedTensor(kept_value)
         apply: Callable[..., Tensor] = _Tap.apply
         return apply(key, self.keys[layer_number]), apply(value, self.values[layer_number])
 

@@ -177,27 +177,37 @@ def test_wrong_settings_end_the_job_before_any_task(
 
 
 def test_container_options_reach_srun(cluster: Cluster, tmp_path: Path) -> None:
-    # pyxis is not here; a stand-in for srun keeps its arguments.
-    (tmp_path / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
-    (tmp_path / "srun").chmod(0o755)
-    job_id = submit(
-        cluster,
-        tmp_path,
-        "exit 0",
-        PATH=f"{tmp_path}:{cluster.env['PATH']}",
-        CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:25.09-py3",
-        CONTAINER_MOUNTS="/data:/data",
-        CONTAINER_WORKDIR="/elsewhere",
-        OUTPUT="out",
-        SRUN_ARGS="--mpi=none --exact",
-    )
-    assert cluster.wait(job_id, ENDED, timeout=60)["JobState"] == "COMPLETED", log(tmp_path, job_id)
-    arguments = (tmp_path / "arguments").read_text().splitlines()
+    arguments = arguments_of_srun(cluster, tmp_path, CONTAINER_MOUNTS="/data:/data", SRUN_ARGS="--mpi=none --exact")
     root = SCRIPT.parents[1]
-    assert "--container-image=nvcr.io#nvidia/pytorch:25.09-py3" in arguments
+    assert f"--container-image={IMAGE}" in arguments
     mounts = f"--container-mounts={root}:{root},{tmp_path}:{tmp_path},{tmp_path}:{tmp_path},/data:/data"
     assert mounts in arguments
-    assert "--container-workdir=/elsewhere" in arguments
-    assert f"output={tmp_path}/out" in arguments  # where it is mounted, although the tasks start elsewhere
+    assert f"--container-workdir={tmp_path}" in arguments
     place = arguments.index("--mpi=none")
     assert arguments[place : place + 3] == ["--mpi=none", "--exact", "bash"]
+
+
+def test_tasks_write_where_it_is_mounted_wherever_they_start(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "align.yaml").touch()
+    settings = {"CONTAINER_WORKDIR": "/elsewhere", "OUTPUT": "link/out", "CONFIG": "align.yaml"}
+    arguments = arguments_of_srun(cluster, tmp_path, **settings)
+    root, link = SCRIPT.parents[1], tmp_path / "link"
+    assert "--container-workdir=/elsewhere" in arguments
+    assert f"--container-mounts={root}:{root},{tmp_path}:{tmp_path},{link}:{link}" in arguments
+    assert f"output={link}/out" in arguments
+    assert f"{tmp_path}/align.yaml" in arguments
+
+
+IMAGE = "nvcr.io#nvidia/pytorch:25.09-py3"
+
+
+def arguments_of_srun(cluster: Cluster, folder: Path, **settings: str) -> list[str]:
+    """What the job gives to srun. pyxis is not here; a stand-in for srun keeps its arguments."""
+    (folder / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {folder}/arguments\n')
+    (folder / "srun").chmod(0o755)
+    path = f"{folder}:{cluster.env['PATH']}"
+    job_id = submit(cluster, folder, "exit 0", PATH=path, CONTAINER_IMAGE=IMAGE, **settings)
+    assert cluster.wait(job_id, ENDED, timeout=60)["JobState"] == "COMPLETED", log(folder, job_id)
+    return (folder / "arguments").read_text().splitlines()

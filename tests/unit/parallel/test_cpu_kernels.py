@@ -125,10 +125,7 @@ def topology() -> Iterator[Topology]:
 
 @pytest.mark.parametrize(
     "spec",
-    [
-        TINY_SPEC,
-        TINY_SPEC.model_copy(update={"experts": Experts(count=2, per_token=2, ffn_hidden_size=24, normalized=True)}),
-    ],
+    [TINY_SPEC, TINY_SPEC.model_copy(update={"experts": EXPERTS})],
     ids=["dense", "experts"],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

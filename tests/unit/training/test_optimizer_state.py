@@ -16,13 +16,15 @@ from exo_megatron.training import optimizer as optimizer_module
 from exo_megatron.training.optimizer import make_trainee
 from tests.reference.tiny_spec import TINY_SPEC
 
-# TINY_SPEC has sizes that are no multiples of 128: megatron-core pads its buckets to that.
 BETA1, BETA2 = 0.8, 0.9
 
 
 @pytest.mark.parametrize("bucket_size", [None, 500])
 def test_state_of_every_parameter(bucket_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After one step from nothing the moments are (1 - beta1) g and (1 - beta2) g^2."""
+    """After one step from nothing the moments are (1 - beta1) g and (1 - beta2) g^2.
+
+    TINY_SPEC has sizes that are no multiples of 128, to which megatron-core pads its buckets.
+    """
 
     def in_buckets(**settings: Any) -> DistributedDataParallelConfig:
         overlap = {"overlap_grad_reduce": True, "bucket_size": bucket_size} if bucket_size else {}
