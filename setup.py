@@ -34,7 +34,6 @@ REQUIRES = [
 EXTRAS = {
     "cuda": ["transformer-engine[pytorch]>=2.9"],
     "mpi": ["mpi4py>=4", "openmpi>=5"],
-    "vllm": ["vllm>=0.10"],
     "bench": ["trl>=1.16"],  # peers of tools/bench
     "dev": [
         "pytest>=8",
@@ -46,6 +45,24 @@ EXTRAS = {
         "types-psutil",
     ],
 }
+
+KEYWORDS = ["alignment", "EXO", "DPO", "preference optimization", "RLHF", "large language models", "megatron-core"]
+
+# The licence is not among them: license_expression says it, and setuptools refuses both together.
+CLASSIFIERS = [
+    "Development Status :: 4 - Beta",
+    "Environment :: GPU :: NVIDIA CUDA",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
 
 
 def read_version() -> str:
@@ -62,6 +79,12 @@ setup(
     description="Alignment of large language models by efficient exact optimization (EXO) on megatron-core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="exo-megatron contributors",
+    license="Apache-2.0",  # for setuptools before 77, which does not know the next line
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=KEYWORDS,
+    classifiers=CLASSIFIERS,
     python_requires=">=3.11",
     packages=find_packages(include=["exo_megatron", "exo_megatron.*"]),
     package_data={"exo_megatron": ["py.typed"]},

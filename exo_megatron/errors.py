@@ -1,7 +1,8 @@
-"""Errors that a user can cause or act on. Lowest module of the package: imports nothing of ours.
+"""Errors that a user can cause or act on. This is the lowest module: it imports nothing of ours.
 
 Each is printed as one line on rank 0, without a traceback, and ends the process with its exit code:
-2 for wrong input (never worth retrying), 75 for "try again later".
+2 for wrong input (never worth retrying), 75 for "try again later", 1 for a failed verification and
+for a training that diverged.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 class ExoError(Exception):
     """A failure that is explained to the user in one line.
 
-    where: file and line (``data.jsonl:12``), config key (``parallel.tensor``), or path.
-    problem: what was seen, with the value.
-    expected: what would have been accepted.
-    fix: what to do.
+    Attributes:
+        where: file and line (``data.jsonl:12``), config key (``parallel.tensor``), or path.
+        problem: the flaw, with the value that was seen.
+        expected: the values that would have been accepted.
+        fix: the action that the user should take.
     """
 
     exit_code = 2
@@ -26,7 +28,10 @@ class ExoError(Exception):
         super().__init__(f"{where}: {problem}; expected {expected}; fix: {fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Errors travel between ranks pickled; keyword arguments do not fit the default."""
+        """Return the call that rebuilds the error, for pickle.
+
+        Ranks exchange errors pickled, and pickle's default cannot pass keyword arguments.
+        """
         return _rebuild, (type(self), self.where, self.problem, self.expected, self.fix)
 
 
@@ -47,26 +52,44 @@ class DataError(ExoError):
 
 
 class RewardError(ExoError):
-    """A reward source cannot be loaded or returned something that is not a finite number per candidate."""
+    """A reward source cannot be loaded, or did not return one finite number per candidate."""
 
 
 class CheckpointError(ExoError):
-    """A checkpoint is missing, incomplete, corrupt, or belongs to another model."""
+    """A checkpoint is missing, incomplete or corrupt, or belongs to another model."""
 
 
 class VerificationFailed(CheckpointError):
-    """A conversion is not what it was made from. Raised on every rank; the output is not put into its place."""
+    """A conversion differs from its source. It is raised on every rank.
+
+    The output is not moved to its final place.
+    """
 
     exit_code = 1
 
 
 class TrainingDiverged(ExoError):
-    """Loss or gradient stopped being finite. Raised on every rank on the same step; nothing is saved from it."""
+    """The loss or the gradient is no longer finite. It is raised on every rank in the same step.
+
+    Nothing of that step is saved.
+    """
 
     exit_code = 1
 
 
 class TryAgainLater(ExoError):
-    """The work stopped for a passing reason (preemption, an endpoint that is down) and can be resumed."""
+    """The work stopped for a passing reason, such as preemption, and can be resumed."""
 
     exit_code = 75
+
+
+LONGEST_REASON = 240
+
+
+def reason(error: BaseException) -> str:
+    """Return a library's exception as one line of at most LONGEST_REASON characters.
+
+    An exception without text gives the name of its type.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."

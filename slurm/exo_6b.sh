@@ -191,7 +191,10 @@ outcome() {
 
 # The stage wrote its last file during this job.
 completed() {
-    [ "$OUTPUT/stage.json" -nt "$STATE/started" ] && grep -q '"status": *"complete"' "$OUTPUT/stage.json"
+    local status=$OUTPUT/stage.json
+    # An export holds only what belongs on a hub; its status is beside it.
+    [ "$STAGE" != export ] || status=$(dirname "$OUTPUT")/.$(basename "$OUTPUT").exo-megatron/stage.json
+    [ "$status" -nt "$STATE/started" ] && grep -q '"status": *"complete"' "$status"
 }
 
 # Slurm ends the job by itself: it was cancelled, or Slurm requeues it.

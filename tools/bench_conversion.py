@@ -1,24 +1,26 @@
 #!/usr/bin/env python
-"""Time and memory of HF -> distributed -> HF, against a plain copy of the same files in the same run.
+"""Time and memory of HF -> distributed -> HF, against a plain copy of the same files in the same
+run.
 
-Makes a random Llama-shaped bf16 checkpoint of the wanted size in several shards, written 32 MB at a time. Each round
-then does, one after the other:
+Makes a random Llama-shaped bf16 checkpoint of the wanted size in several shards, written 32 MB at a
+time. Each round then does, one after the other:
 
-    copy     shutil.copyfile and fsync of every safetensors file, in this process, which has long started
+    copy     shutil.copyfile and fsync of every safetensors file, in this already running process
     import   tools/convert_hf_to_megatron.py
     export   tools/convert_megatron_to_hf.py
 
-Before each of them everything is flushed to the disk, its input is dropped from the page cache (so that all three
-read cold files), and --settle seconds pass. Those matter in a virtual machine that gives free memory back to its host
-within seconds: pages that were freed just now are several times faster to write to than others, and a copy that
-begins at once would find them, while a conversion, which first starts Python, would not. All three end with their
-output flushed to the disk. A conversion is a new program: its time begins
-with the start of Python (or torchrun) and ends when it has gone. What the start alone takes is shown by the
-conversion of a tiny model (rows "start of ..."). The exported tensors are compared with the originals byte by byte.
+Before each of them everything is flushed to the disk, its input is dropped from the page cache (so
+that all three read cold files), and --settle seconds pass. The pause matters in a virtual machine
+that gives free memory back to its host within seconds: recently freed pages are several times
+faster to write to than others, and a copy that begins at once would find them, while a conversion,
+which first starts Python, would not. All three end with their output flushed to the disk. The time
+of a conversion is that of a new program, from the start of Python (or torchrun) to its end. The
+time of the start alone is shown by the conversion of a tiny model (rows "start of ..."). The
+exported tensors are compared with the originals byte by byte.
 
-Peak RSS is what the kernel reports (ru_maxrss) for the largest process of a conversion; mapped file pages count.
-Ratios are of a conversion's throughput to that of the same round's copy. Needs three times the size of the
-checkpoint below --directory and leaves nothing there.
+Peak RSS is the kernel's value (ru_maxrss) for the largest process of a conversion; mapped file
+pages count. Ratios are of a conversion's throughput to that of the same round's copy. Needs three
+times the size of the checkpoint below --directory and leaves nothing there.
 """
 
 from __future__ import annotations
@@ -72,12 +74,14 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of the safetensors files."""
+        """Size of the safetensors files, in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as the arguments say; 0 if every exported tensor is the original bit for bit."""
+    """Measure as the arguments say, and return 0 if every exported tensor is the original bit
+    for bit.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=3e9, help="size of the model (default: 3e9)")
     parser.add_argument("--directory", type=Path, default=Path(), help="where to work, in a directory of its own")
@@ -102,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Bench:
-    """A large and a tiny checkpoint, and what was measured with them."""
+    """A large and a tiny checkpoint, and the measurements made with them."""
 
     def __init__(self, place: Path, parameters: float, shard_bytes: int, settle: float) -> None:
         self.place = place
@@ -126,7 +130,7 @@ class Bench:
         self._there_and_back(self.tiny, "start of ", processes, number, copied_in)
 
     def report(self) -> dict[str, object]:
-        """All figures, for a JSON file."""
+        """Return all figures, for a JSON file."""
         return {
             "parameters": self.hf.parameters,
             "bytes": self.hf.bytes,
@@ -138,7 +142,7 @@ class Bench:
         }
 
     def table(self) -> str:
-        """Medians over the rounds."""
+        """Format the medians over the rounds as a table."""
         gigabytes, largest = self.hf.bytes / 1e9, self.hf.largest_tensor / 2**20
         lines = [
             f"{self.hf.parameters / 1e9:.2f}e9 parameters, {gigabytes:.2f} GB in {len(self.hf.files)} files, "
@@ -194,7 +198,9 @@ class Bench:
 
 
 def run_program(command: list[str], processes: int) -> tuple[float, float, float]:
-    """Run one of our programs to its end: seconds, CPU seconds, and MiB of its largest process."""
+    """Run one of our programs to its end, and return seconds, CPU seconds, and MiB of its
+    largest process.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
@@ -215,7 +221,7 @@ def run_program(command: list[str], processes: int) -> tuple[float, float, float
 
 
 def copy_flushed(source: Path, target: Path) -> None:
-    """A plain copy that is on the disk when it returns."""
+    """Copy a file; the copy is on the disk when the function returns."""
     shutil.copyfile(source, target)
     with open(target, "rb") as file:
         os.fsync(file.fileno())
@@ -229,7 +235,9 @@ def drop_from_cache(path: Path) -> None:
 
 
 def make_checkpoint(directory: Path, parameters: float, shard_bytes: int) -> Checkpoint:
-    """A random Llama of at least this size, as Llama 3.2 is shaped: grouped-query heads, tied embeddings."""
+    """Write a random Llama of at least this size, shaped as Llama 3.2: grouped-query heads, tied
+    embeddings.
+    """
     hidden, vocabulary = next(
         (pair for pair in reversed(MODELS) if (parameters - pair[0] * pair[1]) / _layer_size(pair[0]) >= 16), MODELS[0]
     )
@@ -263,7 +271,9 @@ def make_checkpoint(directory: Path, parameters: float, shard_bytes: int) -> Che
 
 
 def differences(original: Path, exported: Path) -> Iterator[str]:
-    """Names of tensors whose dtype, shape or bytes are not the same in both, read without the converter's code."""
+    """Yield the names of tensors whose dtype, shape or bytes differ, read without the
+    converter's code.
+    """
     before, after = tensor_places(original), tensor_places(exported)
     yield from sorted(before.keys() ^ after.keys())
     for name in sorted(before.keys() & after.keys()):
@@ -272,11 +282,11 @@ def differences(original: Path, exported: Path) -> Iterator[str]:
 
 
 Place = tuple[tuple[Path, int], int, str, Shape]
-"""File and offset; bytes; dtype; shape."""
+"""Place of a tensor: file and offset; bytes; dtype; shape."""
 
 
 def tensor_places(directory: Path) -> dict[str, Place]:
-    """Where the tensors of a directory of safetensors files lie."""
+    """Find the places of the tensors of a directory of safetensors files."""
     places: dict[str, Place] = {}
     for path in directory.glob("*.safetensors"):
         with open(path, "rb") as file:

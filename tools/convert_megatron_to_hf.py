@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Distributed checkpoint, or the newest step of a training stage's output -> HF checkpoint (safetensors).
+"""Convert a distributed checkpoint, or the newest step of a training stage's output, to HF
+(safetensors).
 
-One process, or several under torchrun, srun or mpirun, which divide the files. Same as `exo-megatron export`.
+One process, or several under torchrun, srun or mpirun, which divide the files. Same as
+`exo-megatron export`.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exo_megatron.cli.convert import convert
+from exo_megatron.cli.main import run_program
 from exo_megatron.config.sections import ModelConfig
 from exo_megatron.config.stages import ExportConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as the arguments say and give the exit code: 0 done, 2 wrong input, 1 any other failure."""
+    """Convert as the arguments say and return the exit code: 0 done, 2 wrong input, 1 any other
+    failure.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or output of a training stage")
     parser.add_argument("--output", type=Path, required=True, help="directory to be made, or empty")
@@ -27,7 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare with the source; a difference is an error")
     arguments = parser.parse_args(argv)
     model = ModelConfig(checkpoint=arguments.checkpoint)
-    return convert(ExportConfig(model=model, output=arguments.output, dtype=arguments.dtype, verify=arguments.verify))
+    config = ExportConfig(model=model, output=arguments.output, dtype=arguments.dtype, verify=arguments.verify)
+
+    def work() -> int:
+        from exo_megatron.stages.run import run_conversion
+
+        return run_conversion(config)
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 #!/usr/bin/env python
-"""Compare an HF checkpoint with a distributed checkpoint that was converted from it or exported to it.
+"""Compare an HF checkpoint with a distributed checkpoint that was converted from it or exported to
+it.
 
-The description of the model, every tensor bit for bit, and the logits in fp32 at the given topology. One process, or
-as many as the model is cut into (or a multiple) under torchrun, srun or mpirun. Exit code: 0 all agrees, 1 something
-differs (or logits could not be compared for want of memory or of a transformers that knows the model), 2 wrong input.
+Compared are the description of the model, every tensor bit for bit, and the logits in fp32 at the
+given topology. One process, or as many as the model is cut into (or a multiple) under torchrun,
+srun or mpirun. Exit code: 0 all agrees, 1 something differs (or logits could not be compared for
+want of memory or of a transformers that knows the model), 2 wrong input. Same as `exo-megatron
+verify`.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exo_megatron.cli.verification import TOLERANCE, Verification
-from exo_megatron.cli.verify import verify
+from exo_megatron.cli.main import run_command, run_program
 from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.config.stages import VerifyConfig
+
+TOLERANCE = VerifyConfig.model_fields["tolerance"].default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare as the arguments say, print the table and give the exit code."""
+    """Compare as the arguments say, print the table and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="directory of the HF checkpoint (safetensors)")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or output of a training stage")
@@ -40,16 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("prompts", "tolerance"):
         if arguments.tensors_only and getattr(arguments, option) is not None:
             parser.error(f"argument --{option}: not allowed with argument --tensors-only, which runs no models")
-    return verify(
-        Verification(
-            hf=arguments.hf,
-            checkpoint=arguments.checkpoint,
-            parallel=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert),
-            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
-            prompts=arguments.prompts,
-            tensors_only=arguments.tensors_only,
-        )
+    config = VerifyConfig(
+        hf=arguments.hf,
+        checkpoint=arguments.checkpoint,
+        parallel=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, expert=arguments.expert),
+        tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+        prompts=arguments.prompts,
+        tensors_only=arguments.tensors_only,
     )
+    return run_program(lambda: run_command(config))
 
 
 def _size(text: str) -> int:

@@ -50,6 +50,6 @@ began=$SECONDS
 # The form ${NAME[@]+...} is for bash 3 and 4.3, to which an empty array is an unset variable.
 python -m quickstart.prepare --output "$OUTPUT" --seed "$SEED" ${DATA[@]+"${DATA[@]}"}
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m exo_megatron run \
-    --config "$CHECKOUT/examples/quickstart/pipeline.yaml" output="$OUTPUT" seed="$SEED" ${SETTINGS[@]+"${SETTINGS[@]}"}
+    --config "$CHECKOUT/examples/quickstart/workflow.yaml" output="$OUTPUT" seed="$SEED" ${SETTINGS[@]+"${SETTINGS[@]}"}
 python -m quickstart.finish --output "$OUTPUT"
 echo "time        $((SECONDS - began)) s"

@@ -1,22 +1,175 @@
-"""Finding checkpoints on disk and reading the small files in them. Imports neither torch nor megatron."""
+"""Checkpoints on disk: their names, their manifest, and the small files in them.
+
+Imports neither torch nor megatron. The manifest lists the files that belong to a checkpoint with
+their checksums. A checkpoint with a manifest is complete.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from threading import Event
+from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exo_megatron.checkpoint.manifest import (
-    MANIFEST_FILE,
-    STAGING_MARKER,
-    WEIGHTS_DIRECTORY,
-    in_the_making,
-    read_manifest,
-)
 from exo_megatron.errors import CheckpointError, DataError
 from exo_megatron.models.spec import ModelSpec
-from exo_megatron.utils.files import read_json
+from exo_megatron.utils.files import read_json, sha256_file, write_json
+
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_DIRECTORY = "weights"
+STAGING_MARKER = ".exo-staging"
+"""File in a directory that a run of ours makes, or was making when it was stopped."""
+
+CheckpointKind = Literal["model", "training"]
+
+
+class FileRecord(BaseModel):
+    """Checksum and size of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Manifest(BaseModel):
+    """Content of `manifest.json`. Paths are relative to the checkpoint, with forward slashes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    files: dict[str, FileRecord]
+    step: int | None
+    kind: CheckpointKind
+
+    @property
+    def entries(self) -> set[str]:
+        """Names of the files and directories at the top of the checkpoint."""
+        return {PurePosixPath(name).parts[0] for name in self.files} | {MANIFEST_FILE}
+
+
+def in_the_making(directory: Path) -> bool:
+    """Tell whether a run of ours has begun to make this directory and has not finished."""
+    return (directory / STAGING_MARKER).is_file()
+
+
+def list_files(checkpoint: Path) -> list[str]:
+    """List all files below a checkpoint, sorted, without the manifest and the staging marker."""
+    paths = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(name for name in paths if name not in (MANIFEST_FILE, STAGING_MARKER))
+
+
+def record_files(checkpoint: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Read the named files and return their checksums and sizes."""
+    return {
+        name: FileRecord(sha256=sha256_file(checkpoint / name), bytes=(checkpoint / name).stat().st_size)
+        for name in names
+    }
+
+
+def make_manifest(files: dict[str, FileRecord], *, step: int | None, kind: CheckpointKind) -> Manifest:
+    """Make the manifest of these files.
+
+    The fingerprint is the SHA-256 of the sorted lines "name sha256" of the tensor files and
+    `model.json`. The other files below `weights/` are left out: they contain paths and times of the
+    save, not weights.
+    """
+    files = dict(sorted(files.items()))
+    named = [name for name in files if name == "model.json" or holds_tensors(name)]
+    text = "".join(f"{name} {files[name].sha256}\n" for name in named)
+    return Manifest(fingerprint=hashlib.sha256(text.encode()).hexdigest(), files=files, step=step, kind=kind)
+
+
+def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
+    """Write the manifest, which marks a checkpoint as complete."""
+    write_json(checkpoint / MANIFEST_FILE, manifest.model_dump(mode="json"))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check the manifest.
+
+    Raises CheckpointError if it is missing (the checkpoint is incomplete) or malformed.
+    """
+    path = checkpoint / MANIFEST_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            str(checkpoint),
+            f"has no {MANIFEST_FILE}",
+            expected="a complete checkpoint",
+            fix="give the directory of a complete checkpoint, or save it again",
+        )
+    try:
+        manifest = Manifest.model_validate(read_json(path))
+    except (DataError, ValidationError) as error:
+        raise CheckpointError(
+            str(path),
+            f"is damaged ({_first_line(error)})",
+            expected="the manifest that was saved with the checkpoint",
+            fix="use another checkpoint",
+        ) from None
+    for name in manifest.files:
+        _check_inside(path, name)
+    return manifest
+
+
+def check_size(checkpoint: Path, name: str, record: FileRecord) -> None:
+    """Raise CheckpointError unless a file is there and has the recorded size."""
+    path = checkpoint / name
+    if not path.is_file():
+        raise _damaged(path, "is missing", f"{record.bytes} bytes")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise _damaged(path, f"has {size} bytes", f"{record.bytes} bytes")
+
+
+def check_file(checkpoint: Path, name: str, record: FileRecord, stop: Event | None = None) -> None:
+    """Raise CheckpointError unless a file has the recorded size and SHA-256.
+
+    Once `stop` is set, returns without having read the whole file.
+    """
+    check_size(checkpoint, name, record)
+    path = checkpoint / name
+    seen = sha256_file(path, stop)
+    if stop is not None and stop.is_set():
+        return
+    if seen != record.sha256:
+        raise _damaged(path, f"is corrupt (SHA-256 {seen[:12]}...)", f"SHA-256 {record.sha256[:12]}...")
+
+
+def holds_tensors(name: str) -> bool:
+    """Tell whether a file of a checkpoint is one of the tensor files, which grow with the model."""
+    return name.startswith(f"{WEIGHTS_DIRECTORY}/") and name.endswith(".distcp")
+
+
+def _check_inside(manifest: Path, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise CheckpointError(
+            str(manifest),
+            f"names the file {name!r}, which is outside of the checkpoint",
+            expected="relative paths below the checkpoint",
+            fix="do not use this checkpoint",
+        )
+
+
+def _damaged(path: Path, problem: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        str(path),
+        problem,
+        expected=expected,
+        fix="copy the file again from where it is whole, or use another checkpoint",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, DataError):
+        return error.problem
+    return " ".join(str(error).split())[:200]
+
 
 SPEC_FILE = "model.json"
 HF_DIRECTORY = "hf"
@@ -28,15 +181,16 @@ _STEP_NAME = re.compile(r"step-(\d+)")
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies below a training output's `checkpoints/`."""
+    """Return the path of the checkpoint of a step below a training output's `checkpoints/`."""
     return root / f"step-{step:08d}"
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by a path.
+    """Find the checkpoint that a user means by a path.
 
-    That is `path` itself if it is a complete checkpoint, else the newest complete step in `path` or in
-    `path/checkpoints`, found by scanning. Raises CheckpointError if there is none, and for an output in the making.
+    That is `path` itself if it is a complete checkpoint, else the newest complete step in `path` or
+    in `path/checkpoints`, found by scanning. Raises CheckpointError if there is none, and for an
+    output in the making.
     """
     if in_the_making(path):
         raise CheckpointError(
@@ -59,14 +213,15 @@ def resolve_checkpoint(path: Path) -> Path:
         str(path),
         _why_no_checkpoint(path),
         expected=f"a directory with {MANIFEST_FILE}, or complete steps in {STEPS_DIRECTORY}/",
-        fix="convert an HF checkpoint with tools/convert_hf_to_megatron.py, or run the stage that makes it to its end",
+        fix="convert an HF checkpoint with `exo-megatron import`, or run the stage that makes it to its end",
     )
 
 
 def list_steps(path: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a training output (or of its `checkpoints/`), as (step, directory), ascending.
+    """List a training output's complete checkpoints as (step, directory), ascending.
 
-    A directory counts if its manifest can be read and is of that step; checksums are for `verify_checkpoint`.
+    A directory counts if its manifest can be read and is of that step; checksums are checked by
+    `verify_checkpoint`.
     """
     found: list[tuple[int, Path]] = []
     for root in (path, path / STEPS_DIRECTORY):
@@ -76,7 +231,10 @@ def list_steps(path: Path) -> list[tuple[int, Path]]:
 
 
 def read_spec(checkpoint: Path) -> ModelSpec:
-    """Architecture of the model in a checkpoint."""
+    """Read the architecture of the model in a checkpoint.
+
+    Raises CheckpointError if its model.json is malformed.
+    """
     path = checkpoint / SPEC_FILE
     try:
         return ModelSpec.model_validate(read_json(path))
@@ -90,22 +248,22 @@ def read_spec(checkpoint: Path) -> ModelSpec:
 
 
 def read_fingerprint(checkpoint: Path) -> str:
-    """SHA-256 (hex) that identifies the weights; later stages record it."""
+    """Read the SHA-256 (hex) that identifies the weights; later stages record it."""
     return read_manifest(checkpoint).fingerprint
 
 
 def read_step(checkpoint: Path) -> int | None:
-    """Optimizer steps done when the checkpoint was saved; None for a converted model."""
+    """Read the number of optimizer steps done at the save; None for a converted model."""
     return read_manifest(checkpoint).step
 
 
 def tokenizer_path(checkpoint: Path) -> Path:
-    """The directory with the tokenizer and configuration files of the HF checkpoint."""
+    """Return the directory with the tokenizer and configuration files of the HF checkpoint."""
     return checkpoint / HF_DIRECTORY
 
 
 def weights_path(checkpoint: Path) -> Path:
-    """The directory in megatron-core's `torch_dist` format."""
+    """Return the directory in megatron-core's `torch_dist` format."""
     return checkpoint / WEIGHTS_DIRECTORY
 
 

@@ -1,9 +1,10 @@
-"""The one place that calls megatron-core's dist_checkpointing, and hides what differs from 0.16 to 0.19.
+"""The only module that calls megatron-core's dist_checkpointing, of versions 0.16 to 0.19.
 
-Differences bridged here: 0.16 keeps values that are not sharded in `common.pt`, 0.19 in a sharded object called
-`common_state` (it still reads `common.pt`), so 0.19 also writes `common.pt` and either version loads the other's
-files. Both versions' own writers start helper processes (fork, and a spawned manager that imports the main module
-again) and copy everything to host memory first; torch's synchronous writer, used here, does neither.
+It hides their differences. 0.16 keeps values that are not sharded in `common.pt`, 0.19 in a sharded
+object called `common_state` (it still reads `common.pt`). So with 0.19 `common.pt` is written too,
+and either version loads the other's files. Both versions' own writers start helper processes (fork,
+and a spawned manager that imports the main module again) and copy everything to host memory first;
+torch's synchronous writer, used here, does neither.
 """
 
 from __future__ import annotations
@@ -30,20 +31,24 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from exo_megatron.checkpoint.manifest import FileRecord
+from exo_megatron.checkpoint.directory import FileRecord
+from exo_megatron.checkpoint.safety import COMMON_FILE
 from exo_megatron.checkpoint.shard_writer import ShardWriter
-from exo_megatron.checkpoint.unpickling import COMMON_FILE
 from exo_megatron.errors import ExoError
 
 Producer = Callable[[str, tuple[int, ...]], Tensor]
-"""Makes the data of a shard from its key and global offset."""
+"""Function that makes the data of a shard from its key and global offset."""
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A piece of a tensor that is made when its turn to be written comes.
+    """A piece of a tensor that is made only when it is written.
 
-    key: of the whole tensor, which has the axes `stack` and then those of `shape`. index: place on the stacked axes.
+    Attributes:
+        key: of the whole tensor, which has the axes `stack` and then those of `shape`.
+        stack: sizes of the stacked axes.
+        index: place on the stacked axes.
+        shape, dtype: of the piece.
     """
 
     key: str
@@ -58,18 +63,21 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel
 
 
 class ProducerError(Exception):
-    """An ExoError of a producer, in a form that can be sent to other ranks: where, problem, expected, fix."""
+    """An ExoError of a producer, as (where, problem, expected, fix) for other ranks."""
 
 
 class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no types
-    """Gets the data of shards on the meta device from a producer when their turn to be written comes."""
+    """Planner that gets the data of shards on the meta device from a producer at their turn."""
 
     def __init__(self, produce: Producer | None) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._produce = produce
 
     def transform_object(self, write_item: Any, object: Any) -> Any:
-        """Called once per shard, in the order of writing; the result is dropped after it is written."""
+        """Return the data to write for a shard. torch calls it per shard, in the order of writing.
+
+        torch drops the result after it is written.
+        """
         if self._produce is None or not isinstance(object, Tensor) or object.device.type != "meta":
             return object
         index = write_item.index
@@ -86,9 +94,9 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no 
 
 
 class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
-    """Writes in this process, one file per rank, flushed to the disk.
+    """Strategy that writes in this process, one file per rank, flushed to the disk.
 
-    written: name -> content of the file that this rank wrote.
+    written: name -> checksum and size of the file that this rank wrote.
     """
 
     def __init__(self, produce: Producer | None) -> None:
@@ -97,7 +105,10 @@ class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # m
         self.written: dict[str, FileRecord] = {}
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Collective over the world. Raises torch's CheckpointException on every rank if any rank failed."""
+        """Save this rank's shards. Collective over the world.
+
+        Raises torch's CheckpointException on every rank if any rank failed.
+        """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         writer = ShardWriter(checkpoint_dir)
         save(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=_Planner(self._produce))
@@ -109,8 +120,9 @@ def write_sharded(
 ) -> dict[str, FileRecord]:
     """Save a sharded state dict into an existing empty directory. Collective over the world.
 
-    Values that are not sharded must be the same on all ranks. Shards on the meta device are made by `produce`, in a
-    thread of its own. Returns the name and the content of the tensor file that this rank wrote.
+    Values that are not sharded must be the same on all ranks. Shards on the meta device are made by
+    `produce`, in a thread of its own. Returns name, checksum and size of the tensor file that this
+    rank wrote.
     """
     strategy = _SynchronousSave(produce)
     with _quiet():
@@ -121,7 +133,7 @@ def write_sharded(
 
 
 def planned_state(shards: Iterable[PlannedShard]) -> dict[str, Any]:
-    """A sharded state dict of shards on the meta device, each held by this rank alone."""
+    """Make a sharded state dict of shards on the meta device, each held by this rank alone."""
     state: dict[str, Any] = {}
     for shard in shards:
         place = ((axis, at, size) for axis, (at, size) in enumerate(zip(shard.index, shard.stack, strict=True)))
@@ -132,14 +144,17 @@ def planned_state(shards: Iterable[PlannedShard]) -> dict[str, Any]:
 
 
 def read_sharded(sharded_state: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Fill a template from a directory whose pickles have been checked. Collective over the world."""
+    """Fill a template from a directory whose pickles have been checked.
+
+    Collective over the world.
+    """
     with _quiet():
         loaded: dict[str, Any] = dist_checkpointing.load(without_extra_state(sharded_state), str(weights))
     return loaded
 
 
 def without_extra_state(sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """A copy (of the dicts and lists) without `_extra_state`: fp8 scales of Transformer Engine, else empty."""
+    """Copy a state's dicts and lists without `_extra_state` (Transformer Engine's fp8 scales)."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, dict):
@@ -153,16 +168,17 @@ def without_extra_state(sharded_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_shapes(sharded_state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Global shapes of the tensors that a template asks for on this rank, by key.
+    """Collect the global shapes of the tensors that a template asks for on this rank, by key.
 
-    megatron-core lets the vocabulary of embeddings differ from the stored one (`allow_shape_mismatch`); we do not.
+    megatron-core lets the vocabulary of embeddings differ from the stored one
+    (`allow_shape_mismatch`); we do not.
     """
     tensors = [value for value in _shards(sharded_state) if isinstance(value, ShardedTensor)]
     return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
 
 
 def local_bytes(sharded_state: dict[str, Any]) -> int:
-    """Bytes of tensors that this rank will write: shards of which it has the main replica."""
+    """Count the bytes of shards that this rank will write, as their main replica."""
     tensors = [value for value in _shards(sharded_state) if isinstance(value, ShardedTensor)]
     return sum(
         tensor.data.numel() * tensor.data.element_size()
@@ -173,7 +189,7 @@ def local_bytes(sharded_state: dict[str, Any]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings about the way megatron-core calls it."""
+    """Hide torch's warnings about the way megatron-core calls it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for text in ("torch.distributed is disabled", "The argument order of load has been changed"):
@@ -186,7 +202,7 @@ def _is_extra_state(value: Any) -> bool:
 
 
 def _shards(sharded_state: dict[str, Any]) -> list[Any]:
-    """All sharded leaves, with the factories (gated fc1) built."""
+    """List all sharded leaves, with the factories (gated fc1) built."""
     leaves: list[Any] = []
     for value in nested_values(sharded_state):
         leaves += list(nested_values(value.build())) if isinstance(value, ShardedTensorFactory) else [value]

@@ -1,4 +1,4 @@
-"""The files of an HF checkpoint that travel with a model: configuration, tokenizer, generation settings, licence."""
+"""The files of an HF checkpoint that are copied with a model, such as config and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OURS = frozenset(
 
 
 def hf_file_names(source: Path) -> list[str]:
-    """Relative paths of the files to carry along: no weights, no index of weights, no Python code."""
+    """List the relative paths of the files to copy: no weights, weight index or Python code."""
     paths = [path for path in source.iterdir() if path.is_file()]
     for name in _DIRECTORIES:
         paths += [path for path in (source / name).glob("*") if path.is_file()]
@@ -31,9 +31,10 @@ def check_hf_files(source: Path) -> None:
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy them to the directory `target`, which is made.
+    """Copy these files to the directory `target`, which is made.
 
-    Raises CheckpointError for a file that cannot be read, and OSError for one that cannot be written.
+    Raises CheckpointError for a file that cannot be read, and OSError for one that cannot be
+    written.
     """
     for name in hf_file_names(source):
         data = _read(source / name)

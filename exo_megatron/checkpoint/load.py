@@ -1,37 +1,98 @@
-"""Reading a checkpoint into a model, with nothing in it run."""
+"""Functions that read a checkpoint into a model without running any code from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from exo_megatron.checkpoint.collective import together
-from exo_megatron.checkpoint.directory import TRAINER_FILE, weights_path
+from exo_megatron.checkpoint.directory import TRAINER_FILE, read_spec, weights_path
 from exo_megatron.checkpoint.dist_format import read_sharded, template_shapes
-from exo_megatron.checkpoint.unpickling import check_pickles, read_metadata, refuse_unsafe_environment, tensor_entries
+from exo_megatron.checkpoint.safety import (
+    check_pickles,
+    read_metadata,
+    refuse_unsafe_environment,
+    tensor_entries,
+    verify_together,
+)
+from exo_megatron.checkpoint.tensors import OPTIMIZER_PREFIX
+from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import CheckpointError, DataError
+from exo_megatron.models.policy import PolicyModel, build_policy
+from exo_megatron.parallel.ending import failing_together
+from exo_megatron.parallel.topology import Topology
 from exo_megatron.utils.files import read_json
 
 
+def load_model(checkpoint: Path, topology: Topology, compute: ComputeConfig) -> PolicyModel:
+    """Verify a checkpoint and load its model at this topology, in `compute.precision`.
+
+    Collective over the world. checkpoint: the directory of the checkpoint itself, which may be one
+    that is not yet in its place. Raises CheckpointError if a file is damaged, or if the tensors are
+    not those of its model.json.
+    """
+    verify_together(checkpoint)
+    with failing_together():
+        spec = read_spec(checkpoint)
+    model = build_policy(spec, topology, compute)
+    template = model.sharded_state_dict()
+    wanted = _all_keys(template)
+    with failing_together():
+        _check_no_more(checkpoint, wanted)
+    load_module(model, load_sharded(checkpoint, template), str(checkpoint))
+    return model
+
+
+def _all_keys(template: dict[str, Any]) -> set[str]:
+    """Collect the tensor keys that any rank asks for: pipeline stages differ in them.
+
+    Collective over the world.
+    """
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, sorted(template_shapes(template)))
+    return {key for keys in gathered for key in keys}
+
+
+def _check_no_more(checkpoint: Path, wanted: set[str]) -> None:
+    """Raise CheckpointError for tensors that the model would silently lose, such as biases."""
+    stored = tensor_entries(read_metadata(weights_path(checkpoint)))
+    extra = sorted(key for key in stored if key not in wanted and not key.startswith(OPTIMIZER_PREFIX))
+    if extra:
+        raise CheckpointError(
+            str(checkpoint),
+            f"holds {extra[0]}, which the model of its model.json does not have",
+            expected="the tensors of the model and no others",
+            fix="convert the HF checkpoint again",
+        )
+
+
 def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """Fill a template of megatron-core sharded tensors and objects from a checkpoint. Collective over the world.
+    """Fill a template of megatron-core sharded tensors and objects from a checkpoint.
 
-    sharded_state: what `sharded_state_dict()` of a model (and of its optimizer) returned at the present topology,
-        which may differ from the one that saved. Its tensors are filled in place, cast to their dtype.
-    Returns the filled state dict: under the template's top-level keys, also the values that were not sharded when
-        saved (the optimizer's parameter groups); without `_extra_state`.
+    Collective over the world. Checksums are not compared here but in `verify_together`.
 
-    Raises CheckpointError before anything is loaded if a tensor is missing or has another global shape, or if a
-    pickled part calls for anything but tensors and plain values. Checksums are for
-    `integrity.verify_together`.
+    Args:
+        checkpoint: the directory of the checkpoint.
+        sharded_state: result of `sharded_state_dict()` of a model (and of its optimizer) at the
+            present topology, which may differ from the one that saved. Its tensors are filled in
+            place, cast to their dtype.
+
+    Returns:
+        The filled state dict: under the template's top-level keys, also the values that were not
+            sharded when saved (the optimizer's parameter groups); without `_extra_state`.
+
+    Raises:
+        CheckpointError: before anything is loaded, if a tensor is missing or has another global
+            shape, or if a pickled part calls for anything but tensors and plain values.
     """
     weights = weights_path(checkpoint)
-    together(lambda: _check(weights, template_shapes(sharded_state)))
+    with failing_together():
+        _check(weights, template_shapes(sharded_state))
     try:
         loaded = read_sharded(sharded_state, weights)
     except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
@@ -42,7 +103,7 @@ def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, A
 
 
 def load_module(module: nn.Module, state: dict[str, Any], where: str) -> None:
-    """`module.load_state_dict`, strict but for `_extra_state`, which checkpoints do not hold."""
+    """Load a state dict, strictly except for `_extra_state`, which checkpoints do not hold."""
     missing, unexpected = module.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
     if missing or unexpected:
@@ -55,7 +116,10 @@ def load_module(module: nn.Module, state: dict[str, Any], where: str) -> None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The training loop's own state, as given to `save_checkpoint`."""
+    """Read the training loop's own state, as given to `save_checkpoint`.
+
+    Raises CheckpointError if there is none.
+    """
     path = checkpoint / TRAINER_FILE
     try:
         state: dict[str, Any] = read_json(path)

@@ -1,8 +1,9 @@
-"""Outputs that appear whole or not at all: staged beside the target, moved into place, marked last.
+"""Outputs that appear whole or not at all: made beside the target, moved into place, marked last.
 
-A target may already exist and hold the files that the command line writes for a stage (`config.yaml`, ...), which
-stay. Whatever else a user has there is never touched: the target is refused. So is a directory of the user's that has
-the name of the staging directory: ours hold, from their first moment to the last, a file that says who makes them.
+A target may already exist and hold the files that the command line writes for a stage
+(`config.yaml`, ...), which stay. Other files of the user are never touched: such a target is
+refused. So is a directory of the user's that has the name of the staging directory: ours hold, from
+their first moment to the last, a file that names the process that makes them.
 """
 
 from __future__ import annotations
@@ -15,31 +16,29 @@ from pathlib import Path
 
 import psutil
 
-from exo_megatron.checkpoint.manifest import STAGING_MARKER, in_the_making
+from exo_megatron.checkpoint.directory import STAGING_MARKER, in_the_making
+from exo_megatron.config.stages import COMPLETE_FILE, STAGE_FILES
 from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import fsync_directory, read_json, write_json
-from exo_megatron.utils.stages import COMPLETE_FILE, CONFIG_FILE, STARTED_FILE
 
 PUBLISHED_FILE = ".published"
-"""In a target that was not empty: the names of what was moved into it, which are ours to remove."""
+"""File in a target that was not empty: names moved into it, which are ours to remove."""
 
 _SAME_START = 5.0
 """Seconds by which two readings of a process's start may differ, as clocks are set."""
 
-STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
-
 
 def staging_path(target: Path) -> Path:
-    """The directory, beside the target and on its file system, where an output is made."""
+    """Return the directory beside the target, on its file system, for making an output."""
     return target.parent / f"tmp-{target.name}"
 
 
 def claim(target: Path, marker: str) -> None:
-    """Make sure that an output may be written to `target`, and remove what an interrupted run of ours left there.
+    """Check that `target` may be written, and remove what an interrupted run of ours left there.
 
-    marker: the file that marks such an output as complete.
-    Raises CheckpointError, with nothing touched, if the target is a file, is already complete, or holds anything that
-    is not ours, and if the place of its staging directory is taken.
+    marker: the file that marks such an output as complete. Raises CheckpointError, with nothing
+    touched, if the target is a file, is already complete, or holds anything that is not ours, and
+    if the place of its staging directory is taken.
     """
     unfinished = in_the_making(target)
     left_behind = set() if unfinished else _left_behind(target)
@@ -51,22 +50,26 @@ def claim(target: Path, marker: str) -> None:
     remove_tree(staging_path(target))
     if unfinished:
         remove_tree(target)
-    # The marker first, so that nothing that is left counts as whole; the list of names last.
+    # The marker first, so that a partial removal leaves no complete output; the list of names last.
     for name in sorted(left_behind, key=lambda name: (name != marker, name == PUBLISHED_FILE)):
         _remove(target / name)
 
 
 def clear_staging(target: Path) -> None:
-    """Remove what an interrupted run of ours left in the staging directory of `target`, or an empty directory there.
+    """Remove the staging directory of `target`, left by an interrupted run of ours or empty.
 
-    Raises CheckpointError, with nothing touched, if something there is not ours, or another process is writing it.
+    Raises CheckpointError, with nothing touched, if something there is not ours, or another process
+    is writing it.
     """
     _check_staging(target)
     remove_tree(staging_path(target))
 
 
 def make_staging(target: Path) -> Path:
-    """Make the staging directory of `target`, which must not exist, with the file that says that this process does."""
+    """Make the staging directory of `target`, with the file that names this process.
+
+    The directory must not exist.
+    """
     staging = staging_path(target)
     staging.mkdir(parents=True)
     process = psutil.Process()
@@ -79,8 +82,8 @@ def make_staging(target: Path) -> Path:
 def publish(staging: Path, target: Path, marker: str) -> None:
     """Move a finished output from `staging` to `target`, which `claim` has cleared.
 
-    One rename if the target is absent or empty, and what has been renamed is complete once the marker of staging is
-    gone. Otherwise the files are moved one by one, `marker` last.
+    This is one rename if the target is absent or empty; the output is complete once the staging
+    marker has been removed from it. Otherwise the files are moved one by one, `marker` last.
     """
     sync_tree(staging)
     if not _names(target):
@@ -109,7 +112,7 @@ def sync_tree(root: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all below it, the marker of staging last; nothing happens if there is none."""
+    """Remove a directory if it exists, the staging marker last."""
     for name in _names(path) - {STAGING_MARKER}:
         _remove(path / name)
     if path.is_dir():
@@ -138,7 +141,7 @@ def _check_staging(target: Path) -> None:
 
 
 def _check_unused(directory: Path) -> None:
-    """Raise CheckpointError if another process of this host, still running, is making this directory."""
+    """Raise CheckpointError if another running process of this host makes this directory."""
     try:
         owner = json.loads((directory / STAGING_MARKER).read_text())
         host, pid, started = owner["host"], int(owner["pid"]), float(owner["started"])
@@ -164,7 +167,7 @@ def _names(directory: Path) -> set[str]:
 
 
 def _left_behind(target: Path) -> set[str]:
-    """What a stage moved here before it was stopped, or before it is run once more."""
+    """List what an incomplete stage has moved here, before it was stopped or is run once more."""
     if (target / COMPLETE_FILE).exists() or not (target / PUBLISHED_FILE).is_file():
         return set()
     return {PUBLISHED_FILE, *read_json(target / PUBLISHED_FILE)} & _names(target)

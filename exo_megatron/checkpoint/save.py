@@ -1,4 +1,4 @@
-"""Saving a checkpoint so that it is either whole or not there."""
+"""Functions that save a checkpoint so that it is either whole or absent."""
 
 from __future__ import annotations
 
@@ -9,38 +9,30 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from exo_megatron.checkpoint.collective import check_space, on_main, together, write_failure
 from exo_megatron.checkpoint.directory import (
     HF_DIRECTORY,
     LATEST_FILE,
+    MANIFEST_FILE,
     SPEC_FILE,
     TRAINER_FILE,
-    list_steps,
-    weights_path,
-)
-from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
-from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
-from exo_megatron.checkpoint.manifest import (
-    MANIFEST_FILE,
     WEIGHTS_DIRECTORY,
     CheckpointKind,
     FileRecord,
     in_the_making,
     list_files,
+    list_steps,
     make_manifest,
     record_files,
+    weights_path,
     write_manifest,
 )
-from exo_megatron.checkpoint.publish import (
-    claim,
-    clear_staging,
-    make_staging,
-    publish,
-    remove_tree,
-    staging_path,
-)
+from exo_megatron.checkpoint.disk import check_space, write_failure
+from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
+from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
+from exo_megatron.checkpoint.publish import claim, clear_staging, make_staging, publish, remove_tree, staging_path
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.ending import failing_together, on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.utils.files import write_json, write_text
 
@@ -61,30 +53,42 @@ def save_checkpoint(
     produce: Producer | None = None,
     inspect: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint to the directory `target`. Collective over the world; all ranks see one file system.
+    """Write a checkpoint to the directory `target`.
 
-    sharded_state: megatron-core's sharded state dict of this rank (model, optimizer); other values in it must be the
-        same on all ranks. Shards on the meta device are filled by `produce` when they are written.
-    hf_files: directory from which configuration and tokenizer files are copied.
-    inspect: called on all ranks with the finished checkpoint before it is moved to `target`; to refuse it, it raises a
-        CheckpointError.
-    step: optimizer steps done; then `latest` beside the target is set to it. trainer_state: JSON, as on rank 0.
+    Collective over the world; all ranks see one file system. Everything is made in `tmp-<name>`
+    beside the target, flushed, and renamed; checksums of tensors are computed while they are
+    written. A step that exists already is replaced.
 
-    Everything is made in `tmp-<name>` beside the target, flushed, and renamed; checksums of tensors are taken of what
-    is written. A step that exists already is replaced. On failure every rank raises CheckpointError and the target is
-    as it was before.
+    Args:
+        target: directory of the checkpoint.
+        sharded_state: megatron-core's sharded state dict of this rank (model, optimizer); other
+            values in it must be the same on all ranks. Shards on the meta device are filled by
+            `produce` when they are written.
+        spec: architecture of the model.
+        hf_files: directory from which configuration and tokenizer files are copied.
+        step: optimizer steps done; if given, `latest` beside the target is set to it.
+        kind: "model" or "training".
+        trainer_state: JSON, as on rank 0.
+        runtime: the world.
+        produce: makes the data of shards on the meta device.
+        inspect: called on all ranks with the finished checkpoint before it is moved to `target`; to
+            refuse it, it raises a CheckpointError.
+
+    Raises:
+        CheckpointError: on every rank if any rank failed; the target is then as it was before.
     """
     staging = staging_path(target)
-    needed = sum(together(lambda: _gather_sizes(runtime, sharded_state))) + _SMALL_FILES
-    on_main(lambda: _prepare(target, hf_files, kind, needed))
+    with failing_together():
+        needed = sum(_gather_sizes(runtime, sharded_state)) + _SMALL_FILES
+    on_main(runtime, lambda: _prepare(target, hf_files, kind, needed))
     try:
         written = _write_weights(sharded_state, staging, produce, needed)
-        on_main(lambda: _write_small_files(staging, spec, hf_files, trainer_state))
+        on_main(runtime, lambda: _write_small_files(staging, spec, hf_files, trainer_state))
         shards = _gather_records(written, runtime)
-        on_main(lambda: _complete(staging, shards, step, kind))
+        on_main(runtime, lambda: _complete(staging, shards, step, kind))
         if inspect is not None:
             inspect(staging)
-        on_main(lambda: _put_in_place(staging, target, step, kind))
+        on_main(runtime, lambda: _put_in_place(staging, target, step, kind))
     except Exception:
         if runtime.is_main:
             remove_tree(staging)
@@ -92,10 +96,10 @@ def save_checkpoint(
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints in `root`, and staging left by a crash. One rank calls it.
+    """Remove all but the newest `keep` complete checkpoints in `root`, and staging left by a crash.
 
-    The manifest goes first, so that a removal cut short leaves nothing that looks complete. What bears the name of
-    staging but is not ours stays.
+    One rank calls it. The manifest is removed first, so that an interrupted removal leaves nothing
+    that looks complete. A directory that has a staging name but is not ours stays.
     """
     for _, directory in list_steps(root)[:-keep]:
         (directory / MANIFEST_FILE).unlink()
@@ -126,7 +130,10 @@ def _prepare(target: Path, hf_files: Path, kind: CheckpointKind, needed: int) ->
 def _write_weights(
     sharded_state: dict[str, Any], staging: Path, produce: Producer | None, needed: int
 ) -> dict[str, FileRecord]:
-    """Collective; torch gathers the failures of all ranks and raises them on each. Returns this rank's file."""
+    """Write the tensors and return this rank's file. Collective over the world.
+
+    torch gathers the failures of all ranks and raises them on each.
+    """
     try:
         return write_sharded(sharded_state, weights_path(staging), produce)
     except CheckpointException as error:
@@ -152,13 +159,20 @@ def _write_small_files(staging: Path, spec: ModelSpec, hf_files: Path, trainer_s
 
 
 def _gather_records(written: dict[str, FileRecord], runtime: Runtime) -> dict[str, FileRecord]:
-    """The tensor files of all ranks, by their names in the checkpoint, on rank 0; nothing on the others."""
+    """Gather the records of all ranks' tensor files on rank 0; an empty dict elsewhere."""
     parts = runtime.gather_objects(written) or []
     return {f"{WEIGHTS_DIRECTORY}/{name}": record for part in parts for name, record in part.items()}
 
 
 def _complete(staging: Path, shards: dict[str, FileRecord], step: int | None, kind: CheckpointKind) -> None:
-    """shards: the files whose content is known from writing them; all others are small, and read."""
+    """Write the manifest.
+
+    Args:
+        staging: the directory in which the checkpoint is made.
+        shards: the files whose content is known from writing them; all others are small, and read.
+        step: optimizer steps done, or None.
+        kind: "model" or "training".
+    """
     try:
         others = [name for name in list_files(staging) if name not in shards]
         write_manifest(staging, make_manifest({**shards, **record_files(staging, others)}, step=step, kind=kind))

@@ -1,10 +1,10 @@
-"""Writes the tensor files of a distributed checkpoint in torch's format, as fast as the disk takes them.
+"""Writer of a distributed checkpoint's tensor files in torch's format, at the disk's speed.
 
-In place of the loop of torch's FileSystemWriter, which holds the last tensor of every key in memory until the file is
-complete, and makes a tensor only when the one before it is on its way to the disk. Here the next tensor is made (read,
-joined, copied from the GPU) while the last is written, and both hold no more than that. The SHA-256 for the manifest
-is taken of the bytes as they are written; the CRC-32 that torch would store beside them is left out, as torch never
-looks at it.
+It replaces the loop of torch's FileSystemWriter, which holds the last tensor of every key in memory
+until the file is complete, and makes a tensor only when the previous one has been given to the
+disk. Here the next tensor is made (read, joined, copied from the GPU) while the last is written,
+and no other tensors are in memory. The SHA-256 for the manifest is computed from the bytes as they
+are written; the CRC-32 that torch would store beside them is left out, as torch never reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from exo_megatron.checkpoint.manifest import FileRecord
+from exo_megatron.checkpoint.directory import FileRecord
 from exo_megatron.utils.ahead import made_ahead
 
 _LONG_WRITE = 2**20
@@ -35,9 +35,9 @@ _LONG_WRITE = 2**20
 
 
 class ShardWriter(FileSystemWriter):
-    """torch's synchronous writer, one file per rank, which fails with the OSError that made it fail.
+    """torch's synchronous writer, one file per rank, which raises the OSError that made it fail.
 
-    written: name -> content of the file that this rank has written, once it has.
+    written: name -> checksum and size of the file that this rank has written.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -47,7 +47,7 @@ class ShardWriter(FileSystemWriter):
         self.written: dict[str, FileRecord] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Called by torch on every rank with what it is to write."""
+        """Write this rank's plan to its file. torch calls it on every rank."""
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         try:
             with _without_crc32(), self._files.create_stream(Path(self.path) / name, "wb") as file:
@@ -98,10 +98,10 @@ def _size(item: WriteItem) -> int:
 
 
 class _RecordingFile(BufferedWriter):
-    """A file that takes the checksum of what is written, and whose writes do not fail but are recorded as failed.
+    """A file that computes its checksum, and records failed writes instead of raising.
 
-    torch's zip writer calls `write` from C++, where an exception is lost (an error about file positions comes
-    instead) and can leave the interpreter damaged.
+    torch's zip writer calls `write` from C++, where an exception is lost (an error about file
+    positions comes instead) and can leave the interpreter damaged.
     """
 
     def __init__(self, path: Path, failures: list[OSError]) -> None:
@@ -126,7 +126,7 @@ class _RecordingFile(BufferedWriter):
         return size
 
     def record(self) -> FileRecord:
-        """What has been written, if nothing has failed."""
+        """Return the checksum and size of what has been written, if nothing has failed."""
         return FileRecord(sha256=self._hash.hexdigest(), bytes=self._bytes)
 
     def close(self) -> None:

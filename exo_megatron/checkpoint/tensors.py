@@ -1,4 +1,7 @@
-"""Random access to the global tensors of a checkpoint, whatever topology saved them. One process, no collectives."""
+"""Random access to the global tensors of a checkpoint that was saved at any topology.
+
+One process, no collectives.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from exo_megatron.checkpoint.unpickling import read_metadata, tensor_entries
+from exo_megatron.checkpoint.safety import read_metadata, tensor_entries
 from exo_megatron.errors import CheckpointError
 
 OPTIMIZER_PREFIX = "optimizer."
 """Keys of optimizer state in a training checkpoint; all other tensors are the model's."""
 
-Shape = tuple[int, ...]
-
 
 class StoredTensors:
-    """The tensors below one `weights/` directory, read chunk by chunk when asked for."""
+    """The tensors below one `weights/` directory, read chunk by chunk on request."""
 
     def __init__(self, weights: Path) -> None:
         """Read the index. Raises CheckpointError if it is missing, damaged or refused."""
@@ -32,29 +33,29 @@ class StoredTensors:
         self._weights = weights
         self._entries = tensor_entries(metadata)
         self._storage = metadata.storage_data
-        self._by_index: dict[tuple[str, int], Mapping[Shape, Sequence[ChunkStorageMetadata]] | None] = {}
+        self._by_index: dict[tuple[str, int], Mapping[tuple[int, ...], Sequence[ChunkStorageMetadata]] | None] = {}
 
     def keys(self) -> list[str]:
-        """Keys of all tensors, sorted."""
+        """List the keys of all tensors, sorted."""
         return sorted(self._entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Global shape of a tensor, with its stacked axes."""
+        """Return the global shape of a tensor, with its stacked axes."""
         return tuple(self._entries[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Element type of a tensor."""
+        """Return the dtype of a tensor."""
         return self._entries[key].properties.dtype
 
-    def of_model(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        """Shape and type of the model's own tensors by key, without the optimizer's."""
+    def of_model(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of the model's own tensors by key, without the optimizer's."""
         return {key: (self.shape(key), self.dtype(key)) for key in self.keys() if not key.startswith(OPTIMIZER_PREFIX)}
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """The tensor at `index` of its leading (stacked) axes, on the CPU, of shape `shape(key)[len(index):]`.
+        """Read the tensor at `index` of its leading (stacked) axes: `shape(key)[len(index):]`, CPU.
 
-        Reads only the chunks that overlap it; one that is all of it is not copied. Raises CheckpointError if they do
-        not cover it or cannot be read.
+        Reads only the chunks that overlap it; a single chunk that is exactly this part is not
+        copied. Raises CheckpointError if the chunks do not cover it or cannot be read.
         """
         shape = self.shape(key)
         start = (*index, *(0 for _ in shape[len(index) :]))
@@ -79,8 +80,8 @@ class StoredTensors:
             )
         return result.reshape(shape[len(index) :])
 
-    def _chunks_at(self, key: str, index: Shape) -> Sequence[ChunkStorageMetadata]:
-        """The chunks that may overlap what is at `index`: of ten thousands of experts, those of one."""
+    def _chunks_at(self, key: str, index: tuple[int, ...]) -> Sequence[ChunkStorageMetadata]:
+        """List the chunks that may overlap the part at `index`, such as those of one expert."""
         place = (key, len(index))
         if place not in self._by_index:
             self._by_index[place] = _group(self._entries[key].chunks, len(index))
@@ -102,7 +103,7 @@ class StoredTensors:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, so that torch reads a record straight into the tensor's memory."""
+    """A part of a file as a file, so that torch reads a record directly into a tensor's memory."""
 
     def __init__(self, file: io.FileIO, start: int, size: int) -> None:
         super().__init__()
@@ -138,9 +139,11 @@ class _Window(io.RawIOBase):
         return done
 
 
-def _group(chunks: Sequence[ChunkStorageMetadata], axes: int) -> Mapping[Shape, Sequence[ChunkStorageMetadata]] | None:
-    """Chunks by their index on the leading axes; None if some extend over several indices."""
-    groups: dict[Shape, list[ChunkStorageMetadata]] = defaultdict(list)
+def _group(
+    chunks: Sequence[ChunkStorageMetadata], axes: int
+) -> Mapping[tuple[int, ...], Sequence[ChunkStorageMetadata]] | None:
+    """Group chunks by their index on the leading axes; None if some extend over several indices."""
+    groups: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
     for chunk in chunks:
         if any(size != 1 for size in chunk.sizes[:axes]):
             return None
@@ -151,7 +154,7 @@ def _group(chunks: Sequence[ChunkStorageMetadata], axes: int) -> Mapping[Shape, 
 def _overlap(
     chunk: ChunkStorageMetadata, start: tuple[int, ...], size: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a chunk and a region meet, as slices of the chunk and of the region; None if they do not."""
+    """Find the overlap of a chunk and a region as slices of both; None if there is none."""
     source, target = [], []
     for chunk_start, chunk_size, region_start, region_size in zip(chunk.offsets, chunk.sizes, start, size, strict=True):
         low = max(chunk_start, region_start)

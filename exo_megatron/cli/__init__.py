@@ -1,1 +1,1 @@
-"""The command line: one thin command per stage, the pipeline of `run`, and `doctor`."""
+"""The command line: one thin command per stage, the workflow of `run`, and `doctor`."""

@@ -1,21 +1,19 @@
-"""`exo-megatron doctor`: prints what `parallel/doctor.py` finds."""
+"""The command `exo-megatron doctor`, which prints the findings of `parallel/doctor.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from exo_megatron import __version__
-from exo_megatron.parallel.doctor import (
-    Finding,
-    check_collectives,
-    check_devices,
-    check_optional_parts,
-    check_versions,
-)
+from exo_megatron.parallel.doctor import Finding, check_collectives, check_devices, check_optional_parts, check_versions
+from exo_megatron.utils.tables import render_table, stdout_width
 
 
 def run_doctor() -> int:
-    """Print all findings. Exit code 0 if the required packages and the collective work, else 1."""
+    """Print all findings.
+
+    Returns exit code 0 if the required packages and the collective work, else 1.
+    """
     print(f"exo-megatron {__version__}")
     versions = _section("Versions", check_versions)
     essential = [each for each in versions if each.state != "ok"]
@@ -35,8 +33,11 @@ def run_doctor() -> int:
 def _section(title: str, check: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
     print(f"\n{title}", flush=True)
     findings = check()
-    for each in findings:
-        print(f"  {each.name:<20} {each.state:<8} {each.detail}", flush=True)
-        if each.advice:
-            print(f"  {'':<20} {'':<8} -> {each.advice}", flush=True)
+    print(render_table((), [_cells(each) for each in findings], width=stdout_width(), indent=2), flush=True)
     return findings
+
+
+def _cells(finding: Finding) -> tuple[str, str, str]:
+    """Write a finding as cells, with blanks that give the columns one width in all sections."""
+    advice = f"\n-> {finding.advice}" if finding.advice else ""
+    return f"{finding.name:<18}", f"{finding.state:<7}", finding.detail + advice

@@ -1,4 +1,4 @@
-"""The texts of `--help`, made from the configuration classes."""
+"""The texts of `--help`, generated from the configuration classes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from collections.abc import Iterator
 
 from exo_megatron.config.describe import KeyDescription, describe_keys
 from exo_megatron.config.sections import Section
-from exo_megatron.config.stages import STAGE_CONFIGS, RunConfig
+from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, RunConfig
 
 OTHER_COMMANDS = {
     "run": "A YAML file of stages in order; stages that are complete are skipped.",
     "doctor": "What this machine has, which optional parts are active, and whether two processes can talk.",
 }
+COMMANDS = (*STAGE_CONFIGS, *COMMAND_CONFIGS, *OTHER_COMMANDS)
 
 
 def summary(command: str) -> str:
-    """One line about a command."""
-    return OTHER_COMMANDS[command] if command in OTHER_COMMANDS else _first_line(STAGE_CONFIGS[command])
+    """Describe a command in one line."""
+    if command in OTHER_COMMANDS:
+        return OTHER_COMMANDS[command]
+    section: type[Section] = {**STAGE_CONFIGS, **COMMAND_CONFIGS}[command]
+    return (section.__doc__ or "").splitlines()[0]
 
 
 def general_help() -> str:
-    """The answer to `exo-megatron --help`."""
-    commands = [f"  {name:<10}{summary(name)}" for name in (*STAGE_CONFIGS, *OTHER_COMMANDS)]
+    """Write the answer to `exo-megatron --help`."""
+    commands = [f"  {name:<10}{summary(name)}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: exo-megatron STAGE --config FILE [key=value ...]",
@@ -44,29 +48,25 @@ def general_help() -> str:
     )
 
 
-def stage_help(stage: str) -> str:
-    """The answer to `exo-megatron STAGE --help`: every key with its type, default and meaning."""
-    return _command_help(stage, STAGE_CONFIGS[stage], [])
+def command_help(command: str) -> str:
+    """Write the answer to `exo-megatron COMMAND --help`: all keys with type, default, meaning."""
+    if command == "doctor":
+        return f"usage: exo-megatron doctor\n\n{summary(command)}\nExit code 0 if the essentials work, else 1.\n"
+    if command == "run":
+        return _settings_help(command, RunConfig, [*textwrap.wrap(_RUN_NOTES, _columns()), ""])
+    return _settings_help(command, {**STAGE_CONFIGS, **COMMAND_CONFIGS}[command], [])
 
 
-def run_help() -> str:
-    """The answer to `exo-megatron run --help`."""
-    notes = (
-        "Sections under `defaults` hold for every stage that has them; a stage's own values go before. "
-        "In a stage's texts ${output} stands for the run's output and ${NAME} for the output of the stage NAME. "
-        "A stage runs again when its configuration or a stage whose output it reads has changed; its earlier output "
-        "is kept beside the new one as NAME.old-N. "
-        "Settings: output=DIR, defaults.compute.precision=fp32, stages.NAME.optimizer.lr=1e-5."
-    )
-    return _command_help("run", RunConfig, [*textwrap.wrap(notes, _columns()), ""])
+_RUN_NOTES = (
+    "Sections under `defaults` hold for every stage that has them; a stage's own values go before. "
+    "In a stage's texts ${output} stands for the run's output and ${NAME} for the output of the stage NAME. "
+    "A stage runs again when its configuration or a stage whose output it reads has changed; its earlier output "
+    "is kept beside the new one as NAME.old-N. "
+    "Settings: output=DIR, defaults.compute.precision=fp32, stages.NAME.optimizer.lr=1e-5."
+)
 
 
-def doctor_help() -> str:
-    """The answer to `exo-megatron doctor --help`."""
-    return f"usage: exo-megatron doctor\n\n{OTHER_COMMANDS['doctor']}\nExit code 0 if the essentials work, else 1.\n"
-
-
-def _command_help(command: str, section: type[Section], notes: list[str]) -> str:
+def _settings_help(command: str, section: type[Section], notes: list[str]) -> str:
     head = [f"usage: exo-megatron {command} --config FILE [key=value ...]", "", summary(command), "", *notes]
     keys = [line for each in describe_keys(section) for line in _key_lines(each)]
     return "\n".join([*head, "Keys of FILE, which key=value replaces (values are YAML):", "", *keys, ""])
@@ -78,10 +78,6 @@ def _key_lines(key: KeyDescription) -> Iterator[str]:
     text = [*textwrap.wrap(first, _columns() - indent), *textwrap.wrap(key.meaning, _columns() - indent)]
     yield f"  {key.key:<{indent - 3}} {text[0]}"
     yield from (" " * indent + line for line in text[1:])
-
-
-def _first_line(section: type[Section]) -> str:
-    return (section.__doc__ or "").splitlines()[0]
 
 
 def _columns() -> int:

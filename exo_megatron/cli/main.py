@@ -1,27 +1,66 @@
-"""The entry of the command line."""
+"""The command line: parsing of its arguments, and the command that it starts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from exo_megatron import __version__
 from exo_megatron.cli import help as texts
-from exo_megatron.cli.arguments import Arguments, parse_arguments
-from exo_megatron.cli.failure import leave_mpi, report
-from exo_megatron.cli.run import run_pipeline
-from exo_megatron.cli.stages import run_stage
 from exo_megatron.config.describe import nearest
-from exo_megatron.config.load import load_run_config, load_stage_config
-from exo_megatron.config.stages import STAGE_CONFIGS
+from exo_megatron.config.load import load_command_config, load_run_config, load_stage_config
+from exo_megatron.config.sections import Section
+from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, PicklesConfig, VerifyConfig
 from exo_megatron.errors import ConfigError
+from exo_megatron.parallel.ending import leave_mpi, report
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a command: `--config FILE`, `key=value` settings in order, `--help`."""
+
+    config: Path | None
+    overrides: tuple[str, ...]
+    help: bool
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Parse the words in any order.
+
+    Raises ConfigError for an unknown option or a repeated or empty --config.
+    """
+    config: str | None = None
+    overrides: list[str] = []
+    help_wanted = False
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, sign, value = word.partition("=")
+        if word in ("-h", "--help"):
+            help_wanted = True
+        elif name == "--config":
+            value = value if sign else (rest.pop(0) if rest else "")
+            if config is not None or not value:
+                problem = "given twice" if config is not None else "names no file"
+                raise ConfigError("--config", problem, expected="--config FILE, once", fix="name one file")
+            config = value
+        elif word.startswith("-"):
+            raise ConfigError(
+                "command line", f"unknown option {word!r}", expected="--config FILE [key=value ...]", fix="see --help"
+            )
+        else:
+            overrides.append(word)
+    return Arguments(None if config is None else Path(config), tuple(overrides), help_wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and give the exit code: 0 done, 2 wrong input, 75 try again later, 1 any other failure.
+    """Run one command and return the exit code: 0 done, 2 wrong input, 75 try again later, 1 any
+    other failure.
 
-    argv: the words after the program's name; default: those of the process. With several processes a failure ends
-    the process here (see `leaving_together`) instead of returning.
+    argv: the words after the program's name; default: those of the process. With several processes
+    a failure ends the process here (see `leaving_together`) instead of returning.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -40,44 +79,60 @@ def _dispatch(words: list[str]) -> int:
         print(f"exo-megatron {__version__}")
         return 0
     command, arguments = words[0], parse_arguments(words[1:])
-    if command in STAGE_CONFIGS:
-        return _stage(command, arguments)
-    if command == "run":
-        return _run(arguments)
-    if command == "doctor":
-        return _doctor(arguments)
-    commands = [*STAGE_CONFIGS, *texts.OTHER_COMMANDS]
-    near = nearest(command, commands)
-    raise ConfigError(
-        "command line",
-        f"unknown command {command!r}",
-        expected="one of " + ", ".join(commands),
-        fix=f"write {near}" if near else "see --help",
-    )
-
-
-def _stage(stage: str, arguments: Arguments) -> int:
+    if command not in texts.COMMANDS:
+        near = nearest(command, texts.COMMANDS)
+        raise ConfigError(
+            "command line",
+            f"unknown command {command!r}",
+            expected="one of " + ", ".join(texts.COMMANDS),
+            fix=f"write {near}" if near else "see --help",
+        )
     if arguments.help:
-        print(texts.stage_help(stage), end="")
-    else:
-        run_stage(stage, load_stage_config(stage, arguments.config, arguments.overrides))
-    return 0
-
-
-def _run(arguments: Arguments) -> int:
-    if arguments.help:
-        print(texts.run_help(), end="")
-    else:
-        run_pipeline(load_run_config(arguments.config, arguments.overrides))
-    return 0
-
-
-def _doctor(arguments: Arguments) -> int:
-    if arguments.help:
-        print(texts.doctor_help(), end="")
+        print(texts.command_help(command), end="")
         return 0
-    if arguments.config is not None or arguments.overrides:
+    return _run(command, arguments)
+
+
+def _run(command: str, arguments: Arguments) -> int:
+    """Read the settings, and only then import the modules that do the work: torch and more."""
+    file, overrides = arguments.config, arguments.overrides
+    if command in STAGE_CONFIGS:
+        config = load_stage_config(command, file, overrides)
+        from exo_megatron.stages.run import run_stage
+
+        run_stage(command, config)
+        return 0
+    if command == "run":
+        workflow = load_run_config(file, overrides)
+        from exo_megatron.stages.run import run_workflow
+
+        run_workflow(workflow)
+        return 0
+    if command in COMMAND_CONFIGS:
+        return run_command(load_command_config(command, file, overrides))
+    if file is not None or overrides:
         raise ConfigError("command line", "doctor takes no settings", expected="exo-megatron doctor", fix="remove them")
     from exo_megatron.cli.doctor import run_doctor
 
     return run_doctor()
+
+
+def run_command(config: Section) -> int:
+    """Run `verify` or `pickles` and return the exit code."""
+    if isinstance(config, VerifyConfig):
+        from exo_megatron.stages.verify import run_verify
+
+        return run_verify(config)
+    if isinstance(config, PicklesConfig):
+        from exo_megatron.stages.pickles import run_pickles
+
+        return run_pickles(config)
+    raise TypeError(f"no command has a {type(config).__name__}")
+
+
+def run_program(work: Callable[[], int]) -> int:
+    """Run a program of `tools/` and return the exit code; errors are reported as in `main`."""
+    try:
+        return work()
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)

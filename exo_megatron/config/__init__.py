@@ -1,1 +1,1 @@
-"""Typed, frozen settings. Imports no torch."""
+"""Typed, frozen settings. This package imports no torch."""

@@ -1,4 +1,4 @@
-"""What a configuration class accepts, in words: for messages and for `--help`."""
+"""Descriptions of the values that a configuration class accepts, for messages and `--help`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "true or false"
 
 @dataclass(frozen=True)
 class KeyDescription:
-    """One line of a listing: dotted key, accepted values, default (None where the key is required), meaning."""
+    """One line of a listing: dotted key, accepted values, default and meaning.
+
+    The default is None where the key is required.
+    """
 
     key: str
     accepts: str
@@ -31,9 +34,9 @@ class KeyDescription:
 def describe_keys(
     section: type[Section], prefix: str = "", instance: Section | None = None
 ) -> Iterator[KeyDescription]:
-    """All keys of a configuration class, those of its sections included, in the order of their definition.
+    """List all keys of a configuration class and of its sections, in the order of their definition.
 
-    instance: where the defaults are read; without it they are those of the class.
+    Defaults are those of `instance`, or those of the class where there is no instance.
     """
     for name, info in section.model_fields.items():
         required = instance is None and info.is_required()
@@ -50,7 +53,10 @@ def describe_keys(
 
 
 def describe_key(section: type[Section], key: Key) -> str:
-    """What is accepted at `key`; keys that are not fields of a section count as values of free form."""
+    """Describe the values that `key` accepts.
+
+    A key that is not a field of a section is taken as an entry of a free-form mapping.
+    """
     info = None
     current: type[Section] | None = section
     for part in key:
@@ -64,7 +70,7 @@ def describe_key(section: type[Section], key: Key) -> str:
 
 
 def section_at(section: type[Section], key: Key) -> type[Section] | None:
-    """The class of the section at `key`, or None where the value there is not a section."""
+    """Return the class of the section at `key`, or None where the value there is not a section."""
     current: type[Section] | None = section
     for part in key:
         if current is not None and isinstance(part, int):
@@ -76,7 +82,7 @@ def section_at(section: type[Section], key: Key) -> type[Section] | None:
 
 
 def section_class(annotation: Any) -> type[Section] | None:
-    """The section in `Section`, `Section | None` or `list[Section]`; None for any other type."""
+    """Return the section in `Section`, `Section | None` or `list[Section]`, else None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     found = (section_class(argument) for argument in get_args(annotation) if get_origin(annotation) is not Annotated)
@@ -84,7 +90,10 @@ def section_class(annotation: Any) -> type[Section] | None:
 
 
 def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """`integer > 0`, `one of fp32, bf16`, `path or null` for a field's type and constraints."""
+    """Describe a field's type and constraints in words.
+
+    Examples are `integer > 0`, `one of fp32, bf16` and `path or null`.
+    """
     origin = get_origin(annotation)
     if origin is Annotated:
         base, *constraints = get_args(annotation)
@@ -107,8 +116,35 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     return " ".join([name, *_describe_limits(metadata)])
 
 
+NAMES_ELSEWHERE = {
+    "adam_epsilon": "optimizer.eps",
+    "beta": "loss.beta_pi",
+    "expert_model_parallel_size": "parallel.expert",
+    "global_batch_size": "batch.groups",
+    "learning_rate": "optimizer.lr",
+    "logging_steps": "log.interval",
+    "loss_type": "loss.kind",
+    "lr_decay_style": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule",
+    "max_completion_length": "data.max_completion_tokens",
+    "max_grad_norm": "optimizer.clip_grad",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "model_name_or_path": "model.checkpoint",
+    "num_generations": "sampling.candidates",
+    "num_train_epochs": "batch.epochs",
+    "output_dir": "output",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "rpo_alpha": "loss.nll_weight",
+    "save_steps": "save.interval",
+    "sequence_parallel": "parallel.sequence",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "train_iters": "batch.max_steps",
+}
+"""Our keys by the names that TRL, transformers and Megatron-LM have for them."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` may have been meant to be."""
+    """Return the known name that `name` was probably meant to be, or None."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
 
 

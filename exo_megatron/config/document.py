@@ -1,19 +1,23 @@
-"""YAML text as plain values that remember where they were written, and plain values as YAML text.
+"""YAML text as plain values with the places where they were written, and values as YAML text.
 
-The scalars are those of YAML 1.2: `1e-6` is a number (PyYAML alone reads a text) and `no`, `on`, `010`, `1:30` and
-dates are nothing special. Only plain values come out, whatever tags the text holds.
+The scalars are those of YAML 1.2: `1e-6` is a number (PyYAML alone reads it as text), and `no`,
+`on`, `010`, `1:30` and dates have no special meaning. The values are plain Python values, whatever
+tags the text holds.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from exo_megatron.config.sections import Section
 from exo_megatron.errors import ConfigError
 
 Key = tuple[str | int, ...]
@@ -35,7 +39,10 @@ _RESOLVERS = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written: the file and line or the command line, and the dotted key used there."""
+    """The place where a value was written.
+
+    It is a file and line or the command line, with the dotted key that was used there.
+    """
 
     source: str
     key: str
@@ -43,18 +50,21 @@ class Origin:
 
 @dataclass
 class Document:
-    """Plain values and the origin of every entry. `origins[()]` is that of the document as a whole."""
+    """Plain values and the origin of every entry. `origins[()]` is that of the whole document."""
 
     data: dict[str, Any]
     origins: dict[Key, Origin] = field(default_factory=dict)
 
     def where(self, key: Key) -> str:
-        """`file:line: dotted.key` of an entry; of the nearest section around it where the entry was not written."""
+        """Return `file:line: dotted.key` of an entry.
+
+        An entry that was not written gets the line of the nearest section around it.
+        """
         origin, name = self._nearest(key)[0], self.name(key)
         return f"{origin.source}: {name}" if name else origin.source
 
     def name(self, key: Key) -> str:
-        """The dotted key under which the user finds or sets an entry."""
+        """Return the dotted key under which the user finds or sets an entry."""
         origin, depth = self._nearest(key)
         return ".".join([part for part in (origin.key, dotted(key[depth:])) if part])
 
@@ -63,7 +73,10 @@ class Document:
         return self.origins[key[:depth]], depth
 
     def put(self, key: Key, value: Any, origins: dict[Key, Origin]) -> None:
-        """Replace the entry `key` (sections above it must exist) by `value` with the origins inside it."""
+        """Replace the entry `key` by `value`, and its origins by those inside `value`.
+
+        The sections above the entry must exist.
+        """
         parent: Any = self.data
         for part in key[:-1]:
             parent = parent[part]
@@ -84,7 +97,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
+    """A dumper that quotes every text that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _name, _pattern, _first in _RESOLVERS:
@@ -93,7 +106,10 @@ for _name, _pattern, _first in _RESOLVERS:
 
 
 def read_document(file: Path) -> Document:
-    """Read a configuration file, which must hold one YAML mapping. Any flaw is a ConfigError naming file and line."""
+    """Read a configuration file, which must hold one YAML mapping.
+
+    Raises ConfigError, which names file and line, for any flaw.
+    """
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -118,10 +134,19 @@ def read_document(file: Path) -> Document:
 def parse_value(
     text: str, name: str, source: Callable[[int], str], *, above: Key = ()
 ) -> tuple[Any, dict[Key, Origin]]:
-    """A YAML text as plain values, and the origins of its entries (keys without `above`).
+    """Parse a YAML text into plain values and the origins of its entries.
 
-    name: what the text is called in messages about syntax. source: the origin's name for a line number (from 1).
-    above: where the value stands in its document.
+    Args:
+        text: the YAML text.
+        name: name of the text in messages about syntax.
+        source: gives the origin's name for a line number (from 1).
+        above: key of the value in its document.
+
+    Returns:
+        The value, and the origin of each entry by key. These keys do not include `above`.
+
+    Raises:
+        ConfigError: the text is not YAML, refers to itself, or holds tags of other types.
     """
     loader = None
     try:
@@ -142,12 +167,12 @@ def parse_value(
 
 
 def dump_yaml(value: dict[str, Any]) -> str:
-    """YAML that `read_document` reads back as the same values."""
+    """Write values as YAML that `read_document` reads back as the same values."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False))
 
 
 def show(value: object) -> str:
-    """A value as it looks in a configuration file, on one line and not too long."""
+    """Show a value as in a configuration file, on one line of at most 80 characters."""
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     else:
@@ -157,7 +182,7 @@ def show(value: object) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns composed nodes into values. Aliased nodes become separate copies."""
+    """A converter of composed YAML nodes into values. Aliased nodes become separate copies."""
 
     loader: _Loader
     source: Callable[[int], str]
@@ -233,7 +258,7 @@ class _Reader:
 
 
 def dotted(key: Key) -> str:
-    """`("a", "b", 0)` as `a.b.0`."""
+    """Write a key with dots: `("a", "b", 0)` becomes `a.b.0`."""
     return ".".join(map(str, key))
 
 
@@ -248,3 +273,78 @@ def _syntax_error(error: yaml.YAMLError, name: str) -> ConfigError:
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else name
         problem = ", ".join(part for part in (error.context, error.problem) if part)
     return ConfigError(where, " ".join(problem.split()), expected="YAML", fix="correct the syntax")
+
+
+@dataclass(frozen=True)
+class Override:
+    """One setting: its key, its value (parsed as YAML), and the origins of the value's entries."""
+
+    key: Key
+    value: Any
+    origins: dict[Key, Origin]
+
+
+def parse_override(text: str) -> Override:
+    """Read `a.b.c=value`. The value may be any YAML value, one-line lists and mappings included.
+
+    Raises ConfigError if the text has another form or the value is not YAML.
+    """
+    name, sign, value_text = text.partition("=")
+    key: Key = tuple(part.strip() for part in name.split("."))
+    if not sign or not all(key):
+        raise ConfigError(
+            COMMAND_LINE, f"got {text!r}", expected="key.path=value", fix="write for example optimizer.lr=1e-5"
+        )
+    value, inner = parse_value(value_text, f"{COMMAND_LINE}: {dotted(key)}", lambda line: COMMAND_LINE, above=key)
+    return Override(key, value, {(): Origin(COMMAND_LINE, dotted(key)), **inner})
+
+
+def apply_override(document: Document, override: Override) -> None:
+    """Put the value into the document, in place. Sections on its path that are absent are made.
+
+    Raises ConfigError if an entry on the path is not a section.
+    """
+    section: Any = document.data
+    shown = override.origins[()].key
+    for depth, part in enumerate(override.key[:-1], start=1):
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+            above = shown.rsplit(".", len(override.key) - depth)[0]
+            document.origins[override.key[:depth]] = Origin(COMMAND_LINE, above)
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"{COMMAND_LINE}: {shown}",
+                f"{document.name(override.key[:depth])} is {show(inner)}, not a section",
+                expected="the path of a key through sections",
+                fix=f"give {document.name(override.key[:depth])} as a whole",
+            )
+        section = inner
+    document.put(override.key, override.value, override.origins)
+
+
+def render_config(config: Section) -> str:
+    """Write a configuration as YAML with every key, defaults included.
+
+    Loading it gives an equal configuration.
+    """
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_config(config: Section, path: Path) -> None:
+    """Write `render_config` to a file."""
+    path.write_text(render_config(config), encoding="utf-8")
+
+
+def config_digest(config: Section, upstream: Mapping[str, str] | None = None) -> str:
+    """Return the SHA-256, in hexadecimal, of a resolved configuration.
+
+    It is taken over the configuration's JSON with sorted keys and no white space. `upstream` holds
+    the digests, by name, of the workflow stages whose output this configuration reads; the result
+    depends on them, too.
+    """
+    value: object = config.model_dump(mode="json")
+    if upstream:
+        value = {"config": value, "upstream": dict(upstream)}
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from exo_megatron.config.losses import FUNCTION, LOSSES, kinds_comparing
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -15,11 +17,11 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 DecayRate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-"""Decay of a running mean; at 1 it would never move."""
+"""Decay of a running mean; at 1 the mean would never change."""
 
 
 def _expand_home(path: Path) -> Path:
-    """`~/x` as the shell means it."""
+    """Replace `~` by the home directory, as the shell does."""
     return Path(os.path.expanduser(path))
 
 
@@ -33,7 +35,7 @@ class Section(BaseModel):
 
 
 class ParallelConfig(Section):
-    """How one model copy is cut; the rest of the world is data parallel."""
+    """The sizes of the parallel groups that hold one model copy; the rest is data parallel."""
 
     tensor: PositiveInt = Field(default=1, description="tensor-parallel size")
     pipeline: PositiveInt = Field(default=1, description="pipeline-parallel size")
@@ -44,17 +46,17 @@ class ParallelConfig(Section):
 
     @property
     def expert_tensor(self) -> int:
-        """Into how many parts each expert is cut."""
+        """Number of parts into which each expert is cut."""
         return max(self.tensor // self.expert, 1)
 
     @property
     def processes(self) -> int:
-        """The fewest processes that hold a model cut this way; a world is a multiple of them."""
+        """The fewest processes that hold one model copy; a world size is a multiple of it."""
         return max(self.tensor, self.expert) * self.pipeline
 
     @property
-    def row_multiple(self) -> int:
-        """Packed rows must be a multiple of this many tokens."""
+    def token_multiple(self) -> int:
+        """Number of tokens of which the length of a micro-batch must be a multiple."""
         return self.tensor if self.sequence else 1
 
 
@@ -66,7 +68,7 @@ class ComputeConfig(Section):
         default="none", description="activations recomputed in the backward pass: none, core attention, whole layers"
     )
     max_tokens_per_microbatch: PositiveInt = Field(
-        default=8192, description="tokens in one packed row; larger groups are trained on in parts"
+        default=8192, description="tokens in one micro-batch; larger groups are trained on in parts"
     )
     logits_memory_mib: NonNegativeFloat = Field(
         default=1024, description="memory for logits on one rank; what does not fit is computed again in the backward"
@@ -74,7 +76,7 @@ class ComputeConfig(Section):
 
 
 class ModelConfig(Section):
-    """Where a model comes from."""
+    """The source of a model."""
 
     checkpoint: FilePath = Field(
         description="distributed checkpoint, or a stage's output directory (newest complete step)"
@@ -82,7 +84,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Records in one of the formats of docs: prompt+chosen, prompt+chosen+rejected, prompt+completions(+rewards)."""
+    """Records: prompt+chosen, prompt+chosen+rejected, or prompt+completions(+rewards). See docs."""
 
     path: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1, description="JSONL file, directory written by an earlier stage, local or hub `datasets` name"
@@ -115,7 +117,7 @@ class OptimizerConfig(Section):
 
 
 class BatchConfig(Section):
-    """How much one optimizer step sees and how long training lasts."""
+    """The number of groups of one optimizer step, and the length of the training."""
 
     groups: PositiveInt = Field(
         default=64, description="groups (prompts) per optimizer step, over all data-parallel ranks"
@@ -144,7 +146,7 @@ class LogConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How candidates are drawn."""
+    """The sampling of candidates."""
 
     candidates: PositiveInt = Field(default=4, description="K, candidates per prompt")
     temperature: PositiveFloat = Field(default=0.8, description="tau; logits are divided by it")
@@ -158,7 +160,7 @@ class SamplingConfig(Section):
 
 
 class RewardConfig(Section):
-    """Where rewards come from."""
+    """The source of rewards."""
 
     kind: Literal["function", "hf_classifier"] = Field(default="function", description="what computes the rewards")
     function: str | None = Field(default=None, description="package.module:name, called with (prompts, completions)")
@@ -169,15 +171,38 @@ class RewardConfig(Section):
     batch_size: PositiveInt = Field(default=32, description="candidates scored at once")
 
 
+if TYPE_CHECKING:
+    LossKind = str
+else:
+    LossKind = Literal[(*LOSSES, FUNCTION)]
+
+
 class LossConfig(Section):
     """The alignment objective, in the paper's symbols."""
 
-    kind: Literal["exo_rw", "exo_pref", "dpo_rw", "dpo_pref"] = Field(
-        default="exo_rw", description="Eq. 15, 18, 19 and 7 of the paper"
+    kind: LossKind = Field(
+        default="exo_rw",
+        description=", ".join(f"{kind}: {row.equation}" for kind, row in LOSSES.items())
+        + f"; {FUNCTION}: a loss of your own",
     )
+    function: str | None = Field(default=None, description="package.module:name of a loss; implies kind function")
     beta_pi: PositiveFloat = Field(default=0.5, description="scale of the log-ratio of policy and reference")
-    beta_r: PositiveFloat = Field(default=0.1, description="the rewards are divided by it; exo_rw and dpo_rw")
+    beta_r: PositiveFloat = Field(
+        default=0.1, description=f"the rewards are divided by it; {kinds_comparing('rewards')}"
+    )
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = Field(
         default=1e-3, description="epsilon of exo_pref; 4.5397868702434395e-05 reproduces the authors' released code"
     )
     temperature: PositiveFloat = Field(default=0.8, description="tau; logits of policy and reference are divided by it")
+    nll_weight: NonNegativeFloat = Field(
+        default=0.0,
+        description="weight of the negative log-likelihood per token of each group's best candidate, at temperature 1",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function_implies_its_kind(cls, data: Any) -> Any:
+        """Set the kind to `function` where only the function is given."""
+        if isinstance(data, dict) and data.get("function") is not None and "kind" not in data:
+            return {**data, "kind": FUNCTION}
+        return data

@@ -1,7 +1,8 @@
-"""One configuration class per stage, and the pipeline of stages that `run` executes."""
+"""One configuration class per stage, and the workflow of stages that `run` executes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,6 +17,7 @@ from exo_megatron.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PositiveFloat,
     PositiveInt,
     RewardConfig,
     SamplingConfig,
@@ -26,7 +28,7 @@ from exo_megatron.config.sections import (
 
 
 class StageConfig(Section):
-    """What every stage has."""
+    """The settings that every stage has."""
 
     output: FilePath = Field(description="directory that the stage writes")
     seed: Seed = Field(default=0, description="of everything random in the stage")
@@ -49,7 +51,7 @@ class ExportConfig(StageConfig):
 
 
 class SftConfig(StageConfig):
-    """Supervised fine-tuning on the chosen completion of each record."""
+    """Supervised fine-tuning on the chosen candidate of each record."""
 
     model: ModelConfig
     data: DataConfig
@@ -121,6 +123,49 @@ class EvaluateConfig(StageConfig):
     sample_texts: PositiveInt = Field(default=4, description="prompts whose samples are shown in the report")
 
 
+class VerifyConfig(Section):
+    """Comparison of an HF checkpoint with a distributed one that was converted from it or to it."""
+
+    hf: FilePath = Field(description="directory of the HF checkpoint (safetensors)")
+    checkpoint: FilePath = Field(description="distributed checkpoint, or output of a training stage")
+    parallel: ParallelConfig = ParallelConfig()
+    prompts: FilePath | None = Field(
+        default=None,
+        description="JSONL (prompt, and completions if any) or a prompt in every line; default: built-in ones",
+    )
+    tolerance: PositiveFloat = Field(
+        default=1e-4, description="of logits: largest difference, times the largest |logit| if that is above 1"
+    )
+    tensors_only: bool = Field(default=False, description="do not run the models")
+    made: Literal["import", "export"] | None = Field(
+        default=None,
+        description="which side was made from the other, which matters where types differ; default: found by comparing",
+    )
+
+
+class PicklesConfig(Section):
+    """HF checkpoint with pickled weights -> the same checkpoint with safetensors."""
+
+    hf: FilePath = Field(description="directory with config.json and pytorch_model*.bin")
+    output: FilePath = Field(description="directory to be made, or empty")
+
+
+CONFIG_FILE = "config.yaml"
+STARTED_FILE = "stage-started.json"
+COMPLETE_FILE = "stage.json"
+STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
+"""Files of every stage: its resolved configuration, and the marks that it started and completed."""
+
+
+def status_directory(config: StageConfig) -> Path:
+    """Return the directory of a stage's STAGE_FILES: its output, or beside it for an export.
+
+    The output of an export holds only files that belong on a hub.
+    """
+    output = config.output
+    return output.with_name(f".{output.name}.exo-megatron") if isinstance(config, ExportConfig) else output
+
+
 StageName = Literal["import", "sft", "rollout", "score", "align", "evaluate", "export"]
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
@@ -134,8 +179,15 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 }
 
 
-class PipelineStage(Section):
-    """One entry of a `run` file. `config` is checked against the stage's class before anything runs."""
+COMMAND_CONFIGS: dict[str, type[Section]] = {"verify": VerifyConfig, "pickles": PicklesConfig}
+"""Commands that have settings but are not stages of a workflow."""
+
+
+class WorkflowStage(Section):
+    """One entry of a `run` file.
+
+    `config` is checked against the stage's class before anything runs.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="unique; the default output is OUTPUT/NAME")
     stage: StageName = Field(description="which stage it is")
@@ -143,13 +195,13 @@ class PipelineStage(Section):
 
 
 class RunConfig(Section):
-    """A pipeline: stages in order. `defaults` are merged under each stage that has such a section.
+    """A workflow: stages in order. `defaults` are merged under each stage that has such a section.
 
-    Inside stage configs `${output}` stands for the run's output directory and `${NAME}` for the output
-    directory of the stage called NAME.
+    In the stages' configurations `${output}` stands for the output directory of the workflow, and
+    `${NAME}` for that of the stage called NAME.
     """
 
     output: FilePath = Field(description="directory that holds the outputs of the stages")
     seed: Seed = Field(default=0, description="of the stages that name none")
     defaults: dict[str, Any] = Field(default={}, description="sections merged under those of the stages")
-    stages: list[PipelineStage] = Field(min_length=1, description="in the order in which they run")
+    stages: list[WorkflowStage] = Field(min_length=1, description="in the order in which they run")

@@ -1,28 +1,197 @@
-"""From a document to a frozen configuration; what pydantic finds wrong becomes one ConfigError line."""
+"""Validation of a document: the type of every key, then the combinations of keys.
+
+The result is a frozen configuration.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from exo_megatron.config.checks import find_problems
-from exo_megatron.config.describe import describe_key, describe_keys, nearest, section_at
-from exo_megatron.config.document import Document, Key, show
-from exo_megatron.config.sections import Section
-from exo_megatron.config.stages import StageConfig
+from exo_megatron.config.describe import NAMES_ELSEWHERE, describe_key, describe_keys, nearest, section_at
+from exo_megatron.config.document import Document, Key, dotted, show
+from exo_megatron.config.losses import COMMON_KEYS, FUNCTION, FUNCTION_KEYS, LOSSES, kinds_comparing
+from exo_megatron.config.sections import BatchConfig, LossConfig, OptimizerConfig, RewardConfig, SaveConfig, Section
+from exo_megatron.config.stages import AlignConfig, EvaluateConfig, ScoreConfig, SftConfig, StageConfig
 from exo_megatron.errors import ConfigError
+
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A contradiction: the key to change, the flaw, the accepted values and the fix."""
+
+    key: Key
+    problem: str
+    expected: str
+    fix: str
+
+
+def find_problems(config: StageConfig) -> Iterator[Problem]:
+    """List all contradictions in one stage's configuration."""
+    yield from _check_output(config)
+    match config:
+        case AlignConfig():
+            yield from _check_training(config.batch, config.optimizer, config.save)
+            yield from _check_loss(config.loss, config.candidates)
+        case SftConfig():
+            yield from _check_training(config.batch, config.optimizer, config.save)
+        case ScoreConfig():
+            yield from _check_reward(config.reward)
+        case EvaluateConfig():
+            yield from _check_reward(config.reward)
+            yield from _check_names(config.models)
+
+
+def paths(section: Section, prefix: Key = ()) -> Iterator[tuple[Key, Path]]:
+    """List all paths in a configuration with their keys, with `data.path` but without `output`."""
+    for name, value in section:
+        yield from () if (*prefix, name) == ("output",) else _paths(value, (*prefix, name))
+
+
+def within(path: Path, root: Path) -> bool:
+    """Tell whether `path` is `root` or lies below it."""
+    return os.path.commonpath((os.path.abspath(path), os.path.abspath(root))) == os.path.abspath(root)
+
+
+def _paths(value: Any, key: Key) -> Iterator[tuple[Key, Path]]:
+    match value:
+        case Path():
+            yield key, value
+        case str() if key[-2:] == ("data", "path"):
+            yield key, Path(value)
+        case Section():
+            yield from paths(value, key)
+        case dict():
+            for name, inner in value.items():
+                yield from _paths(inner, (*key, name))
+
+
+def _check_output(config: StageConfig) -> Iterator[Problem]:
+    for key, path in paths(config):
+        if os.path.abspath(path) == os.path.abspath(config.output):
+            yield Problem(
+                ("output",),
+                f"got {show(str(config.output))}, which is also {dotted(key)}",
+                "a directory that the stage does not read",
+                "choose another output",
+            )
+
+
+def _check_training(batch: BatchConfig, optimizer: OptimizerConfig, save: SaveConfig) -> Iterator[Problem]:
+    last = batch.max_steps
+    if last is not None and save.interval is not None and save.interval > last:
+        yield Problem(
+            ("save", "interval"),
+            f"got {save.interval}, but the run ends after {last} steps (batch.max_steps)",
+            f"at most {last}, or null",
+            "lower save.interval, or leave it out to save at the end only",
+        )
+    if last is not None and optimizer.warmup_steps > last:
+        yield Problem(
+            ("optimizer", "warmup_steps"),
+            f"got {optimizer.warmup_steps}, but the run ends after {last} steps (batch.max_steps)",
+            f"at most {last}",
+            "lower optimizer.warmup_steps",
+        )
+    if optimizer.schedule == "constant" and optimizer.min_lr_ratio != 0:
+        yield _no_effect(("optimizer", "min_lr_ratio"), optimizer.min_lr_ratio, "schedule is constant")
+    if save.all_steps and save.interval is None:
+        yield Problem(
+            ("save", "all_steps"),
+            "got true, but without save.interval only the last step is saved",
+            "save.interval with save.all_steps",
+            "set save.interval",
+        )
+    if save.all_steps and save.keep != _default(SaveConfig, "keep"):
+        yield _no_effect(("save", "keep"), save.keep, "save.all_steps keeps every checkpoint")
+
+
+def _check_loss(loss: LossConfig, candidates: int | None) -> Iterator[Problem]:
+    if loss.kind == FUNCTION:
+        yield from _check_function(("loss", "function"), loss.function, "my_losses.clipped:loss")
+        used: tuple[str, ...] = FUNCTION_KEYS
+    else:
+        row = LOSSES[loss.kind]
+        used = row.keys
+        if row.compares == "preference" and candidates not in (None, 2):
+            yield Problem(
+                ("candidates",),
+                f"got {candidates}, but loss.kind {loss.kind} compares two",
+                "2 or null",
+                f"remove candidates, or choose {kinds_comparing('rewards')}",
+            )
+    for name, value in loss:
+        if name not in (*COMMON_KEYS, *used) and value != _default(LossConfig, name):
+            yield _no_effect(("loss", name), value, f"loss.kind is {loss.kind}")
+
+
+def _check_function(key: Key, value: str | None, example: str) -> Iterator[Problem]:
+    if value is None or not _FUNCTION.fullmatch(value):
+        yield Problem(
+            key,
+            "missing" if value is None else f"got {show(value)}",
+            "package.module:name of a Python function",
+            f"set {dotted(key)}, for example {example}",
+        )
+
+
+def _check_reward(reward: RewardConfig) -> Iterator[Problem]:
+    match reward.kind:
+        case "function":
+            yield from _check_function(("reward", "function"), reward.function, "my_rewards.sentiment:score")
+            for name, value in (("path", reward.path), ("label", reward.label)):
+                if value is not None:
+                    yield _no_effect(("reward", name), value, "reward.kind is function")
+        case "hf_classifier":
+            if reward.path is None:
+                yield Problem(
+                    ("reward", "path"),
+                    "missing",
+                    "directory of a local HF sequence classifier",
+                    "set reward.path",
+                )
+            if reward.function is not None:
+                yield _no_effect(("reward", "function"), reward.function, "reward.kind is hf_classifier")
+
+
+def _check_names(models: dict[str, Path]) -> Iterator[Problem]:
+    for name in models:
+        if not _MODEL_NAME.fullmatch(name):
+            yield Problem(
+                ("models", name), f"got the name {show(name)}", "letters, digits, _, . and -", "rename the model"
+            )
+
+
+def _no_effect(key: Key, value: object, why: str) -> Problem:
+    return Problem(
+        key, f"got {show(value)}, which has no effect: {why}", "no such setting here", f"remove {dotted(key)}"
+    )
+
+
+def _default(section: type[Section], name: str) -> object:
+    return section.model_fields[name].default
+
 
 SectionT = TypeVar("SectionT", bound=Section)
 StageT = TypeVar("StageT", bound=StageConfig)
 
 
 def validate(section: type[SectionT], document: Document) -> SectionT:
-    """The document as a configuration class. Nothing is coerced but an integer to a number and a text to a path.
+    """Convert a document to a configuration class.
 
-    Raises ConfigError for the first flaw (unknown keys before others, because a misspelt key is also a missing one),
-    with the number of further ones.
+    No type is converted, except an integer to a number and a text to a path. Raises ConfigError for
+    the first flaw, with the number of further ones. Unknown keys come before other flaws, because a
+    misspelt key is also a missing one.
     """
     data = {**document.data, **_complete_sections(section, document)}
     try:
@@ -32,7 +201,10 @@ def validate(section: type[SectionT], document: Document) -> SectionT:
 
 
 def validate_stage(section: type[StageT], document: Document) -> StageT:
-    """`validate`, and then what keys say together. The first contradiction is a ConfigError."""
+    """Validate the document as a stage's configuration, combinations of keys included.
+
+    Raises ConfigError for the first flaw or contradiction.
+    """
     config = validate(section, document)
     for flaw in find_problems(config):
         raise ConfigError(document.where(flaw.key), flaw.problem, expected=flaw.expected, fix=flaw.fix)
@@ -40,7 +212,10 @@ def validate_stage(section: type[StageT], document: Document) -> StageT:
 
 
 def validate_partial(section: type[Section], document: Document) -> None:
-    """`validate` for a part of a section: keys may be missing, and nothing is returned."""
+    """Validate a part of a section, in which keys may be missing.
+
+    Raises ConfigError for the first flaw of a key that is present.
+    """
     try:
         section.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
@@ -49,9 +224,10 @@ def validate_partial(section: type[Section], document: Document) -> None:
 
 
 def _complete_sections(section: type[Section], document: Document) -> dict[str, Any]:
-    """The sections given in part, with what this class sets differently from the section's own defaults.
+    """Fill in sections that are given in part, with the defaults that this stage has for them.
 
-    `sft` has optimizer.lr 1e-5 by default, and setting optimizer.weight_decay must not bring back the 1e-6 of others.
+    The default of optimizer.lr in `sft` is 1e-5. Setting only optimizer.weight_decay must not bring
+    back 1e-6, the default of the section itself.
     """
     completed = {}
     for name, info in section.model_fields.items():
@@ -64,7 +240,7 @@ def _complete_sections(section: type[Section], document: Document) -> dict[str, 
 def _explain(
     error: ValidationError, section: type[Section], document: Document, *, skip: str | None = None
 ) -> ConfigError:
-    """One ConfigError for pydantic's list of errors, those of the type `skip` left out."""
+    """Make one ConfigError of pydantic's list of errors, without those of the type `skip`."""
     flaws = [flaw for flaw in error.errors(include_url=False) if flaw["type"] != skip]
     flaws.sort(key=lambda flaw: flaw["type"] != "extra_forbidden")
     key: Key = flaws[0]["loc"]
@@ -75,7 +251,7 @@ def _explain(
 
 
 def _explain_flaw(kind: str, key: Key, value: Any, section: type[Section], name: str) -> tuple[str, str, str]:
-    """Problem, expectation and fix. name: the key as the user writes it."""
+    """Return problem, expectation and fix of a flaw. `name` is the key as the user writes it."""
     if kind == "extra_forbidden":
         return _unknown(key, section)
     expected = describe_key(section, key)
@@ -88,13 +264,23 @@ def _unknown(key: Key, section: type[Section]) -> tuple[str, str, str]:
     *around, name = key
     parent = section_at(section, tuple(around))
     known = [] if parent is None else list(parent.model_fields)
-    near = nearest(str(name), known)
-    if near is None:
-        deeper = [each.key for each in describe_keys(section) if each.key.split(".")[-1] == name]
-        fix = f"write {deeper[0]}" if deeper else "remove it"
-    else:
-        fix = f"write {near}"
+    meant = _meant(str(name), dotted(tuple(around)), known, [each.key for each in describe_keys(section)])
+    fix = "remove it" if meant is None else f"write {meant}"
     return f"unknown key {str(name)!r}", "one of " + ", ".join(known), fix
+
+
+def _meant(name: str, around: str, known: Sequence[str], keys: Sequence[str]) -> str | None:
+    """Find the key that `name` was probably meant to be, None if there is none.
+
+    It is our key for another library's name, else a key of the section `around` with a similar
+    name, else a key elsewhere with the same last part. A key of the section is named without
+    `around`.
+    """
+    elsewhere = NAMES_ELSEWHERE.get(name)
+    if elsewhere is not None and elsewhere in keys:
+        return elsewhere.removeprefix(f"{around}.")
+    deeper = [key for key in keys if key.split(".")[-1] == name]
+    return nearest(name, known) or next(iter(deeper), None)
 
 
 def _fix_value(kind: str, value: Any, expected: str, name: str) -> str:
@@ -116,7 +302,7 @@ def _fix_value(kind: str, value: Any, expected: str, name: str) -> str:
 
 
 def _is_plain(text: str, kind: str) -> bool:
-    """Whether the text is of the wanted kind once its quotes are gone."""
+    """Tell whether the text is of the wanted kind once its quotes are removed."""
     if kind == "bool_type":
         return text.lower() in ("true", "false")
     try:

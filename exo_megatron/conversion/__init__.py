@@ -1,1 +1,4 @@
-"""HF checkpoints <-> the tensors of a distributed checkpoint. A model family is one table, see `families/`."""
+"""Conversion between HF checkpoints and the tensors of a distributed checkpoint.
+
+A model family is one table, see `families/`.
+"""

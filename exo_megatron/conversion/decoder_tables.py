@@ -1,4 +1,4 @@
-"""Tables of the families whose tensors lie and are named as Llama's are, but for some of their blocks."""
+"""Tables of families whose tensors have the names and places of Llama's, except in some blocks."""
 
 from __future__ import annotations
 
@@ -20,30 +20,34 @@ PRE_NORMS = {"pre_mlp_layernorm": "post_attention_layernorm"}
 
 
 def separate_qkv(table: Table) -> list[TensorRule]:
-    """Query, key and value projections as three linears."""
+    """List the rules of query, key and value projections as three linears."""
     return table.separate_qkv("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def one_qkv(table: Table) -> list[TensorRule]:
-    """Query, key and value projections, one below the other."""
+    """List the rules of query, key and value projections in one linear, one below the other."""
     spec = table.spec
     return table.fused_qkv("self_attn.qkv_proj", fused_qkv(spec.heads, spec.kv_heads, spec.head_dim))
 
 
 def separate_feed_forward(table: Table) -> list[TensorRule]:
-    """Gate and up projections as two linears."""
+    """List the rules of gate and up projections as two linears, and of the down projection."""
     return table.feed_forward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 
 
 def one_feed_forward(table: Table) -> list[TensorRule]:
-    """The gate projection above the up projection."""
+    """List the rules of one linear with gate above up projection, and of the down projection."""
     return table.feed_forward(("mlp.gate_up_proj",), "mlp.down_proj")
 
 
 def decoder_tensors(
     norms: Mapping[str, str] = PRE_NORMS, qkv: Block = separate_qkv, feed_forward: Block = separate_feed_forward
 ) -> Tensors:
-    """The rules of a family."""
+    """Return the function that lists the rules of a model of a family.
+
+    `norms` maps our keys to HF's names for the norms of a layer besides the first. `qkv` and
+    `feed_forward` list the rules of these blocks.
+    """
 
     def tensors(spec: ModelSpec) -> tuple[TensorRule, ...]:
         table = Table(spec, "model.layers.{0}")
@@ -70,9 +74,14 @@ def decoder_family(
     *,
     classifier: str | None = None,
 ) -> Family:
-    """A family with these rules, or Llama's.
+    """Make a family with these rules, or with Llama's.
 
-    classes: how the names of its classes in transformers begin; classifier: that of the classifier, if otherwise.
+    Args:
+        model_type: the key of the same name in config.json.
+        classes: beginning of the names of the family's classes in transformers.
+        read: reads the model from its config.
+        tensors: lists the rules of a model; None for Llama's rules.
+        classifier: beginning of the classifier's name, if it is not `classes`.
     """
     return Family(
         model_type=model_type,

@@ -1,4 +1,4 @@
-"""The plan of an export: which HF tensors the tensors of a distributed checkpoint become."""
+"""The plan of an export: the HF tensors that the tensors of a distributed checkpoint become."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from exo_megatron.models.spec import ModelSpec
 from exo_megatron.utils.ahead import made_ahead
 
 ReadEntry = Callable[[str, Shape], Tensor]
-"""Reads a tensor of the checkpoint by key and index on its stacked axes."""
+"""A function that reads a tensor of the checkpoint by key and index on its stacked axes."""
 
 
 def plan_export(
@@ -28,11 +28,22 @@ def plan_export(
     dtype: DtypeChoice,
     where: str,
 ) -> list[ExportEntry]:
-    """Entries to export, in the order of the family's table.
+    """Plan the entries to export, in the order of the family's table.
 
-    config: the HF config.json kept with the checkpoint; it must describe the same model as `spec`.
-    stored: global shape and type of the checkpoint's tensors by key, without optimizer state.
-    Raises CheckpointError for a tensor that is missing, of another shape, or not the family's.
+    Args:
+        spec: the model of the checkpoint.
+        config: the HF config.json kept with the checkpoint. It must describe the same model as
+            `spec`.
+        stored: global shape and type of the checkpoint's tensors by key, without optimizer state.
+        dtype: type of the written weights; "keep" for the stored types.
+        where: path of the config.json, for messages.
+
+    Returns:
+        The entries with the types of their HF tensors.
+
+    Raises:
+        CheckpointError: `config` describes another model, or a tensor is missing, has another
+            shape, or is not the family's.
     """
     family = find_family(config, where)
     if family.read_config(config, where) != spec:
@@ -52,12 +63,15 @@ def plan_export(
 
 
 def hf_tensors(shard: Shard, read: ReadEntry) -> Iterator[Sequence[Tensor]]:
-    """The HF tensors of each entry of a shard, in order, contiguous; read in a thread, one entry ahead of its use."""
+    """Yield the HF tensors of each entry of a shard, in order, contiguous, on the CPU.
+
+    They are read in a thread, one entry ahead of its use.
+    """
     return made_ahead((item.bytes, partial(_take_apart, item, read)) for item in shard.entries)
 
 
 def config_dtype(entries: list[ExportEntry]) -> torch.dtype:
-    """The type that config.json names: the one of most bytes."""
+    """Return the type that config.json names: the one with the most bytes."""
     sizes: dict[torch.dtype, int] = {}
     for item in entries:
         sizes[item.dtype] = sizes.get(item.dtype, 0) + item.bytes

@@ -1,4 +1,4 @@
-"""Typed access to HF's config.json: what is missing, of another type or not supported is an error that names it."""
+"""Typed access to HF's config.json. Missing, wrong and unsupported values are errors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _FIX = "correct config.json; a model that needs this value cannot be converted"
 class HfConfig:
     """The values of a config.json; `where` is its path.
 
-    A null is the default, like an absent key, except where a method says otherwise.
+    A null means the default, like an absent key, except where a method says otherwise. Methods that
+    read a value raise CheckpointError if it is of another kind.
     """
 
     values: Mapping[str, Any]
     where: str
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
+        """Read a whole number of at least `minimum`."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             what = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
@@ -31,14 +32,14 @@ class HfConfig:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """Read a positive finite number."""
         value = self._get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.unsupported(key, value, "a positive number")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` positive finite numbers."""
+        """Read a list of `count` positive finite numbers."""
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) != count:
             raise self.unsupported(key, value, f"a list of {count} numbers")
@@ -46,28 +47,28 @@ class HfConfig:
         return tuple(items.number(each) for each in items.values)
 
     def optional_integer(self, key: str, default: int | None) -> int | None:
-        """A positive whole number, or None for null; an absent key is the default."""
+        """Read a positive whole number, or None for null; an absent key is the default."""
         return self.integer(key, default) if self.values.get(key, default) is not None else None
 
     def optional_number(self, key: str, default: float | None) -> float | None:
-        """A positive finite number, or None for null; an absent key is the default."""
+        """Read a positive finite number, or None for null; an absent key is the default."""
         return self.number(key, default) if self.values.get(key, default) is not None else None
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Read true or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise self.unsupported(key, value, "true or false")
         return value
 
     def require(self, key: str, allowed: tuple[object, ...], why: str = "") -> None:
-        """Accept a key only if it is absent, null, or has one of these values."""
+        """Accept a key only if it is absent, null, or has one of the `allowed` values."""
         value = self.values.get(key)
         if value is not None and value not in allowed:
             raise self.unsupported(key, value, " or ".join(repr(item) for item in allowed) or "null", why)
 
     def section(self, key: str) -> HfConfig:
-        """A nested mapping; empty if absent or null."""
+        """Read a nested mapping, empty if it is absent or null."""
         value = self.values.get(key)
         if value is None:
             value = {}
@@ -76,7 +77,10 @@ class HfConfig:
         return HfConfig(value, f"{self.where}: {key}")
 
     def unsupported(self, key: str, value: object, expected: str, why: str = "") -> CheckpointError:
-        """The error for a value that cannot be converted. why: what stands in the way, where it is not plain."""
+        """Make the error for a value that cannot be converted.
+
+        `why` is the reason, where it is not obvious.
+        """
         return CheckpointError(
             self.where,
             (f"{key} is {value!r}" if key in self.values else f"{key} is missing") + (f": {why}" if why else ""),

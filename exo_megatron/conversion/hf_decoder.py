@@ -1,7 +1,7 @@
-"""What HF configs of several families say with the same keys, as values of a ModelSpec.
+"""Reading of ModelSpec values from keys that the HF configs of several families share.
 
-Keys of dropout and of the router's losses are not read anywhere: they are settings of the training that made the
-model. Inference ignores them, and training here does not use them.
+Keys of dropout and of the router's losses are never read: they are settings of the training that
+made the model. Inference ignores them, and training here does not use them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 ConfigReader = Callable[[Mapping[str, Any], str], ModelSpec]
 
 CLASSIFIER = "ForSequenceClassification"
-"""How the architectures of sequence classifiers end."""
+"""End of the names of sequence classifiers in `architectures`."""
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_python": "gelu",
-    # One function, written in several ways.
+    # All of these names mean the same function.
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
@@ -36,9 +36,10 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @dataclass(frozen=True)
 class DecoderDefaults:
-    """What absent keys mean in a family, as in its configuration class in transformers.
+    """The defaults of a family for absent keys, as in its configuration class in transformers.
 
-    kv_heads, head_dim: None where an absent key means one per attention head, or hidden_size / heads.
+    kv_heads is None if the default is one per attention head, head_dim is None if it is hidden_size
+    / heads.
     """
 
     positions: int
@@ -50,7 +51,10 @@ class DecoderDefaults:
 
 
 def with_head(read: Callable[[HfConfig], ModelSpec]) -> ConfigReader:
-    """A reader of language models, made to read the sequence classifiers of the same family too."""
+    """Return a reader of a family's language models and sequence classifiers.
+
+    `read` reads its language models only.
+    """
 
     def read_config(values: Mapping[str, Any], where: str) -> ModelSpec:
         config = HfConfig(values, where)
@@ -64,9 +68,9 @@ def with_head(read: Callable[[HfConfig], ModelSpec]) -> ConfigReader:
 
 
 def read_decoder(config: HfConfig, defaults: DecoderDefaults, **rest: Any) -> ModelSpec:
-    """A decoder with RMSNorm, rotary positions and grouped heads, whose config has the keys that Llama's has.
+    """Read a decoder with RMSNorm, rotary positions and grouped heads, from keys as Llama's.
 
-    rest: what the family adds, as fields of ModelSpec; they take precedence.
+    `rest` holds fields of ModelSpec that the family adds; they take precedence.
     """
     hidden = config.integer("hidden_size")
     heads, kv_heads, head_dim = read_heads(config, hidden, defaults)
@@ -96,7 +100,7 @@ def read_decoder(config: HfConfig, defaults: DecoderDefaults, **rest: Any) -> Mo
 
 
 def read_heads(config: HfConfig, hidden: int, defaults: DecoderDefaults) -> tuple[int, int, int]:
-    """Attention heads, key/value heads, and the size of a head."""
+    """Read the number of attention heads, that of key/value heads, and the size of a head."""
     heads = config.integer("num_attention_heads")
     kv_heads = config.optional_integer("num_key_value_heads", defaults.kv_heads) or heads
     if heads % kv_heads:
@@ -106,14 +110,14 @@ def read_heads(config: HfConfig, hidden: int, defaults: DecoderDefaults) -> tupl
 
 
 def even_share(config: HfConfig, hidden: int, heads: int, key: str = "num_attention_heads") -> int:
-    """hidden_size / heads. Raises CheckpointError where it is needed and not whole."""
+    """Return hidden_size / heads. Raises CheckpointError if it is needed and not whole."""
     if hidden % heads and config.values.get("head_dim") is None:
         raise config.unsupported(key, heads, f"a divisor of hidden_size ({hidden})")
     return hidden // heads
 
 
 def read_activation(config: HfConfig, key: str, default: str) -> Activation:
-    """Name of an activation in transformers -> ours."""
+    """Read the name of an activation in transformers and return ours."""
     name = config.values.get(key)
     name = default if name is None else name
     if not isinstance(name, str) or name not in _ACTIVATIONS:
@@ -122,7 +126,10 @@ def read_activation(config: HfConfig, key: str, default: str) -> Activation:
 
 
 def read_layer_types(config: HfConfig, layers: int, is_sliding: Callable[[int], bool]) -> list[bool]:
-    """Which layers have a window. is_sliding: the family's rule for a config without `layer_types`."""
+    """Return for every layer whether it has a window.
+
+    `is_sliding` is the family's rule for a config without `layer_types`.
+    """
     types = config.values.get("layer_types")
     if types is None:
         return [is_sliding(layer) for layer in range(layers)]
@@ -133,7 +140,10 @@ def read_layer_types(config: HfConfig, layers: int, is_sliding: Callable[[int], 
 
 
 def windows(config: HfConfig, sliding: Sequence[bool], window: int | None, positions: int) -> tuple[int | None, ...]:
-    """ModelSpec.windows. window: of the sliding layers. One that holds all positions is none at all."""
+    """Return ModelSpec.windows.
+
+    `window` is that of the sliding layers. A window that holds all positions counts as none.
+    """
     if any(sliding) and window is None:
         raise config.unsupported("sliding_window", None, "a number, because some layers have a window")
     if window is None or window >= positions or not any(sliding):
@@ -142,13 +152,16 @@ def windows(config: HfConfig, sliding: Sequence[bool], window: int | None, posit
 
 
 def with_window(config: HfConfig, spec: ModelSpec, window: int | None) -> ModelSpec:
-    """The model with the same window in all layers, or with none."""
+    """Return the model with the same window in all layers, or with none."""
     found = windows(config, [window is not None] * spec.layers, window, spec.max_positions)
     return spec.model_copy(update={"windows": found})
 
 
 def with_upper_windows(config: HfConfig, spec: ModelSpec) -> ModelSpec:
-    """The model with the windows that a Qwen config gives it: none, or in the layers from `max_window_layers` on."""
+    """Return the model with the windows of a Qwen config.
+
+    It has none, or one in the layers from `max_window_layers` on.
+    """
     window = config.optional_integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
     full = config.integer("max_window_layers", 28, minimum=0)
     sliding = read_layer_types(config, spec.layers, lambda layer: window is not None and layer >= full)
@@ -156,8 +169,10 @@ def with_upper_windows(config: HfConfig, spec: ModelSpec) -> ModelSpec:
 
 
 def read_experts(config: HfConfig, *, count: int, per_token: int, ffn_hidden_size: int, normalized: bool) -> Experts:
-    """The mixture of experts. Raises CheckpointError where a token takes more of them than there are, or a router
-    could not be trained.
+    """Return the mixture of experts.
+
+    Raises CheckpointError if a token takes more experts than there are, or the router could not be
+    trained.
     """
     if per_token > count:
         raise config.unsupported("num_experts_per_tok", per_token, f"at most the {count} experts")
@@ -168,12 +183,19 @@ def read_experts(config: HfConfig, *, count: int, per_token: int, ffn_hidden_siz
 
 
 def forbid_attention_bias(config: HfConfig) -> None:
-    """For families where it means a bias of the attention output too, beside a feed-forward block without any."""
+    """Refuse biases of attention.
+
+    This is for families where `attention_bias` includes the attention output, and the feed-forward
+    block has no biases.
+    """
     config.require("attention_bias", (False,), "biases of attention alone are not supported in this family")
 
 
 def _labels(config: HfConfig) -> int | None:
-    """Outputs of a sequence classifier: transformers' default is 2. None: the model is not a classifier."""
+    """Return the outputs of a sequence classifier, None for another model.
+
+    The default of transformers is 2.
+    """
     architectures = config.values.get("architectures") or [""]
     if not architectures[0].endswith(CLASSIFIER):
         return None

@@ -1,4 +1,7 @@
-"""Reading HF checkpoints: safetensors only, in one file or in shards with an index, one tensor at a time."""
+"""Reading of HF checkpoints: safetensors in one file or in shards with an index.
+
+One tensor is read at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from exo_megatron.conversion.rules import Entry, Family
 from exo_megatron.errors import CheckpointError, DataError
 from exo_megatron.utils.files import read_json
 
-CONFIG_FILE = "config.json"
+HF_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _CHUNK = 2**24
 """Bytes compared at once."""
@@ -37,9 +40,11 @@ _OTHER_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class HfTensor:
-    """Where a tensor lies, and what the file says about it.
+    """The place of a tensor and its description in the file.
 
-    stored_as: the type in the words of safetensors. start: of its bytes in the file.
+    Attributes:
+        stored_as: the type as safetensors names it.
+        start: position of its first byte in the file.
     """
 
     name: str
@@ -50,9 +55,9 @@ class HfTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type, for weights; a CheckpointError for types that `check_type` refuses."""
+        """The type. Raises CheckpointError if `check_type` refuses it."""
         self.check_type()
-        return DTYPES[self.stored_as]
+        return SAFETENSORS_DTYPES[self.stored_as]
 
     @property
     def bytes(self) -> int:
@@ -60,12 +65,15 @@ class HfTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def check_type(self) -> None:
-        """Raise CheckpointError unless the type is one of weights. Tensors that are not used may have any."""
-        if self.stored_as not in DTYPES:
+        """Raise CheckpointError unless the type is one of weights.
+
+        Tensors that are not used may have other types.
+        """
+        if self.stored_as not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 str(self.path),
                 f"{self.name} is of type {self.stored_as}",
-                expected=f"weights of type {', '.join(DTYPES)}",
+                expected=f"weights of type {', '.join(SAFETENSORS_DTYPES)}",
                 fix="use the unquantised weights of the model",
             )
 
@@ -74,9 +82,10 @@ class HfTensors:
     """The tensors of an HF checkpoint directory."""
 
     def __init__(self, directory: Path, family: Family | None = None) -> None:
-        """Read the headers of all files. Raises CheckpointError that names the file or tensor that is wrong.
+        """Read the headers of all files.
 
-        family: tensors whose names lack its prefix get it. None: they are called as in the files.
+        If `family` is given, tensors whose names lack its prefix get it; otherwise the names are
+        those in the files. Raises CheckpointError, which names the file or tensor that is wrong.
         """
         self.directory = directory
         tensors = _read_headers(directory)
@@ -85,7 +94,11 @@ class HfTensors:
         self.tensors = tensors
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, mapped from its file: no copy is made, and nothing stays when it is dropped."""
+        """Map one tensor from its file, on the CPU.
+
+        No copy is made unless the tensor is unaligned in the file, and the memory is freed with the
+        tensor.
+        """
         tensor = self.tensors[name]
         try:
             return _map(tensor)
@@ -94,7 +107,7 @@ class HfTensors:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of an HF checkpoint."""
+    """Read the config.json of an HF checkpoint. Raises CheckpointError if that fails."""
     if not directory.is_dir():
         raise CheckpointError(
             str(directory),
@@ -102,7 +115,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             expected="the directory of an HF checkpoint",
             fix="check the path; a model of the hub has to be downloaded first",
         )
-    path = directory / CONFIG_FILE
+    path = directory / HF_CONFIG_FILE
     try:
         values = read_json(path)
     except DataError as error:
@@ -117,7 +130,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def check_tensors(hf: HfTensors, entries: Iterable[Entry], family: Family, *, tied: bool) -> None:
-    """Raise CheckpointError unless the checkpoint has the tensors of the entries, of these shapes, and no others."""
+    """Raise CheckpointError unless the checkpoint has exactly the tensors of the entries.
+
+    Their shapes must agree, too. Tensors that the family ignores may be there, and a repeated
+    output layer if `tied`.
+    """
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
     for name, shape in expected.items():
         if name not in hf.tensors:
@@ -160,7 +177,10 @@ def _check_tied(hf: HfTensors, output: str, embedding: str) -> None:
 
 
 def _same_content(one: HfTensor, other: HfTensor) -> bool:
-    """Whether two tensors are equal bit for bit; read in parts, so that neither is in memory as a whole."""
+    """Tell whether two tensors are equal bit for bit.
+
+    They are read in parts, so that neither is in memory as a whole.
+    """
     if (one.shape, one.stored_as) != (other.shape, other.stored_as):
         return False
     with open(one.path, "rb") as first, open(other.path, "rb") as second:
@@ -210,7 +230,8 @@ def _read_headers(directory: Path) -> dict[str, HfTensor]:
 def _check_places(path: Path, found: Iterable[str], places: dict[str, str]) -> None:
     """Raise CheckpointError if a tensor of this file belongs to another one.
 
-    places: file names by tensor, as the index says; tensors that it does not name belong where they are found first.
+    `places` has file names by tensor, as in the index. A tensor that the index does not name
+    belongs to the file where it is found first.
     """
     for name in found:
         if places.setdefault(name, path.name) != path.name:
@@ -241,7 +262,8 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, HfTensor]:
     try:
-        # Checks that header and file size agree, and that the tensors fill the file without overlapping.
+        # safe_open checks that header and file size agree, and that the tensors fill the file
+        # without overlapping.
         with safe_open(str(path), framework="pt"):
             pass
         with open(path, "rb") as file:
@@ -262,7 +284,7 @@ def _map(tensor: HfTensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     before = tensor.start % mmap.ALLOCATIONGRANULARITY
     with open(tensor.path, "rb") as file:
-        # Private and writable, because torch has no read-only tensors; nobody writes.
+        # Private and writable, because torch has no read-only tensors. No code writes to it.
         mapped = mmap.mmap(
             file.fileno(),
             before + size,
@@ -270,7 +292,7 @@ def _map(tensor: HfTensor) -> Tensor:
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
             offset=tensor.start - before,
         )
-    with contextlib.suppress(OSError):  # advice, which not every file system takes
+    with contextlib.suppress(OSError):  # some file systems refuse advice
         mapped.madvise(mmap.MADV_WILLNEED)
     data = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=before)
     if tensor.start % tensor.dtype.itemsize:
@@ -283,12 +305,12 @@ def _no_weights(directory: Path) -> CheckpointError:
     pickles = sorted(path.name for path in directory.glob(PICKLES))
     others = sorted(path.name for pattern in _OTHER_PICKLES for path in directory.glob(pattern))
     if pickles:
-        words = ["python", "tools/pickle_to_safetensors.py", "--hf", directory, "--output", f"{directory}-safetensors"]
+        words = ["exo-megatron", "pickles", f"hf={directory}", f"output={directory}-safetensors"]
         return CheckpointError(
             str(directory / pickles[0]),
             "is a pickle, which can run code when it is loaded",
             expected=expected,
-            fix=f"convert it, with nothing in it run: {shlex.join(map(str, words))}",
+            fix=f"convert it, with nothing in it run: {shlex.join(words)}",
         )
     shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
     return CheckpointError(

@@ -1,4 +1,7 @@
-"""Rotary embeddings in HF configs: `rope_parameters` of transformers 5, or keys beside `rope_scaling` of 4."""
+"""Rotary embeddings in HF configs.
+
+transformers 5 has `rope_parameters`, transformers 4 has `rope_scaling` and keys beside it.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,21 @@ _DYNAMIC = "the frequencies of dynamic scaling depend on the length of the text"
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """What differs between families.
+    """The differences between the rotary keys of families.
 
-    base: when the config says none. base_key: its name beside the other keys of the model.
-    local_base: base of layers with a window when the config says none; None: they have the same as the others.
-    partial: fraction of a head that is rotated when the config says none; None: the family rotates whole heads.
-    partial_key: its name beside the other keys. original: positions before scaling when the config says none beside
-    the other keys; None: as the section of the scaling says. kinds: of scaling. aliases: other names of these.
+    Attributes:
+        base: the base if the config has none.
+        base_key: name of the base beside the model's other keys.
+        local_base: base of layers with a window if the config has none. None means that they have
+            the same base as the others.
+        partial: fraction of a head that is rotated if the config has none. None means that the
+            family rotates whole heads.
+        partial_key: name of that fraction beside the model's other keys.
+        interleaved: whether neighbouring elements of a head form the rotated pairs.
+        original: positions before scaling if the config has none beside the other keys. None means
+            that they are read from the section of the scaling.
+        kinds: kinds of scaling.
+        aliases: other names of these kinds.
     """
 
     base: float = 10000.0
@@ -35,11 +46,24 @@ class RopeKeys:
 
 
 WHOLE_HEADS = RopeKeys()
-"""Of most families."""
+"""The keys of most families."""
 
 
 def read_rope(config: HfConfig, keys: RopeKeys, *, head_dim: int, positions: int) -> tuple[Rotary, int]:
-    """The rotary embedding, and how many of the model's positions it serves (fewer with longrope, see `_longrope`)."""
+    """Read the rotary embedding and the number of positions that it serves.
+
+    Args:
+        config: the model's config.
+        keys: the keys of the family.
+        head_dim: size of a head.
+        positions: positions of the model.
+
+    Returns:
+        The embedding and `positions`, or fewer with longrope (see `_longrope`).
+
+    Raises:
+        CheckpointError: the config asks for something that is not supported.
+    """
     rope, local_base = (_parameters(config), None) if keys.local_base is None else _by_layer(config, keys.local_base)
     base = rope.number("rope_theta") if "rope_theta" in rope.values else config.number(keys.base_key, keys.base)
     dim = _dim(config, rope, keys, head_dim)
@@ -76,7 +100,7 @@ def _parameters(config: HfConfig) -> HfConfig:
 
 
 def _by_layer(config: HfConfig, local_base: float) -> tuple[HfConfig, float]:
-    """The section of layers that see all tokens, and the base of layers with a window."""
+    """Return the section of layers that see all tokens, and the base of layers with a window."""
     nested, scaling = config.section("rope_parameters"), config.section("rope_scaling")
     if not nested.values:
         return scaling, config.number("rope_local_base_freq", local_base)
@@ -89,7 +113,7 @@ def _by_layer(config: HfConfig, local_base: float) -> tuple[HfConfig, float]:
 
 
 def _dim(config: HfConfig, rope: HfConfig, keys: RopeKeys, head_dim: int) -> int:
-    """Rotated elements of a head; a fraction is rounded down, as transformers does."""
+    """Return the number of rotated elements of a head, rounded down as in transformers."""
     if keys.partial is None:
         for section in (rope, config):
             section.require(keys.partial_key, (1, 1.0), "transformers rotates whole heads of this family")
@@ -110,7 +134,7 @@ def _dim(config: HfConfig, rope: HfConfig, keys: RopeKeys, head_dim: int) -> int
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Rotated elements of a head; positions before scaling; positions of the model."""
+    """Rotated elements of a head, positions before scaling, and positions of the model."""
 
     dim: int
     original: int
@@ -154,9 +178,11 @@ def _yarn_factor(factor: float, weight: float) -> float:
 
 
 def _longrope(rope: HfConfig, lengths: _Lengths) -> RotaryScaling:
-    """Two sets of divisors, one for texts up to the original length and one for longer ones; transformers chooses by
-    the longest text of a batch. The first is converted, and the model limited to the original length, where it is
-    exact.
+    """Read the scaling of longrope for texts up to the original length.
+
+    longrope has two sets of divisors, one for these texts and one for longer ones; transformers
+    chooses by the longest text of a batch. The first set is converted, and the model is limited to
+    the original length, where this is exact.
     """
     factor = rope.number("factor", lengths.positions / lengths.original)
     usual = math.sqrt(1 + math.log(factor) / math.log(lengths.original)) if factor > 1 else 1.0

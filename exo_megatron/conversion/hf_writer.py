@@ -1,4 +1,7 @@
-"""Writing HF checkpoints: safetensors, one tensor in memory at a time, in shards with an index above a size limit."""
+"""Writing of HF checkpoints: safetensors, in shards with an index above a size limit.
+
+One entry's tensors are in memory at a time, besides those that are read ahead.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exo_megatron.conversion.hf_reader import DTYPES, INDEX_FILE, SINGLE_FILE
+from exo_megatron.conversion.hf_reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from exo_megatron.conversion.rules import Entry
 from exo_megatron.utils.files import write_json
 
 SHARD_BYTES = 5 * 10**9
-"""Largest shard, as in transformers; a tensor is never divided."""
+"""Largest shard in bytes, as in transformers. A tensor is never divided."""
 
-_HF_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HF_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _CONFIG_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
 class ExportEntry:
-    """An entry of the checkpoint and the type that its HF tensors get."""
+    """An entry of the checkpoint and the type of its HF tensors."""
 
     entry: Entry
     dtype: torch.dtype
@@ -48,7 +51,7 @@ class Shard:
 def plan_shards(entries: Sequence[ExportEntry], limit: int = SHARD_BYTES) -> list[Shard]:
     """Divide entries, in their order, among files of about the same size.
 
-    A file has at most `limit` bytes, but for an entry that is larger and has its own.
+    A file has at most `limit` bytes, except if it holds one larger entry alone.
     """
     total = sum(entry.bytes for entry in entries)
     count = -(-total // limit)
@@ -69,8 +72,11 @@ def write_shard(
 ) -> None:
     """Write one file and flush it to the disk.
 
-    tensors: the HF tensors of each of the shard's entries, contiguous; dropped once written. count: told the bytes of
-    each entry that has been written.
+    Args:
+        directory: directory of the file.
+        shard: the file's name and entries.
+        tensors: HF tensors of each of these entries, contiguous. They are dropped once written.
+        count: called with the bytes of each entry that has been written.
     """
     with open(directory / shard.file_name, "wb") as file:
         file.write(_header(shard))
@@ -82,7 +88,11 @@ def write_shard(
 
 
 def _cut(entries: Sequence[ExportEntry], count: int) -> list[list[ExportEntry]]:
-    """At most `count` groups that are not empty; an entry belongs to the part of all bytes that its middle is in."""
+    """Divide entries into at most `count` groups that are not empty.
+
+    All bytes are divided into `count` equal parts; an entry belongs to the part that holds its
+    middle.
+    """
     total = sum(entry.bytes for entry in entries)
     groups: list[list[ExportEntry]] = [[] for _ in range(count)]
     before = 0
@@ -111,13 +121,22 @@ def write_index(directory: Path, shards: Sequence[Shard]) -> None:
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the export: the original with the weights' type, under the keys that it already uses."""
+    """Return config.json of the export: the original with the weights' type, under its own keys.
+
+    `_name_or_path` is left out where it is a path on the machine that made the original.
+    """
     keys = config.keys() & {"dtype", "torch_dtype"} or {"dtype"}
-    return {**config, **dict.fromkeys(keys, _CONFIG_NAMES[dtype])}
+    kept = {key: value for key, value in config.items() if key != "_name_or_path" or not _is_local(value)}
+    return {**kept, **dict.fromkeys(keys, _CONFIG_NAMES[dtype])}
+
+
+def _is_local(name: object) -> bool:
+    """Tell a path from the name of a model on a hub, which has at most one slash."""
+    return isinstance(name, str) and (name.startswith(("/", ".", "~")) or name.count("/") > 1)
 
 
 def _aligned(entries: Sequence[ExportEntry]) -> tuple[ExportEntry, ...]:
-    # Wider types first, so that every tensor begins at a multiple of its element size.
+    # Wider types come first, so that every tensor begins at a multiple of its element size.
     return tuple(sorted(entries, key=lambda entry: -entry.dtype.itemsize))
 
 
@@ -128,7 +147,10 @@ def _planned(shard: Shard) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]
 
 
 def _header(shard: Shard) -> bytes:
-    """Length (8 bytes, little endian) and JSON of the safetensors format, padded with spaces to a multiple of 8."""
+    """Write the header of a safetensors file.
+
+    It is the length (8 bytes, little endian) and the JSON, padded with spaces to a multiple of 8.
+    """
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape, dtype in _planned(shard):

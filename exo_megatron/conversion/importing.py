@@ -1,4 +1,4 @@
-"""The plan of an import: what is read from an HF checkpoint to make each piece of the distributed one."""
+"""The plan of an import: the HF tensors that make each entry of the distributed checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.conversion.families import find_family
-from exo_megatron.conversion.hf_reader import CONFIG_FILE, HfTensors, check_tensors, read_config
+from exo_megatron.conversion.hf_reader import HF_CONFIG_FILE, HfTensors, check_tensors, read_config
 from exo_megatron.conversion.rules import Entry, Family, Shape
 from exo_megatron.conversion.transforms import check_one_dtype
 from exo_megatron.models.spec import ModelSpec
@@ -21,7 +21,7 @@ CHOICES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ImportEntry:
-    """A piece of the distributed checkpoint, and the type it is stored in."""
+    """An entry of the distributed checkpoint and the type in which it is stored."""
 
     entry: Entry
     dtype: torch.dtype
@@ -38,18 +38,24 @@ class ImportEntry:
 
 
 def hf_spec(directory: Path) -> tuple[Family, ModelSpec]:
-    """The family of an HF checkpoint and what it reads from config.json. Raises CheckpointError."""
-    where = str(directory / CONFIG_FILE)
+    """Read the family and the model of an HF checkpoint from its config.json.
+
+    Raises CheckpointError if it is missing, malformed, or not supported.
+    """
+    where = str(directory / HF_CONFIG_FILE)
     values = read_config(directory)
     family = find_family(values, where)
     return family, family.read_config(values, where)
 
 
 class ImportPlan:
-    """A checked HF checkpoint. Making a plan reads headers only; tensors are read by `produce`."""
+    """A checked HF checkpoint. Making it reads headers only; `produce` reads tensors."""
 
     def __init__(self, directory: Path, dtype: DtypeChoice) -> None:
-        """Raises CheckpointError for a config or a tensor that cannot be converted."""
+        """Check the HF checkpoint and plan its entries.
+
+        Raises CheckpointError for a config or a tensor that cannot be converted.
+        """
         family, self.spec = hf_spec(directory)
         self._hf = HfTensors(directory, family)
         rules = family.tensors(self.spec)
@@ -64,7 +70,7 @@ class ImportPlan:
         self._by_place = {(item.entry.rule.key, item.entry.offset): item for item in self.entries}
 
     def produce(self, key: str, offset: Shape) -> Tensor:
-        """The data of one entry, of its `stacked_shape` and stored type."""
+        """Return the data of one entry, of its `stacked_shape` and stored type, on the CPU."""
         item = self._by_place[key, offset]
         parts = [self._hf.read(name) for name in item.entry.sources]
         joined = item.entry.rule.transform.join([part.to(item.dtype) for part in parts])

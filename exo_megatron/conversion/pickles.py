@@ -1,4 +1,7 @@
-"""Pickled HF weights (`pytorch_model*.bin`) as safetensors. Nothing in a pickle is run: torch's weights-only reader."""
+"""Conversion of pickled HF weights (`pytorch_model*.bin`) to safetensors.
+
+No code in a pickle is run: torch's weights-only reader is used.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from exo_megatron.utils.files import read_json, write_json
 
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
-SHARD_BYTES = 2 * 10**9
-"""Largest safetensors file, of which there is one in memory at a time; a tensor is never divided."""
+PART_BYTES = 2 * 10**9
+"""Largest safetensors file in bytes. One is in memory at a time; a tensor is never divided."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class PickledPart:
     bytes: int
 
 
-def plan_parts(directory: Path, limit: int = SHARD_BYTES) -> list[PickledPart]:
-    """Look into all pickles of an HF checkpoint and divide their tensors among files.
+def plan_parts(directory: Path, limit: int = PART_BYTES) -> list[PickledPart]:
+    """Read all pickles of an HF checkpoint and divide their tensors among files.
 
-    Raises CheckpointError for a file that is missing or damaged or asks for code, for content other than tensors, and
-    for a name that occurs twice.
+    Raises CheckpointError for a file that is missing, damaged or asks for code, for content other
+    than tensors, and for a name that occurs twice.
     """
     parts: list[PickledPart] = []
     seen: dict[str, Path] = {}
@@ -60,14 +63,14 @@ def plan_parts(directory: Path, limit: int = SHARD_BYTES) -> list[PickledPart]:
 
 
 def write_parts(parts: Sequence[PickledPart], target: Path) -> None:
-    """Write every part to a safetensors file, and the index of several, in `target`."""
+    """Write every part to a safetensors file in `target`, and an index if there are several."""
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file_name = SINGLE_FILE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = read_pickle(part.source)
         try:
             save_file(_unshared({name: tensors[name] for name in part.names}), target / file_name, {"format": "pt"})
-        except SafetensorError as error:  # its words for an OSError
+        except SafetensorError as error:  # safetensors raises it for an OSError
             raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(part.names, file_name)
     if len(parts) > 1:
@@ -77,9 +80,12 @@ def write_parts(parts: Sequence[PickledPart], target: Path) -> None:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, mapped from it. Raises CheckpointError for anything but a dict of dense tensors."""
+    """Read the tensors of one file, mapped from it if it is an archive.
+
+    Raises CheckpointError for content other than a dict of dense tensors.
+    """
     try:
-        # Files of torch before 1.6 are no archives and cannot be mapped.
+        # Files of torch before 1.6 are not archives and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise _wrong(
@@ -87,7 +93,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"is refused, nothing of it was run ({' '.join(str(error).split())[:160]})",
             "a pickle of tensors only",
         ) from None
-    except Exception as error:  # a damaged archive raises almost anything
+    except Exception as error:  # a damaged archive raises exceptions of many types
         raise _wrong(path, f"cannot be read ({type(error).__name__}: {error})", "a whole file") from None
     if not isinstance(content, dict) or not content:
         raise _wrong(path, f"holds a {type(content).__name__}", "a dict of tensors by name")
@@ -113,15 +119,17 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that lie in memory as safetensors wants them: contiguous, and none in the storage of another."""
+    """Return the tensors as safetensors needs them: contiguous, each in its own storage."""
     seen: set[int] = set()
-    own: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
-        own[name] = tensor if alone and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+        separate[name] = (
+            tensor if alone and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+        )
         seen.add(storage.data_ptr())
-    return own
+    return separate
 
 
 def _wrong(path: Path, problem: str, expected: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""The form of a model family's table: how its HF config and tensors correspond to ours."""
+"""The form of a model family's table, which relates its HF config and tensors to ours."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ SCORE = "score.weight"
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One key of the distributed checkpoint and the HF tensors it is made of.
+    """One key of the distributed checkpoint and the HF tensors of which it is made.
 
-    key: megatron-core's key. shape: of one entry. stack: sizes of the axes that the key has before it (layers; layers
-    and experts), () for a tensor that stands alone.
-    sources: HF names with their shapes; `{0}`, `{1}` stand for the indices of an entry on the stacked axes.
+    Attributes:
+        key: megatron-core's key.
+        shape: shape of one entry.
+        sources: HF names with their shapes; `{0}`, `{1}` stand for the indices of an entry on the
+            stacked axes.
+        transform: converts between the HF tensors and the entry.
+        stack: sizes of the axes that the key has before `shape` (layers; layers and experts), ()
+            for a tensor that stands alone.
     """
 
     key: str
@@ -33,14 +38,14 @@ class TensorRule:
     stack: Shape = ()
 
     def entries(self) -> Iterator[Entry]:
-        """One entry per index of the stacked axes."""
+        """List one entry per index of the stacked axes."""
         for index in itertools.product(*(range(size) for size in self.stack)):
             yield Entry(self, index, {name.format(*index): shape for name, shape in self.sources})
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One slice of a key: what is read, mapped and written at once."""
+    """One slice of a key, which is read, converted and written at once."""
 
     rule: TensorRule
     index: Shape
@@ -53,7 +58,7 @@ class Entry:
 
     @property
     def offset(self) -> Shape:
-        """Where the entry begins in the whole key."""
+        """Index of the entry's first element in the whole key."""
         return self.index + tuple(0 for _ in self.rule.shape)
 
     @property
@@ -66,12 +71,18 @@ class Entry:
 class Family:
     """A model family. One file in `families/` makes one, and `families/__init__.py` lists it.
 
-    model_type: of HF's config.json. architectures: those whose tensors the rules describe, the usual one first.
-    read_config: HF config and the path to name in errors -> ModelSpec; CheckpointError for what is not supported.
-    tensors: the rules for a model.
-    base_prefix: of HF's names of everything but the head. Published files of some models have the names without it.
-    tied_output: names of the output layer and of the embedding that it repeats in checkpoints of tied models.
-    ignored: HF tensors that hold nothing to convert (buffers that older versions of transformers saved).
+    Attributes:
+        model_type: the key of the same name in HF's config.json.
+        architectures: architectures whose tensors the rules describe, the usual one first.
+        read_config: reads a ModelSpec from the HF config; the path is for messages. Raises
+            CheckpointError for values that are not supported.
+        tensors: lists the rules for a model.
+        base_prefix: prefix of HF's names of everything but the head. Published files of some models
+            have the names without it.
+        tied_output: names of the output layer and of the embedding, which are equal in checkpoints
+            of tied models.
+        ignored: HF tensors with nothing to convert (buffers that older versions of transformers
+            saved).
     """
 
     model_type: str
@@ -83,9 +94,9 @@ class Family:
     ignored: tuple[re.Pattern[str], ...] = ()
 
     def full_name(self, name: str) -> str:
-        """The name of a tensor of a checkpoint whose names lack `base_prefix`."""
+        """Return the full name of a tensor in a checkpoint whose names lack `base_prefix`."""
         return name if name in (self.tied_output[0], SCORE) else self.base_prefix + name
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of this name holds nothing to convert."""
+        """Tell whether a tensor of this name holds nothing to convert."""
         return any(pattern.fullmatch(name) for pattern in self.ignored)

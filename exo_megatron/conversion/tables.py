@@ -1,4 +1,4 @@
-"""Builds the tensor rules of a model from the names that HF gives to its parts."""
+"""Tensor rules of a model, built from the names that HF gives to its parts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ _EXPERTS = "mlp.experts.experts"
 
 @dataclass(frozen=True)
 class Table:
-    """layer: prefix of HF's names in a layer; `{0}` stands for its number. Names of parts of a layer are given without
-    it, and all names of linears and norms without `.weight` and `.bias`.
-    input_first: HF stores the matrices of linears as [inputs, outputs] (GPT-2).
+    """A builder of the rules of one model.
+
+    Names of parts of a layer are given without the layer's prefix, and all names of linears and
+    norms without `.weight` and `.bias`.
+
+    Attributes:
+        spec: the model.
+        layer: prefix of HF's names in a layer; `{0}` stands for its number.
+        input_first: whether HF stores the matrices of linears as [inputs, outputs] (GPT-2).
     """
 
     spec: ModelSpec
@@ -28,31 +34,34 @@ class Table:
     input_first: bool = False
 
     def embedding(self, name: str) -> list[TensorRule]:
-        """Word embeddings, padded."""
+        """List the rule of the word embeddings, padded."""
         return [self._vocabulary("embedding.word_embeddings.weight", name)]
 
     def positions(self, name: str) -> list[TensorRule]:
-        """Learned position embeddings."""
+        """List the rule of learned position embeddings."""
         shape = (self.spec.max_positions, self.spec.hidden_size)
         return [TensorRule("embedding.position_embeddings.weight", shape, ((f"{name}.weight", shape),), same())]
 
     def head(self, name: str) -> list[TensorRule]:
-        """The output layer, unless it is the embedding; a classifier has its scores instead."""
+        """List the rule of the output layer or of a classifier's scores.
+
+        There is none if the output layer is the embedding.
+        """
         if self.spec.labels is not None:
             shape = (self.spec.labels, self.spec.hidden_size)
             return [TensorRule(SCORE, shape, ((SCORE, shape),), same())]
         return [] if self.spec.tied_embeddings else [self._vocabulary("output_layer.weight", name)]
 
     def final_norm(self, name: str) -> list[TensorRule]:
-        """The norm after the last layer."""
+        """List the rules of the norm after the last layer."""
         return self._norm("decoder.final_layernorm", name, self.spec.hidden_size, ())
 
     def norm(self, key: str, name: str) -> list[TensorRule]:
-        """A norm of the hidden size in every layer."""
+        """List the rules of a norm of the hidden size in every layer."""
         return self._layer_norm(key, name, self.spec.hidden_size)
 
     def head_norms(self, query: str, key: str) -> list[TensorRule]:
-        """The norms of query and of key heads, if the model has them."""
+        """List the rules of the norms of query and key heads, if the model has them."""
         if not self.spec.qk_norm:
             return []
         size = self.spec.head_dim
@@ -62,24 +71,30 @@ class Table:
         ]
 
     def separate_qkv(self, query: str, key: str, value: str) -> list[TensorRule]:
-        """Query, key and value projections, each a linear."""
+        """List the rules of query, key and value projections, each a linear in HF."""
         spec = self.spec
         rows = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
         parts = tuple(zip((query, key, value), rows, strict=True))
         return self._qkv(parts, grouped_qkv(spec.heads, spec.kv_heads, spec.head_dim))
 
     def fused_qkv(self, name: str, how: Transform) -> list[TensorRule]:
-        """Query, key and value projections in one linear. how: from its rows to ours."""
+        """List the rules of query, key and value projections in one linear of HF.
+
+        `how` converts its rows to ours.
+        """
         return self._qkv([(name, (self.spec.heads + 2 * self.spec.kv_heads) * self.spec.head_dim)], how)
 
     def attention_output(self, name: str) -> list[TensorRule]:
-        """The projection after attention."""
+        """List the rules of the projection after attention."""
         spec = self.spec
         parts, inputs = [(name, spec.hidden_size)], spec.heads * spec.head_dim
         return self._linear("self_attention.linear_proj", parts, inputs, same(), bias=spec.linear_bias)
 
     def feed_forward(self, up: Sequence[str], down: str) -> list[TensorRule]:
-        """The feed-forward block. up: gate and up projections, or one linear of all its rows."""
+        """List the rules of the feed-forward block.
+
+        `up` names gate and up projections, or one linear of all their rows.
+        """
         spec = self.spec
         parts, how = self._up_parts(up)
         return [
@@ -90,7 +105,11 @@ class Table:
         ]
 
     def experts(self, router: str, up: Sequence[str], down: str) -> list[TensorRule]:
-        """A mixture of experts; `{1}` in the names of the experts' linears stands for the number of the expert."""
+        """List the rules of a mixture of experts.
+
+        `{1}` in the names of the experts' linears stands for the number of the expert. Raises
+        ValueError if the model has no experts.
+        """
         spec = self.spec
         if spec.experts is None:
             raise ValueError("the model has no experts")
@@ -134,7 +153,16 @@ class Table:
     def _linear(
         self, key: str, parts: Parts, inputs: int, how: Transform, *, bias: bool, stack: Shape = ()
     ) -> list[TensorRule]:
-        """Rules of the weight, and of the bias if there is one, of one linear of ours made of HF's."""
+        """List the rules of the weight, and of the bias if there is one, of one of our linears.
+
+        Args:
+            key: our key in a layer.
+            parts: HF's linears of which it is made.
+            inputs: number of inputs.
+            how: converts HF's rows to ours.
+            bias: whether there is a bias.
+            stack: sizes of the stacked axes; () for layers only.
+        """
         outputs = sum(rows for _, rows in parts)
         stack = stack or (self.spec.layers,)
 

@@ -1,4 +1,7 @@
-"""How one megatron-core tensor is made of HF tensors and taken apart again. Exact: they only move elements."""
+"""Conversions between one megatron-core tensor and the HF tensors of which it is made.
+
+They are exact, because they only move elements.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,30 @@ from exo_megatron.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Transform:
-    """`split(join(tensors))` gives back `tensors`, bit for bit."""
+    """A pair of functions: `split(join(tensors))` equals `tensors`, bit for bit."""
 
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
 
 
 def same() -> Transform:
-    """One tensor, as it is."""
+    """Return the transform of one tensor that stays as it is."""
     return Transform(join=lambda parts: parts[0], split=lambda whole: (whole,))
 
 
 def stacked_rows(*rows: int) -> Transform:
-    """Tensors of `rows[i]` rows one below the other: gate and up projections in one."""
+    """Return the transform that stacks tensors of `rows[i]` rows, one below the other.
+
+    Gate and up projections in one linear are an example.
+    """
     return Transform(join=lambda parts: torch.cat(list(parts)), split=lambda whole: whole.split(list(rows)))
 
 
 def padded_rows(rows: int, padded: int) -> Transform:
-    """[rows, ...] with zero rows below up to `padded`. Splitting drops the padding, whatever is in it."""
+    """Return the transform of [rows, ...] to [padded, ...], with zeros below.
+
+    Splitting drops the padding, whatever its values are.
+    """
 
     def join(parts: Sequence[Tensor]) -> Tensor:
         (part,) = parts
@@ -42,10 +51,11 @@ def padded_rows(rows: int, padded: int) -> Transform:
 
 
 def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Transform:
-    """q [heads*d, ...], k and v [kv_heads*d, ...] in megatron-core's row order.
+    """Return the transform of q, k and v to megatron-core's order of rows.
 
-    For each key/value head: its query heads, its key head, its value head. A cut of the rows into t equal parts then
-    gives each tensor-parallel rank whole groups, for any t that divides `kv_heads`.
+    q is [heads*d, ...], k and v are [kv_heads*d, ...]. The order is, for each key/value head: its
+    query heads, its key head, its value head. A division of the rows into t equal parts then gives
+    each tensor-parallel rank whole groups, for any t that divides `kv_heads`.
     """
     per_group = heads // kv_heads * head_dim
 
@@ -61,14 +71,17 @@ def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Transform:
 
 
 def regrouped(hf: Transform, ours: Transform) -> Transform:
-    """One HF tensor that fuses the parts of `ours`. hf: how it is made of the same parts, in the same order."""
+    """Return the transform of one HF tensor that fuses the parts of `ours`.
+
+    `hf` makes that tensor of the same parts, in the same order.
+    """
     return Transform(
         join=lambda parts: ours.join(hf.split(parts[0])), split=lambda whole: (hf.join(ours.split(whole)),)
     )
 
 
 def transposed(how: Transform) -> Transform:
-    """`how` for HF matrices that are stored as [inputs, outputs]."""
+    """Return `how` for HF matrices that are stored as [inputs, outputs]."""
     return Transform(
         join=lambda parts: how.join([part.t() for part in parts]),
         split=lambda whole: [part.t() for part in how.split(whole)],
@@ -76,13 +89,16 @@ def transposed(how: Transform) -> Transform:
 
 
 def fused_qkv(heads: int, kv_heads: int, head_dim: int) -> Transform:
-    """One tensor with the rows of all query heads, then of all key heads, then of all value heads, in our order."""
+    """Return the transform of one HF tensor of q, k and v to megatron-core's order of rows.
+
+    The HF tensor has the rows of all query heads, then of all key heads, then of all value heads.
+    """
     rows = stacked_rows(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     return regrouped(rows, grouped_qkv(heads, kv_heads, head_dim))
 
 
 def check_one_dtype(where: str, dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype that tensors which become one share. Raises CheckpointError if they differ."""
+    """Return the common dtype of tensors. Raises CheckpointError if they differ."""
     if len(set(dtypes.values())) > 1:
         (first, seen), (other, odd) = next(
             (pair, item) for pair in dtypes.items() for item in dtypes.items() if item[1] != pair[1]

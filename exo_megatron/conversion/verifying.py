@@ -1,9 +1,12 @@
-"""Comparing a distributed checkpoint with an HF checkpoint: the model's description, and every tensor bit for bit."""
+"""Comparison of a distributed checkpoint with an HF checkpoint.
+
+The models' descriptions are compared, and every tensor bit for bit.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +21,10 @@ from exo_megatron.conversion.rules import Entry, Family, Shape
 from exo_megatron.models.spec import ModelSpec
 
 Direction = Literal["import", "export"]
-"""Which was made of which. Where types differ, values of the source are converted to the type of what was made."""
+"""The conversion: "import" made the distributed checkpoint, "export" the HF checkpoint.
+
+If types differ, values of the source are converted to the type of the result.
+"""
 
 _CHUNK = 2**24
 """Elements compared at once."""
@@ -28,7 +34,16 @@ _BITS = {4: torch.int32, 2: torch.int16}
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """An HF tensor that the checkpoint does not have in the same bits: where first, the values there, how much."""
+    """An HF tensor that differs from the checkpoint's.
+
+    Attributes:
+        name: HF's name.
+        index: index of the first different element.
+        hf: its value in HF.
+        stored: its value in the checkpoint.
+        elements: number of elements that differ.
+        largest: largest |difference|.
+    """
 
     name: str
     index: Shape
@@ -43,20 +58,23 @@ class TensorDifference:
 
 
 class Comparison:
-    """An HF checkpoint beside the tensors of a distributed one. Making it reads headers only.
+    """An HF checkpoint and the tensors of a distributed one. Making it reads headers only.
 
-    spec: what the family reads from HF's config.json. problems: tensors that one side lacks, has in addition, or has
-    in another shape, a line each. entries: what both sides have, to be given to `differences`.
+    Attributes:
+        spec: the model that the family reads from HF's config.json.
+        problems: tensors that one side lacks, has in addition, or has in another shape, a line
+            each.
+        entries: entries that both sides have, for `differences`.
     """
 
-    def __init__(self, hf: Path, stored: Mapping[str, tuple[Shape, torch.dtype]], made: Direction) -> None:
-        """stored: global shape and type of the checkpoint's tensors by key, without optimizer state.
+    def __init__(self, hf: Path, stored: Mapping[str, tuple[Shape, torch.dtype]]) -> None:
+        """Read the HF checkpoint's config and headers, and compare names and shapes.
 
-        Raises CheckpointError where HF's config.json or a file of weights cannot be read.
+        `stored` has global shape and type of the checkpoint's tensors by key, without optimizer
+        state. Raises CheckpointError if HF's config.json or a file of weights cannot be read.
         """
         family, self.spec = hf_spec(hf)
         self._hf = HfTensors(hf, family)
-        self.made = made
         entries = [entry for rule in family.tensors(self.spec) for entry in rule.entries()]
         wrong_keys = dict(_wrong_keys(entries, stored))
         wrong_names = dict(_wrong_names(entries, self._hf, family, tied=self.spec.tied_embeddings))
@@ -70,26 +88,34 @@ class Comparison:
 
     @property
     def names(self) -> int:
-        """How many HF tensors the entries hold."""
+        """Number of HF tensors of the entries."""
         return sum(len(entry.sources) for entry in self.entries)
 
     @property
     def parameters(self) -> int:
-        """Elements of the entries."""
+        """Number of elements of the entries."""
         return sum(math.prod(entry.rule.shape) for entry in self.entries)
 
-    def differences(self, entry: Entry, read: ReadEntry) -> Iterator[TensorDifference]:
-        """Take one entry of the checkpoint apart by the family's rule and compare the parts with HF's tensors."""
+    def differences(
+        self, entry: Entry, read: ReadEntry, directions: Sequence[Direction]
+    ) -> Iterator[tuple[Direction, TensorDifference]]:
+        """Yield the differences between one entry and HF's tensors, with the direction of each.
+
+        The entry, which `read` reads by key and index, is taken apart by the family's rule. The
+        parts are compared with HF's tensors bit for bit, once for each of `directions`.
+        """
         parts = entry.rule.transform.split(read(entry.rule.key, entry.index))
         for name, part in zip(entry.sources, parts, strict=True):
             for each in (name, self._repeats[name]) if name in self._repeats else (name,):
-                found = _compare(each, self._hf.read(each), part, self.made)
-                if found is not None:
-                    yield found
+                hf = self._hf.read(each)
+                for made in directions:
+                    found = _compare(each, hf, part, made)
+                    if found is not None:
+                        yield made, found
 
 
 def spec_differences(hf: ModelSpec, stored: ModelSpec) -> list[str]:
-    """The fields in which two descriptions of a model differ, a line each."""
+    """List the fields in which two descriptions of a model differ, a line each."""
     ours, theirs = _flat(stored.model_dump()), _flat(hf.model_dump())
     absent = "nothing"
     return [
@@ -107,7 +133,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _wrong_keys(entries: list[Entry], stored: Mapping[str, tuple[Shape, torch.dtype]]) -> Iterator[tuple[str, str]]:
-    """Keys of the checkpoint that are missing, of another shape or in excess, and what to say of each."""
+    """List keys of the checkpoint that are missing, of another shape or unknown, with messages."""
     expected = {entry.rule.key: entry.global_shape for entry in entries}
     for key, shape in expected.items():
         if key not in stored:
@@ -122,7 +148,7 @@ def _wrong_keys(entries: list[Entry], stored: Mapping[str, tuple[Shape, torch.dt
 
 
 def _wrong_names(entries: list[Entry], hf: HfTensors, family: Family, *, tied: bool) -> Iterator[tuple[str, str]]:
-    """The same for the names of HF tensors."""
+    """List names of HF tensors that are missing, of another shape or unknown, with messages."""
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
     output, embedding = family.tied_output
     if tied and output in hf.tensors:
@@ -160,7 +186,7 @@ def _compare(name: str, hf: Tensor, stored: Tensor, made: Direction) -> TensorDi
 
 
 def _of_one_type(hf: Tensor, stored: Tensor, made: Direction) -> tuple[Tensor, Tensor]:
-    """What was made has its own type; the source is converted to it as the conversion does."""
+    """Convert the source to the type of the result, as the conversion does."""
     if made == "import":
         return hf.to(stored.dtype).contiguous(), stored.contiguous()
     return hf.contiguous(), stored.to(hf.dtype).contiguous()

@@ -8,25 +8,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.data.fields import boolean, finite_number, finite_numbers, object_list, text, token_ids, wrong_type
 from exo_megatron.data.logprob_source import LogprobSource, parse_source
-from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.data.records import (
+    SourceRecord,
+    boolean,
+    finite_number,
+    finite_numbers,
+    object_list,
+    read_jsonl_records,
+    text,
+    token_ids,
+    wrong_type,
+)
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl
 
 CANDIDATES_FILE = "candidates.jsonl"
 ROLLOUT_FILE = "rollout.json"
-"""How the candidates beside it were drawn."""
+"""Description of the rollout that drew the candidates beside it."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sampled completion.
+    """One sampled candidate.
 
-    token_ids: R >= 1 ids as sampled, never re-encoded. finished: it ended by itself, so the last id is
-    end-of-sequence. logprob: sum over all its tokens, in nats, under softmax(logits / temperature) of the policy
-    that drew it, without any truncation of that distribution. logprob_digest: of the record's source and the ids
-    that it belongs to (see LogprobSource.digest).
+    Attributes:
+        text: its text.
+        token_ids: R >= 1 ids as sampled, never re-encoded.
+        finished: whether it ended by itself, so that the last id is end-of-sequence.
+        logprob: sum over all its tokens, in nats, under softmax(logits / temperature) of the policy
+            that drew it, without any truncation of that distribution.
+        logprob_digest: digest of the record's source and of the ids that the log-prob belongs to
+            (see LogprobSource.digest).
     """
 
     text: str
@@ -40,8 +53,9 @@ class Candidate:
 class CandidateRecord:
     """One prompt, its K >= 1 candidates and, once scored, their K rewards.
 
-    logprob_source: how the forward pass of training computed the log-probs; every candidate has one then, with its
-    digest. None: they came from elsewhere, if there are any, and no run relies on them.
+    `logprob_source` describes the forward pass of training that computed the log-probs; every
+    candidate then has one with its digest. It is None if the log-probs, if any, came from
+    elsewhere, and then no run uses them.
     """
 
     id: str
@@ -53,32 +67,38 @@ class CandidateRecord:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What a reward source reads."""
+        """The K texts that a reward source reads."""
         return tuple(candidate.text for candidate in self.candidates)
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """K log-probs of a record that has them (`logprob_source`)."""
+        """The K log-probs, for a record that has a `logprob_source`."""
         return tuple(candidate.logprob for candidate in self.candidates if candidate.logprob is not None)
 
 
 def read_candidates(path: Path) -> list[CandidateRecord]:
     """Read a candidates file, or the one in a stage's output directory.
 
-    Raises DataError naming file and line for anything malformed: also duplicate ids, NaN log-probs or rewards, and
-    a number of rewards other than K.
+    Raises DataError, which names file and line, for a malformed record, a repeated id, NaN
+    log-probs or rewards, and a number of rewards other than K.
     """
     file = path / CANDIDATES_FILE if path.is_dir() else path
     return [parse_candidate_record(record) for record in read_jsonl_records(file)]
 
 
 def write_candidates(path: Path, records: Iterable[CandidateRecord]) -> None:
-    """Write records to the file `path`, all or nothing. Non-finite log-probs and rewards are a ValueError."""
+    """Write records to the file `path` atomically.
+
+    Raises ValueError for log-probs and rewards that are not finite.
+    """
     write_jsonl(path, map(_stored, records))
 
 
 def parse_candidate_record(record: SourceRecord) -> CandidateRecord:
-    """Check one stored record and give it its types; DataError at the record's file and line."""
+    """Check one stored record and convert it to its types.
+
+    Raises DataError with the record's file and line.
+    """
     where, fields = record.where, record.fields
     source = _parse_source(where, fields)
     candidates = tuple(
@@ -113,7 +133,7 @@ def _parse_source(where: str, fields: Mapping[str, Any]) -> LogprobSource | None
 
 
 def _parse_candidate(where: str, fields: Mapping[str, Any], *, sourced: bool) -> Candidate:
-    """sourced: the record says where its log-probs come from, so each candidate must have one."""
+    """Parse one candidate. It must have a log-prob with its digest if `sourced`."""
     known = _known(fields)
     if sourced and not {"logprob", "logprob_digest"} <= known.keys():
         raise DataError(
@@ -132,7 +152,7 @@ def _parse_candidate(where: str, fields: Mapping[str, Any], *, sourced: bool) ->
 
 
 def _stored(record: CandidateRecord) -> dict[str, Any]:
-    """The record as JSON. What is not known is absent, not null."""
+    """Convert the record to JSON values. Unknown values are absent, not null."""
     logprobs = [candidate.logprob for candidate in record.candidates if candidate.logprob is not None]
     if not all(map(math.isfinite, (*logprobs, *(record.rewards or ())))):
         raise ValueError(f"record {record.id!r} has a log-prob or reward that is not finite")
@@ -142,5 +162,5 @@ def _stored(record: CandidateRecord) -> dict[str, Any]:
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls, which columnar data sets use for what is absent."""
+    """Remove nulls, which columnar data sets use for absent values."""
     return {name: value for name, value in fields.items() if value is not None}

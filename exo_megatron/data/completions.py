@@ -1,4 +1,4 @@
-"""Completions that did not come from `rollout`: texts under `prompt` and `completions`, before and after scoring."""
+"""Candidates that did not come from `rollout`: texts under the keys `prompt` and `completions`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from exo_megatron.data.candidates import CANDIDATES_FILE, CandidateRecord, parse_candidate_record, write_candidates
-from exo_megatron.data.fields import completion_texts, prompt_text
-from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.data.records import SourceRecord, completion_texts, prompt_text, read_jsonl_records
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl
 
 
 @dataclass(frozen=True)
 class CompletionsRecord:
-    """One prompt, its K >= 1 completions as strings and, once scored, their K rewards."""
+    """One prompt, its K >= 1 candidates as strings and, once scored, their K rewards."""
 
     id: str
     prompt: str
@@ -24,7 +23,7 @@ class CompletionsRecord:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What a reward source reads."""
+        """The K texts that a reward source reads."""
         return self.completions
 
 
@@ -32,10 +31,11 @@ ScorableRecord = CandidateRecord | CompletionsRecord
 
 
 def read_scorable(path: Path) -> list[ScorableRecord]:
-    """Read what `score` can judge: a rollout's output, a file of its records, or a file of prompts and completions.
+    """Read the input of `score`, in one of two formats that the first record decides.
 
-    The first record decides which. Rewards that are there already are not kept.
-    Raises DataError naming file and line for anything malformed.
+    The input is a rollout's output directory, a file of its records, or a file with `prompt` and
+    `completions`. Rewards in it are dropped. Raises DataError, which names file and line, for a
+    malformed record.
     """
     records = read_jsonl_records(path / CANDIDATES_FILE if path.is_dir() else path)
     if "completions" in records[0].fields:
@@ -44,7 +44,7 @@ def read_scorable(path: Path) -> list[ScorableRecord]:
 
 
 def write_scored(path: Path, records: Sequence[ScorableRecord]) -> None:
-    """Write records to the file `path`, all or nothing, in the format they were read in."""
+    """Write records to the file `path` atomically, in the format in which they were read."""
     candidates = [record for record in records if isinstance(record, CandidateRecord)]
     if candidates:
         write_candidates(path, candidates)

@@ -1,27 +1,39 @@
-"""From records to prompts and candidate groups. Everything is read and checked before any model is built."""
+"""Reading of records as prompts and candidate groups. All are checked before any model is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from exo_megatron.config.losses import Compares, LossRow
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
-from exo_megatron.data.fields import completion_text, completion_texts, finite_numbers, prompt_text
 from exo_megatron.data.groups import Group
-from exo_megatron.data.records import SourceRecord, read_records
+from exo_megatron.data.records import (
+    SourceRecord,
+    completion_text,
+    completion_texts,
+    finite_number_lists,
+    finite_numbers,
+    prompt_text,
+    read_records,
+)
 from exo_megatron.data.stored_logprobs import WantedLogprobs, reference_logprobs
-from exo_megatron.data.tokenizer import Text, Tokenizer
+from exo_megatron.data.text import Text
+from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import DataError
 
-Purpose = Literal["sft", "rewards", "preference"]
+Purpose = Literal["sft"] | Compares
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. text: as the model sees it, so chat messages rendered. ids: P >= 1 token ids, BOS included."""
+    """One prompt: the text that the model sees (chat messages rendered) and its token ids.
+
+    There are P >= 1 ids, BOS included.
+    """
 
     id: str
     text: str
@@ -29,10 +41,10 @@ class Prompt:
 
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """Read the prompts of a data source; only the field "prompt" is needed, and "id" used where there is one.
+    """Read the prompts of a data source from the field "prompt", and from "id" if there is one.
 
-    The prompts of a candidates file keep their stored ids. Raises DataError for bad records and for a prompt
-    longer than max_prompt_tokens.
+    The prompts of a candidates file keep their stored ids. Raises DataError for bad records and for
+    a prompt longer than max_prompt_tokens.
     """
     encoder = _Encoder(tokenizer, config)
     records = read_records(config.path, split=config.split, limit=config.limit)
@@ -46,20 +58,32 @@ def load_groups(
     purpose: Purpose,
     candidates: int | None = None,
     logprobs: WantedLogprobs | None = None,
+    loss: LossRow | None = None,
 ) -> list[Group]:
     """Read candidate groups, in the order of the records.
 
-    purpose "sft": K = 1, from "chosen". "preference": K = 2, chosen first, from "chosen" and "rejected" or from the
-    best and the worst (first of equals) of rewarded completions. "rewards": all completions with their rewards,
-    from "completions" and "rewards" or from a scored candidates file, whose token ids are used as they are.
-    candidates: the number that every record must have; default any, from 2 on. logprobs: the reference log-probs that
-    groups get from records that have them; default: stored log-probs are not looked at.
+    Args:
+        config: the data source and its limits.
+        tokenizer: converts texts to token ids. The ids of a candidates file are used as they are.
+        purpose: "sft" reads K = 1 candidate from "chosen". "preference" reads K = 2, the chosen one
+            first, from "chosen" and "rejected" or from the best and the worst (first of equals) of
+            rewarded candidates. "rewards" reads all candidates with their rewards, from
+            "completions" and "rewards" or from a scored candidates file.
+        candidates: number of candidates that every record must have; None for any number from 2 on.
+        logprobs: reference log-probs that groups get from records that have them; None to ignore
+            stored log-probs.
+        loss: the fields "log_weights", "reference_token_logprobs" and "behaviour_token_logprobs"
+            are read if it needs them.
 
-    Raises DataError for bad records, prompts and completions over the limits of `config`, empty completions,
-    rewards that are not finite, numbers of candidates that do not fit, preferences between equal rewards, and stored
-    log-probs other than those wanted.
+    Returns:
+        One group per record.
+
+    Raises:
+        DataError: bad records, prompts and candidates over the limits of `config`, empty
+            candidates, rewards that are not finite, a wrong number of candidates, preferences
+            between equal rewards, and stored log-probs other than those wanted.
     """
-    encoder = _Encoder(tokenizer, config, logprobs)
+    encoder = _Encoder(tokenizer, config, logprobs, loss)
     build: Callable[[SourceRecord], Group] = {
         "sft": lambda record: _sft_group(record, encoder),
         "rewards": lambda record: _rewarded_group(record, encoder, candidates),
@@ -69,12 +93,22 @@ def load_groups(
 
 
 class _Encoder:
-    """Tokenises the texts of records and holds what they bring to what is wanted; never shortens anything."""
+    """A converter of texts to checked token ids, and of stored log-probs to wanted ones.
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig, logprobs: WantedLogprobs | None = None) -> None:
+    It never shortens a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        logprobs: WantedLogprobs | None = None,
+        loss: LossRow | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.logprobs = logprobs
+        self.loss = loss
 
     def prompt(self, record: SourceRecord, prompt: Text) -> tuple[int, ...]:
         with _located(record):
@@ -119,7 +153,7 @@ class _Encoder:
 
 @contextmanager
 def _located(record: SourceRecord) -> Iterator[None]:
-    """Say at which record the tokenizer met with an error."""
+    """Add the place of the record to errors of the tokenizer."""
     try:
         yield
     except DataError as error:
@@ -156,7 +190,41 @@ def _rewarded_group(record: SourceRecord, encoder: _Encoder, count: int | None) 
             fix="draw more candidates (sampling.candidates), or remove the record",
         )
     _check_count(record, size, count)
+    return _with_loss_fields(record, group, encoder)
+
+
+def _with_loss_fields(record: SourceRecord, group: Group, encoder: _Encoder) -> Group:
+    """Read the further fields of the loss: a value per candidate, or values per token."""
+    if encoder.loss is None:
+        return group
+    where, fields, loss = record.where, record.fields, encoder.loss
+    if loss.log_weights:
+        weights = finite_numbers(where, fields, "log_weights")
+        _check_length(where, "log_weights", len(weights), len(group.candidates))
+        group = replace(group, log_weights=weights)
+    if loss.token_logps:
+        group = replace(
+            group,
+            reference_token_logprobs=_token_logprobs(record, group, "reference_token_logprobs"),
+            behaviour_token_logprobs=_token_logprobs(record, group, "behaviour_token_logprobs"),
+        )
     return group
+
+
+def _token_logprobs(record: SourceRecord, group: Group, name: str) -> tuple[tuple[float, ...], ...] | None:
+    """Read the log-probs of every token of every candidate; None if the record has none."""
+    if name not in record.fields:
+        return None
+    values = finite_number_lists(record.where, record.fields, name)
+    _check_length(record.where, name, len(values), len(group.candidates))
+    for k, (per_token, candidate) in enumerate(zip(values, group.candidates, strict=True)):
+        _check_length(record.where, f"{name}[{k}]", len(per_token), len(candidate))
+    return values
+
+
+def _check_length(where: str, name: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise DataError(where, f"{name!r} has {found} values", expected=f"{wanted}", fix="correct the record")
 
 
 def _preference_group(record: SourceRecord, encoder: _Encoder, count: int | None) -> Group:
@@ -169,11 +237,14 @@ def _preference_group(record: SourceRecord, encoder: _Encoder, count: int | None
     )
     _check_count(record, 2, count)
     _check_different(record, chosen, rejected)
-    return Group(record.id, encoder.prompt(record, prompt), (chosen, rejected))
+    return _with_loss_fields(record, Group(record.id, encoder.prompt(record, prompt), (chosen, rejected)), encoder)
 
 
 def _best_and_worst(record: SourceRecord, group: Group) -> Group:
-    """The pair that the rewards prefer most clearly."""
+    """Take the candidates with the highest and the lowest reward, in this order.
+
+    Raises DataError if all rewards or both texts are equal.
+    """
     rewards = group.rewards or ()
     best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
     if rewards[best] == rewards[worst]:

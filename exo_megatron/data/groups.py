@@ -1,19 +1,33 @@
-"""The candidate group: one prompt, its K candidates, their rewards and reference log-probs."""
+"""The candidate group, with rewards and reference log-probs; and the groups of each step."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and its K >= 1 candidates, as token ids fixed at ingestion.
+    """One prompt and its K >= 1 candidates, as token ids that are fixed when the data is read.
 
-    prompt: P >= 1 token ids. candidates: K tuples of R_k >= 1 ids, end-of-sequence included where the candidate
-    ended by itself. For preference data candidate 0 is the chosen one. rewards and reference_logprobs, where
-    known, hold K floats; a reference log-prob is the sum over the candidate's tokens, in nats, at the
-    temperature of the loss.
+    Attributes:
+        prompt: P >= 1 token ids.
+        candidates: K tuples of R_k >= 1 ids, end-of-sequence included if the candidate ended by
+            itself. For preference data candidate 0 is the chosen one.
+        rewards: K rewards, or None.
+        reference_logprobs: K log-probs of the reference, or None. Each is the sum over the
+            candidate's tokens, in nats, at the temperature of the loss.
+        log_weights: K logarithms of importance weights, for losses that need them.
+        reference_token_logprobs: log-probs of every token under the reference, R_k for each
+            candidate, for losses that need them.
+        behaviour_token_logprobs: the same under the behaviour policy, which drew the candidates.
     """
 
     id: str
@@ -21,22 +35,100 @@ class Group:
     candidates: tuple[tuple[int, ...], ...]
     rewards: tuple[float, ...] | None = None
     reference_logprobs: tuple[float, ...] | None = None
+    log_weights: tuple[float, ...] | None = None
+    reference_token_logprobs: tuple[tuple[float, ...], ...] | None = None
+    behaviour_token_logprobs: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the group occupies in a packed row: P + R_1 + ... + R_K."""
+        """Number of tokens that the group occupies in a micro-batch: P + R_1 + ... + R_K."""
         return len(self.prompt) + sum(len(candidate) for candidate in self.candidates)
 
     def take(self, numbers: Sequence[int]) -> Group:
-        """The group of the candidates with these numbers only, in this order, with all that is known of them."""
+        """Take only the candidates with these numbers, in this order, with all their values."""
         return Group(
             self.id,
             self.prompt,
             tuple(self.candidates[k] for k in numbers),
             rewards=_taken(self.rewards, numbers),
             reference_logprobs=_taken(self.reference_logprobs, numbers),
+            log_weights=_taken(self.log_weights, numbers),
+            reference_token_logprobs=_taken(self.reference_token_logprobs, numbers),
+            behaviour_token_logprobs=_taken(self.behaviour_token_logprobs, numbers),
         )
 
 
-def _taken(values: tuple[float, ...] | None, numbers: Sequence[int]) -> tuple[float, ...] | None:
+def _taken(values: tuple[T, ...] | None, numbers: Sequence[int]) -> tuple[T, ...] | None:
     return None if values is None else tuple(values[k] for k in numbers)
+
+
+def data_digest(groups: Sequence[Group]) -> str:
+    """Compute the SHA-256 of ids, token ids and rewards of the groups, in order.
+
+    Importance weights and log-probs of a behaviour policy are included where groups have them.
+    """
+    digest = hashlib.sha256()
+    for group in groups:
+        parts: list[object] = [group.id, group.prompt, group.candidates, group.rewards]
+        parts += [each for each in (group.log_weights, group.behaviour_token_logprobs) if each is not None]
+        digest.update(repr(tuple(parts)).encode())
+    return digest.hexdigest()
+
+
+class StepSampler:
+    """Shuffled epochs that are cut into steps of `groups_per_step` groups.
+
+    The last step of an epoch may be smaller. Each epoch is a permutation of all groups keyed by
+    (seed, epoch). There is no state between calls.
+
+    Args:
+        num_groups: size of the data set.
+        groups_per_step: groups of one optimizer step, over all data-parallel ranks.
+        epochs: passes over the data.
+        max_steps: most steps, if the epochs last longer; None for no limit.
+        seed: seed of the order.
+    """
+
+    def __init__(self, num_groups: int, *, groups_per_step: int, epochs: int, max_steps: int | None, seed: int) -> None:
+        if min(num_groups, groups_per_step, epochs) < 1:
+            raise ValueError(f"sizes must be positive: {num_groups=}, {groups_per_step=}, {epochs=}")
+        self.num_groups = num_groups
+        self.groups_per_step = groups_per_step
+        self.seed = seed
+        self.steps_per_epoch = -(-num_groups // groups_per_step)
+        steps = epochs * self.steps_per_epoch
+        self.total_steps = steps if max_steps is None else min(steps, max_steps)
+
+    def indices(self, step: int) -> list[int]:
+        """List the indices (0..num_groups-1) of the groups of one step, 0 <= step < total_steps.
+
+        Raises IndexError for another step.
+        """
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of {self.total_steps}")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(self.num_groups, self.seed, epoch)
+        return list(order[place * self.groups_per_step : (place + 1) * self.groups_per_step])
+
+    def epoch(self, steps: int) -> float:
+        """Count the passes over the data after `steps` steps (0..total_steps), fractions included.
+
+        Raises IndexError for another number of steps.
+        """
+        if not 0 <= steps <= self.total_steps:
+            raise IndexError(f"{steps} of {self.total_steps} steps")
+        epochs, place = divmod(steps, self.steps_per_epoch)
+        return epochs + place * self.groups_per_step / self.num_groups
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_groups: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Permute range(num_groups).
+
+    The order is that of raw Philox words. numpy guarantees this stream for all versions, unlike
+    that of `Generator.permutation`, and a run must see the same order if it resumes with another
+    numpy.
+    """
+    key = np.array([seed & (2**64 - 1), epoch], dtype=np.uint64)
+    words = np.random.Philox(key=key).random_raw(num_groups)
+    return tuple(np.argsort(words, kind="stable").tolist())

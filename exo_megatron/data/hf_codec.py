@@ -11,13 +11,15 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from exo_megatron.data.reasons import reason
-from exo_megatron.data.tokenizer import Message
-from exo_megatron.errors import DataError
+from exo_megatron.data.text import Message
+from exo_megatron.errors import DataError, reason
 
 
 class HfCodec:
-    """A fast tokenizer, and a copy of it that neither inserts nor strips a space at the beginning of a text."""
+    """A fast tokenizer, and a copy of it that leaves spaces at the beginning of a text alone.
+
+    The copy neither inserts nor strips a space there, so it is used for continuations.
+    """
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         self.path = path
@@ -34,17 +36,23 @@ class HfCodec:
         self.prefix_ids = _default_prefix(tokenizer)
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
-        """Ids of the text; special tokens written out in it are recognised, as chat templates need."""
+        """Return the ids of the text.
+
+        Special tokens that are written out in it are recognised, as chat templates need.
+        """
         ids: list[int] = self._backend(continuation).encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
-        """Text of the ids without special tokens."""
+        """Return the text of the ids without special tokens."""
         text: str = self._backend(continuation).decode(list(ids), skip_special_tokens=True)
         return text
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Messages through the chat template; DataError where there is none or it refuses them."""
+        """Render messages with the chat template.
+
+        Raises DataError if there is no template or it refuses the messages.
+        """
         if self._tokenizer.chat_template is None:
             raise DataError(
                 str(self.path),
@@ -56,7 +64,7 @@ class HfCodec:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=generation_prompt, tokenize=False
             )
-        # Templates raise whatever their authors chose, through jinja2 or transformers.
+        # Templates raise exceptions of any type, through jinja2 or transformers.
         except Exception as error:
             raise DataError(
                 str(self.path),
@@ -71,7 +79,11 @@ class HfCodec:
 
 
 def load_hf_codec(path: Path) -> HfCodec:
-    """Load a tokenizer directory with AutoTokenizer, from local files and without running code of its own."""
+    """Load a tokenizer directory with AutoTokenizer, from local files, running none of its code.
+
+    Raises DataError if the tokenizer cannot be loaded, is no fast tokenizer, or differs from its
+    SentencePiece model.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     # transformers raises many unrelated types for files that it cannot use.
@@ -106,7 +118,10 @@ def _eos_id(path: Path, tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _default_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """What the tokenizer writes before a text by itself; what it may write after it is not wanted in a prompt."""
+    """Return the ids that the tokenizer puts before a text by default.
+
+    Ids that it puts after a text do not belong in a prompt.
+    """
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a", add_special_tokens=True)
     for start in range(len(full) - len(plain) + 1):
@@ -116,16 +131,17 @@ def _default_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 
 def _check_conversion(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Compare with the SentencePiece model that transformers converted.
+    """Raise DataError if the tokenizer differs from the SentencePiece model it was made from.
 
-    transformers 5 builds `LlamaTokenizer` as BPE whatever the model is; a unigram model then falls apart into
-    characters without a word.
+    transformers 5 builds `LlamaTokenizer` as BPE for every model. With a unigram model the result
+    splits texts into characters, without a warning.
     """
     original = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     size = original.get_piece_size()
     for start in range(64):
         pieces = original.decode([i for i in range(start, size, 64) if _is_text(original, i)][:32])
-        text = " ".join(pieces.split())  # the two may differ on extra spaces, which SentencePiece may drop
+        # SentencePiece may drop extra spaces, on which the two may then differ.
+        text = " ".join(pieces.split())
         if original.encode(text) != tokenizer.encode(text, add_special_tokens=False):
             raise DataError(
                 str(path),
@@ -140,7 +156,10 @@ def _is_text(model: SentencePieceProcessor, piece: int) -> bool:
 
 
 def _without_prefix_space(node: Any) -> Any:
-    """A tokenizer.json tree whose normaliser, pre-tokeniser and decoder leave the beginning of a text alone."""
+    """Change a tokenizer.json tree so that it leaves the beginning of a text alone.
+
+    This concerns its normaliser, its pre-tokeniser and its decoder.
+    """
     if isinstance(node, list):
         kept = [_without_prefix_space(item) for item in node]
         return [item for item in kept if not _touches_beginning(item)]
@@ -161,7 +180,7 @@ def _without_prefix_space(node: Any) -> Any:
 
 
 def _touches_beginning(node: Any) -> bool:
-    """The normaliser that prepends a space (U+2581), and the decoder that strips it again."""
+    """Tell whether a node prepends a space (U+2581) to a text, or strips it again when decoding."""
     if not isinstance(node, dict):
         return False
     kind = node.get("type")

@@ -1,4 +1,4 @@
-"""What a stored log-prob belongs to: model, temperature, precision, and the token ids themselves."""
+"""The source of a stored log-prob: model, temperature, precision and token ids."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exo_megatron.data.fields import finite_number, text
+from exo_megatron.data.records import finite_number, text
 
 DIGEST_LENGTH = 16
 
 
 @dataclass(frozen=True)
 class LogprobSource:
-    """How log-probs were computed. Says nothing of the topology, which changes them by no more than rounding.
+    """The computation that log-probs came from.
 
-    fingerprint: of the checkpoint (see read_fingerprint). temperature: by which logits were divided. precision: of
-    parameters and activations, as compute.precision says it.
+    The topology is not part of it, because it changes them by no more than rounding.
+
+    Attributes:
+        fingerprint: fingerprint of the checkpoint (see read_fingerprint).
+        temperature: the number by which logits were divided.
+        precision: type of parameters and activations, as in compute.precision.
     """
 
     fingerprint: str
@@ -25,9 +29,10 @@ class LogprobSource:
     precision: str
 
     def digest(self, prompt: Sequence[int], candidate: Sequence[int]) -> str:
-        """Ties a number to this source and to the token ids: 16 hexadecimal digits.
+        """Return a digest of this source and the token ids: 16 hexadecimal digits.
 
-        A candidate at a time, so that records and candidates may be filtered, reordered, renamed and put together.
+        There is one for each candidate, so that records and candidates may be filtered, reordered,
+        renamed and joined.
         """
         ids = (" ".join(map(str, tokens)) for tokens in (prompt, candidate))
         parts = (self.fingerprint, repr(self.temperature), self.precision, *ids)
@@ -35,7 +40,7 @@ class LogprobSource:
 
 
 def parse_source(where: str, fields: Mapping[str, Any]) -> LogprobSource:
-    """Check the stored form and give it its types; DataError at `where`."""
+    """Check the stored form and convert it to its types. Raises DataError at `where`."""
     return LogprobSource(
         fingerprint=text(where, fields, "fingerprint"),
         temperature=finite_number(where, fields, "temperature"),

@@ -1,27 +1,36 @@
-"""Groups that do not fit into one packed row: which of their candidates go together, and on which rank.
+"""The plan for groups that exceed a micro-batch: the parts of their candidates, by rank.
 
-Such a group is trained on in parts: its prompt passes through the model once, then its candidates, some at a time
-(exo_megatron/training/oversized.py). All data-parallel ranks work on these groups in waves, at most one group per
-rank and wave. Where the last wave has fewer groups than ranks, several ranks may take candidates of one group.
+Such a group is trained on in parts: its prompt passes through the model once, then its candidates,
+some at a time (exo_megatron/training/oversized.py). All data-parallel ranks work on these groups in
+rounds, at most one group per rank and round. If the last round has fewer groups than ranks, several
+ranks may take candidates of one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import HIDDEN_SIZE, best_fit, candidate_cost, prompt_cost, row_capacity
-from exo_megatron.errors import DataError
+from exo_megatron.data.packing import (
+    HIDDEN_SIZE,
+    best_fit,
+    candidate_cost,
+    check_fits_in_parts,
+    microbatch_capacity,
+    prompt_cost,
+)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank does of one group in a wave: the candidates (numbers, ascending) of each of its passes.
+class Assignment:
+    """The work of one rank on one group in a round, as candidate numbers of each of its passes.
 
-    parts: forward and backward, the largest first. scored: forward alone before that, the candidates of all parts but
-    the first. group: index into the step's groups, None where the rank has none; its passes are then of padding only,
-    or there are none.
+    Attributes:
+        group: index into the step's groups; None if the rank has none. Its passes are then of
+            padding only, or there are none.
+        parts: forward and backward passes, the largest first. Numbers ascend in each.
+        scored: forward passes before these, over the candidates of all parts but the first.
     """
 
     group: int | None
@@ -30,51 +39,29 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Wave:
-    """One share per data-parallel rank. spread: whether a group of the wave is on several ranks."""
+class Round:
+    """One assignment per data-parallel rank.
 
-    shares: tuple[Share, ...]
-    spread: bool
+    `divided` tells whether a group of the round is on several ranks.
+    """
+
+    assignments: tuple[Assignment, ...]
+    divided: bool
 
 
 @dataclass(frozen=True)
 class OversizedPlan:
-    """ordinary: indices of the groups that fit into a row. waves: the work on the others. loads: its cost by rank."""
+    """The plan of one step.
+
+    Attributes:
+        ordinary: indices of the groups that fit into a micro-batch.
+        rounds: the work on the other groups.
+        loads: cost of that work by rank.
+    """
 
     ordinary: tuple[int, ...]
-    waves: tuple[Wave, ...]
+    rounds: tuple[Round, ...]
     loads: tuple[float, ...]
-
-
-def check_fits_in_parts(group: Group, *, max_tokens: int, multiple: int) -> None:
-    """Raise DataError for a group that fits into a row in no way: its prompt and longest candidate are too long."""
-    longest = max(len(candidate) for candidate in group.candidates)
-    capacity = row_capacity(max_tokens, multiple)
-    if len(group.prompt) + longest > capacity:
-        raise DataError(
-            f"group {group.id!r}",
-            f"{len(group.prompt)} tokens of the prompt and {longest} of its longest candidate",
-            expected=f"at most {capacity} together, one packed row (compute.max_tokens_per_microbatch = {max_tokens})",
-            fix="raise compute.max_tokens_per_microbatch, or shorten prompts or candidates",
-        )
-
-
-def rows_of_group(group: Group, *, max_tokens: int, multiple: int) -> Iterator[Group]:
-    """The group's candidates, in order, in as few groups with its prompt as fit into a row each.
-
-    For passes without gradients. The group itself where it fits. Raises DataError where no split helps.
-    """
-    check_fits_in_parts(group, max_tokens=max_tokens, multiple=multiple)
-    room = row_capacity(max_tokens, multiple) - len(group.prompt)
-    taken: list[int] = []
-    used = 0
-    for number, candidate in enumerate(group.candidates):
-        if used + len(candidate) > room:
-            yield group.take(taken)
-            taken, used = [], 0
-        taken.append(number)
-        used += len(candidate)
-    yield group.take(taken)
 
 
 def plan_oversized(
@@ -86,107 +73,142 @@ def plan_oversized(
     hidden_size: int = HIDDEN_SIZE,
     equal_passes: bool = False,
 ) -> OversizedPlan:
-    """Find the groups of one step that exceed a row, and spread them over ranks so that all finish early.
+    """Spread the groups of one step that exceed a micro-batch over the data-parallel ranks.
 
-    A rank holds the activations of a prompt and one part: together at most max_tokens. A pass without gradients holds
-    those of one layer, which are few: it may have max_tokens beside the prompt. equal_passes: every rank makes as many
-    passes as any other (model copies that share experts must), some of padding only. Depends on the arguments alone,
-    so every rank may compute it for itself. Raises DataError for a group that fits in no way.
+    The plan makes all ranks finish early. It depends on the arguments alone, so every rank may
+    compute it for itself.
+
+    A rank holds the activations of a prompt and one part, together at most max_tokens. A pass
+    without gradients holds the activations of one layer only, so it may have max_tokens besides the
+    prompt.
+
+    Args:
+        groups: all groups of the step.
+        data_size: number of data-parallel ranks.
+        max_tokens: tokens in one micro-batch, padding included.
+        multiple: number of tokens of which a micro-batch is a multiple.
+        hidden_size: model width, for the estimate of costs.
+        equal_passes: whether every rank makes the same number of passes, some of padding only.
+            Model copies that share experts must.
+
+    Returns:
+        The groups that fit, the rounds for the others, and their cost by rank.
+
+    Raises:
+        DataError: a group whose prompt and longest candidate exceed a micro-batch.
     """
-    capacity = row_capacity(max_tokens, multiple)
+    capacity = microbatch_capacity(max_tokens, multiple)
     large = [i for i, group in enumerate(groups) if group.num_tokens > capacity]
     for i in large:
         check_fits_in_parts(groups[i], max_tokens=max_tokens, multiple=multiple)
     works = [_Work(groups[i], i, capacity, hidden_size) for i in large]
     works.sort(key=lambda work: (-work.cost_on(1), work.index))
     loads = [0.0] * data_size
-    waves = []
+    rounds = []
     for start in range(0, len(works), data_size):
-        wave = _spread(works[start : start + data_size], loads)
-        waves.append(_equalised(wave) if equal_passes else wave)
+        round_ = _spread(works[start : start + data_size], loads)
+        rounds.append(_equalised(round_) if equal_passes else round_)
     ordinary = tuple(i for i, group in enumerate(groups) if group.num_tokens <= capacity)
-    return OversizedPlan(ordinary, tuple(waves), tuple(loads))
+    return OversizedPlan(ordinary, tuple(rounds), tuple(loads))
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One oversized group and what it costs, in units of `group_cost`."""
+    """One oversized group with the estimate of its cost, in units of `group_cost`."""
 
     group: Group
     index: int
     capacity: int
     hidden_size: int
 
-    def deal(self, ranks: int) -> list[Share]:
-        """Its candidates over so many ranks, longest first to the rank with the fewest tokens, then into parts."""
+    def assign(self, ranks: int) -> list[Assignment]:
+        """Assign the candidates to `ranks` ranks and divide them into parts.
+
+        The longest candidate comes first, each to the rank with the fewest tokens.
+        """
         lengths = [len(candidate) for candidate in self.group.candidates]
-        hands: list[list[int]] = [[] for _ in range(ranks)]
+        per_rank: list[list[int]] = [[] for _ in range(ranks)]
         tokens = [0] * ranks
         for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
             rank = tokens.index(min(tokens))
-            hands[rank].append(number)
+            per_rank[rank].append(number)
             tokens[rank] += lengths[number]
-        return [self._share(sorted(hand), lengths) for hand in hands]
+        return [self._assignment(sorted(numbers), lengths) for numbers in per_rank]
 
-    def _share(self, hand: list[int], lengths: list[int]) -> Share:
-        def rows(numbers: list[int], room: int) -> tuple[tuple[int, ...], ...]:
-            packed = best_fit([lengths[number] for number in numbers], room)
-            found = [tuple(sorted(numbers[i] for i in row)) for row in packed]
-            return tuple(sorted(found, key=lambda row: (-sum(lengths[number] for number in row), row)))
-
-        parts = rows(hand, self.capacity - len(self.group.prompt))
+    def _assignment(self, numbers: list[int], lengths: list[int]) -> Assignment:
+        parts = _pack(numbers, lengths, self.capacity - len(self.group.prompt))
         later = sorted(number for part in parts[1:] for number in part)
-        return Share(self.index, parts, rows(later, self.capacity))
+        return Assignment(self.index, parts, _pack(later, lengths, self.capacity))
 
-    def cost(self, share: Share) -> float:
-        """Forward and backward (3 units) of the prompt and all parts, and a forward (1 unit) of all but the first."""
+    def cost(self, assignment: Assignment) -> float:
+        """Estimate the cost of an assignment.
+
+        It is forward and backward (3 units) of the prompt and all parts, and a forward (1 unit) of
+        all parts but the first.
+        """
         prompt = len(self.group.prompt)
         parts = [
             sum(candidate_cost(prompt, len(self.group.candidates[number]), self.hidden_size) for number in part)
-            for part in share.parts
+            for part in assignment.parts
         ]
         return prompt_cost(prompt, self.hidden_size) + sum(parts) + sum(parts[1:]) / 3
 
     def cost_on(self, ranks: int) -> float:
-        """Of the most expensive share on so many ranks."""
-        return max(self.cost(share) for share in self.deal(ranks))
+        """Estimate the most expensive assignment on `ranks` ranks."""
+        return max(self.cost(assignment) for assignment in self.assign(ranks))
 
 
-def _spread(works: Sequence[_Work], loads: list[float]) -> Wave:
-    """At most as many groups as ranks, most expensive first; adds their costs to `loads`.
+def _pack(numbers: list[int], lengths: list[int], capacity: int) -> tuple[tuple[int, ...], ...]:
+    """Pack candidates into as few passes as best fit needs, the largest pass first.
 
-    Each starts on one rank, the costliest where there is least to do. While ranks are left, the group that would end
-    last gets the least loaded of them, if it then ends earlier: every rank that joins computes the prompt, too.
+    Numbers ascend in each pass.
+    """
+    packed = best_fit([lengths[number] for number in numbers], capacity)
+    passes = [tuple(sorted(numbers[i] for i in items)) for items in packed]
+    return tuple(sorted(passes, key=lambda items: (-sum(lengths[number] for number in items), items)))
+
+
+def _spread(works: Sequence[_Work], loads: list[float]) -> Round:
+    """Assign groups, at most as many as ranks, the most expensive first, and add costs to `loads`.
+
+    Each group starts on one rank, the most expensive one on the least loaded rank. While ranks are
+    left, the group that would end last gets the least loaded of them, if it then ends earlier. It
+    may not, because every rank that joins computes the prompt, too.
     """
     free = sorted(range(len(loads)), key=lambda rank: (loads[rank], rank))
     ranks = [[free.pop(0)] for _ in works]
 
     def end(place: int, on: list[int]) -> float:
-        shares = works[place].deal(len(on))
-        return max(loads[rank] + works[place].cost(share) for rank, share in zip(on, shares, strict=True))
+        assignments = works[place].assign(len(on))
+        return max(
+            loads[rank] + works[place].cost(assignment) for rank, assignment in zip(on, assignments, strict=True)
+        )
 
     while free:
         last = max(range(len(works)), key=lambda place: end(place, ranks[place]))
         more = [*ranks[last], free[0]]
-        # A rank may be left without candidates: then one more does not help.
+        # Another rank does not help if a rank would be left without candidates.
         if len(more) > len(works[last].group.candidates) or end(last, more) >= end(last, ranks[last]):
             break
         ranks[last].append(free.pop(0))
-    shares = [Share(None, (), ())] * len(loads)
+    assignments = [Assignment(None, (), ())] * len(loads)
     for work, on in zip(works, ranks, strict=True):
-        for rank, share in zip(on, work.deal(len(on)), strict=True):
-            shares[rank] = share
-            loads[rank] += work.cost(share)
-    return Wave(tuple(shares), spread=any(len(on) > 1 for on in ranks))
+        for rank, assignment in zip(on, work.assign(len(on)), strict=True):
+            assignments[rank] = assignment
+            loads[rank] += work.cost(assignment)
+    return Round(tuple(assignments), divided=any(len(on) > 1 for on in ranks))
 
 
-def _equalised(wave: Wave) -> Wave:
-    """The wave with empty passes where a rank has fewer than another."""
-    parts = max(len(share.parts) for share in wave.shares)
-    scored = max(len(share.scored) for share in wave.shares)
+def _equalised(round_: Round) -> Round:
+    """Add empty passes where a rank has fewer than another."""
+    parts = max(len(assignment.parts) for assignment in round_.assignments)
+    scored = max(len(assignment.scored) for assignment in round_.assignments)
 
-    def filled(rows: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
-        return rows + ((),) * (count - len(rows))
+    def filled(passes: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
+        return passes + ((),) * (count - len(passes))
 
-    shares = (Share(share.group, filled(share.parts, parts), filled(share.scored, scored)) for share in wave.shares)
-    return Wave(tuple(shares), wave.spread)
+    assignments = (
+        Assignment(assignment.group, filled(assignment.parts, parts), filled(assignment.scored, scored))
+        for assignment in round_.assignments
+    )
+    return Round(tuple(assignments), round_.divided)

@@ -1,61 +1,131 @@
-"""Which groups share a packed row, and which data-parallel rank computes it."""
+"""The groups of each micro-batch and of each data-parallel rank."""
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.models.layout import GroupLayout, build_layout
+from exo_megatron.errors import DataError
+from exo_megatron.models.layouts.groups import GroupLayout, build_layout
+from exo_megatron.models.spec import ModelSpec
 
 HIDDEN_SIZE = 4096
-"""Model width assumed where the caller names none: the balance depends on it only weakly."""
+"""Model width if the caller gives none: the balance depends on it only weakly."""
 
 WINDOW = 4096
-"""Groups planned together; longer lists (a whole data set to be scored) are planned window by window."""
+"""Number of groups planned together. Longer lists, as for scoring, are planned window by window."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The groups of one packed row, possibly none, and how they lie in it."""
+    """The groups of one micro-batch, possibly none, and their layout."""
 
     groups: tuple[Group, ...]
     layout: GroupLayout
 
 
 def make_microbatch(groups: Sequence[Group], *, multiple: int) -> MicroBatch:
-    """Lay out groups in one row, padded to a multiple of `multiple` tokens. No group gives a row of padding."""
+    """Lay out groups in one micro-batch, padded to a multiple of `multiple` tokens.
+
+    Without groups the micro-batch is padding only.
+    """
     layout = build_layout([group.prompt for group in groups], [group.candidates for group in groups], multiple=multiple)
     return MicroBatch(groups=tuple(groups), layout=layout)
 
 
-def row_capacity(max_tokens: int, multiple: int) -> int:
-    """Tokens of the longest row of at most max_tokens, padding included, that is a multiple of `multiple`."""
+def microbatch_capacity(max_tokens: int, multiple: int) -> int:
+    """Return the largest multiple of `multiple` tokens that is at most max_tokens."""
     return max_tokens // multiple * multiple
 
 
-def group_cost(group: Group, hidden_size: int = HIDDEN_SIZE) -> float:
-    """Cost of one group in units of one token's linear FLOPs.
+def check_groups(groups: Sequence[Group], spec: ModelSpec, compute: ComputeConfig, parallel: ParallelConfig) -> None:
+    """Raise DataError for a group that is too long for the model or for a micro-batch.
 
-    (P + sum R) + b/a * (P^2 / 2 + sum(P R + R^2 / 2)): every token through the linear layers, each prompt and each
-    candidate causally onto itself, and each candidate onto its prompt. b/a = 1 / (6 H): a layer spends 4 H FLOPs on
-    a query-key pair and, in the usual proportions of 12 H^2 weights, 24 H^2 on the linear part of a token.
+    It is too long if its prompt with its longest candidate needs more positions than the model has
+    or more tokens than a micro-batch holds.
+    """
+    for group in groups:
+        longest = len(group.prompt) + max(len(candidate) for candidate in group.candidates)
+        if longest > spec.max_positions:
+            raise DataError(
+                f"group {group.id}",
+                f"prompt and candidate need {longest} positions",
+                expected=f"at most {spec.max_positions}, the model's positions",
+                fix="shorten it, or lower data.max_prompt_tokens and data.max_completion_tokens",
+            )
+        check_fits_in_parts(group, max_tokens=compute.max_tokens_per_microbatch, multiple=parallel.token_multiple)
+
+
+def check_whole(groups: Sequence[Group], compute: ComputeConfig, parallel: ParallelConfig) -> None:
+    """Raise DataError for a group that exceeds a micro-batch, for losses that need whole groups."""
+    capacity = microbatch_capacity(compute.max_tokens_per_microbatch, parallel.token_multiple)
+    for group in groups:
+        if group.num_tokens > capacity:
+            raise DataError(
+                f"group {group.id!r}",
+                f"has {group.num_tokens} tokens, and the loss needs log-probs of single tokens",
+                expected=f"at most {capacity}, one micro-batch (compute.max_tokens_per_microbatch)",
+                fix="raise compute.max_tokens_per_microbatch, or remove the group",
+            )
+
+
+def check_fits_in_parts(group: Group, *, max_tokens: int, multiple: int) -> None:
+    """Raise DataError if a group's prompt and longest candidate exceed a micro-batch together."""
+    longest = max(len(candidate) for candidate in group.candidates)
+    capacity = microbatch_capacity(max_tokens, multiple)
+    if len(group.prompt) + longest > capacity:
+        raise DataError(
+            f"group {group.id!r}",
+            f"{len(group.prompt)} tokens of the prompt and {longest} of its longest candidate",
+            expected=f"at most {capacity} together, one micro-batch (compute.max_tokens_per_microbatch = {max_tokens})",
+            fix="raise compute.max_tokens_per_microbatch, or shorten prompts or candidates",
+        )
+
+
+def fit_candidates(group: Group, *, max_tokens: int, multiple: int) -> Iterator[Group]:
+    """Split a group into as few groups as possible that fit into a micro-batch each.
+
+    Each has the prompt and some of the candidates, in order. A group that fits is not split. This
+    is for passes without gradients. Raises DataError if no split helps.
+    """
+    check_fits_in_parts(group, max_tokens=max_tokens, multiple=multiple)
+    capacity = microbatch_capacity(max_tokens, multiple) - len(group.prompt)
+    taken: list[int] = []
+    used = 0
+    for number, candidate in enumerate(group.candidates):
+        if used + len(candidate) > capacity:
+            yield group.take(taken)
+            taken, used = [], 0
+        taken.append(number)
+        used += len(candidate)
+    yield group.take(taken)
+
+
+def group_cost(group: Group, hidden_size: int = HIDDEN_SIZE) -> float:
+    """Estimate the cost of one group in units of one token's linear FLOPs.
+
+    It is (P + sum R) + b/a * (P^2 / 2 + sum(P R + R^2 / 2)): the linear layers for every token,
+    causal attention in the prompt and in each candidate, and the attention of each candidate to its
+    prompt. b/a = 1 / (6 H): a layer of width H spends 4 H FLOPs on a query-key pair and, with the
+    usual 12 H^2 weights, 24 H^2 on the linear part of a token.
     """
     prompt = len(group.prompt)
-    responses = sum(candidate_cost(prompt, len(candidate), hidden_size) for candidate in group.candidates)
-    return prompt_cost(prompt, hidden_size) + responses
+    candidates = sum(candidate_cost(prompt, len(candidate), hidden_size) for candidate in group.candidates)
+    return prompt_cost(prompt, hidden_size) + candidates
 
 
 def prompt_cost(prompt: int, hidden_size: int) -> float:
-    """The share of a prompt of that many tokens in `group_cost`."""
+    """Estimate the share of a prompt of `prompt` tokens in `group_cost`."""
     return prompt + prompt * prompt / 2 / (6 * hidden_size)
 
 
-def candidate_cost(prompt: int, response: int, hidden_size: int) -> float:
-    """The share of one candidate of that many tokens."""
-    return response + response * (prompt + response / 2) / (6 * hidden_size)
+def candidate_cost(prompt: int, candidate: int, hidden_size: int) -> float:
+    """Estimate the share of one candidate of `candidate` tokens in `group_cost`."""
+    return candidate + candidate * (prompt + candidate / 2) / (6 * hidden_size)
 
 
 def plan_microbatches(
@@ -69,32 +139,46 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Spread the groups of one optimizer step over micro-batches of about equal cost.
 
-    max_tokens: tokens in one row, padding to `multiple` included. loads: what each rank has to do besides, in units of
-    `group_cost`; ranks with more of it get the cheaper rows. Returns [data rank][micro-batch] -> indices into
-    `groups`, ascending: each group once, the same number of micro-batches on every rank (as few as best-fit packing
-    needs), some of them empty where groups are few. Depends on the arguments alone, so every rank may compute it
-    for itself. Raises ValueError for a group that does not fit into one row: data/oversized.py is for those.
+    The plan depends on the arguments alone, so every rank may compute it for itself.
+    data/oversized.py plans groups that exceed a micro-batch.
+
+    Args:
+        groups: groups that fit into a micro-batch each.
+        data_size: number of data-parallel ranks.
+        max_tokens: tokens in one micro-batch, padding included.
+        multiple: number of tokens of which a micro-batch is a multiple.
+        hidden_size: model width, for the estimate of costs.
+        loads: cost of each rank's other work, in units of `group_cost`. Ranks with more of it get
+            the cheaper micro-batches.
+
+    Returns:
+        [data rank][micro-batch] -> indices into `groups`, ascending. Each group occurs once. Every
+        rank has the same number of micro-batches, as few as best-fit packing needs; some are empty
+        if groups are few.
+
+    Raises:
+        ValueError: a group exceeds a micro-batch.
     """
-    capacity = row_capacity(max_tokens, multiple)
+    capacity = microbatch_capacity(max_tokens, multiple)
     for group in groups:
         if group.num_tokens > capacity:
-            raise ValueError(f"group {group.id!r} has {group.num_tokens} tokens, a row {capacity}")
+            raise ValueError(f"group {group.id!r} has {group.num_tokens} tokens, a micro-batch {capacity}")
     plan: list[list[list[int]]] = [[] for _ in range(data_size)]
     load = list(loads or [0.0] * data_size)
     for start in range(0, max(1, len(groups)), WINDOW):
         window = groups[start : start + WINDOW]
         costs = [group_cost(group, hidden_size) for group in window]
         bins = _fill(costs, [group.num_tokens for group in window], data_size, capacity)
-        for rank, rows in enumerate(_deal(bins, costs, load)):
-            plan[rank] += [sorted(start + i for i in row) for row in rows]
+        for rank, microbatches in enumerate(_assign(bins, costs, load)):
+            plan[rank] += [sorted(start + i for i in items) for items in microbatches]
     return plan
 
 
 def _fill(costs: list[float], tokens: list[int], data_size: int, capacity: int) -> list[list[int]]:
     """Split the groups into a multiple of data_size bins within the capacity.
 
-    Karmarkar-Karp balances best but knows no capacity. Where its bins overflow, the greedy rule takes its place,
-    and where that finds no room the best-fit packing, whose bins are then nearly all full.
+    Karmarkar-Karp balances best but ignores the capacity. If its bins overflow, the greedy rule is
+    used, and if that finds no room, best-fit packing, whose bins are then nearly all full.
     """
     packed = best_fit(tokens, capacity)
     bins = max(1, -(-len(packed) // data_size)) * data_size
@@ -105,23 +189,26 @@ def _fill(costs: list[float], tokens: list[int], data_size: int, capacity: int) 
 
 
 def best_fit(tokens: list[int], capacity: int) -> list[list[int]]:
-    """Longest first, each into the fullest bin that has room, or into a new one."""
+    """Put items into bins, longest first, each into the fullest bin that has room or a new one."""
     plan: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    free_bins: list[tuple[int, int]] = []  # (free tokens, bin), ascending
     for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        place = bisect_left(room, (tokens[i], -1))
-        if place == len(room):
+        place = bisect_left(free_bins, (tokens[i], -1))
+        if place == len(free_bins):
             free, chosen = capacity, len(plan)
             plan.append([])
         else:
-            free, chosen = room.pop(place)
+            free, chosen = free_bins.pop(place)
         plan[chosen].append(i)
-        insort(room, (free - tokens[i], chosen))
+        insort(free_bins, (free - tokens[i], chosen))
     return plan
 
 
 def _least_loaded(costs: list[float], tokens: list[int], bins: int, capacity: int) -> list[list[int]] | None:
-    """Most expensive first, each into the cheapest bin that has room; None where one finds no room."""
+    """Put items into bins, most expensive first, each into the cheapest bin that has room.
+
+    Returns None if there is no room for an item.
+    """
     plan: list[list[int]] = [[] for _ in range(bins)]
     load, used = [0.0] * bins, [0] * bins
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -142,12 +229,16 @@ class _Partition:
     items: list[list[int]]
 
     def spread(self, bins: int) -> float:
-        """Difference between the largest and the smallest bin; an absent bin costs nothing."""
+        """Compute the difference between the largest and the smallest bin, 0 for an absent bin."""
         return self.costs[0] - (self.costs[-1] if len(self.costs) == bins else 0.0)
 
 
 def _differencing(costs: list[float], bins: int) -> list[list[int]]:
-    """Karmarkar-Karp for k bins: join the two partial plans of largest spread, largest bins with smallest."""
+    """Divide items among bins, balanced by Karmarkar-Karp.
+
+    The two partial plans of largest spread are joined, largest bins with smallest, until one is
+    left.
+    """
     plans = [_Partition([cost], [[i]]) for i, cost in enumerate(costs)]
     heap = [(-plan.spread(bins), i, plan) for i, plan in enumerate(plans)]
     heapq.heapify(heap)
@@ -162,7 +253,10 @@ def _differencing(costs: list[float], bins: int) -> list[list[int]]:
 
 
 def _join(first: _Partition, second: _Partition, bins: int) -> _Partition:
-    """Bin i of the first with bin (bins - 1 - i) of the second; only `shared` of those pairs are both non-empty."""
+    """Join bin i of the first plan with bin (bins - 1 - i) of the second, both by descending cost.
+
+    Absent bins are empty; `shared` is the number of pairs in which neither is.
+    """
     shared = max(0, len(first.costs) + len(second.costs) - bins)
     alone, other = len(first.costs) - shared, len(second.costs) - shared
     merged = list(zip(first.costs[:alone], first.items[:alone], strict=True))
@@ -174,10 +268,10 @@ def _join(first: _Partition, second: _Partition, bins: int) -> _Partition:
     return _Partition([cost for cost, _ in merged], [items for _, items in merged])
 
 
-def _deal(bins: list[list[int]], costs: list[float], load: list[float]) -> list[list[list[int]]]:
-    """Give every rank the same number of bins, the most expensive first and always to the rank with the least.
+def _assign(bins: list[list[int]], costs: list[float], load: list[float]) -> list[list[list[int]]]:
+    """Give every rank the same number of bins, the most expensive first, to the least loaded rank.
 
-    load: what each rank has to do already; what it gets is added.
+    `load` is the cost of each rank's other work; the cost of its bins is added to it.
     """
     totals = [sum(costs[i] for i in items) for items in bins]
     per_rank = len(bins) // len(load)

@@ -1,17 +1,19 @@
-"""Where records come from: JSON lines (also gzipped), `datasets` on disk or on the hub, directories of stages."""
+"""Records and their fields, from JSON lines (also gzipped), `datasets`, or a stage's output."""
 
 from __future__ import annotations
 
+import difflib
 import gzip
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.data.reasons import reason
-from exo_megatron.errors import DataError
+from exo_megatron.data.text import Message, Text
+from exo_megatron.errors import DataError, reason
 from exo_megatron.utils.files import parse_json_object, read_jsonl
 
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -21,8 +23,10 @@ JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 class SourceRecord:
     """One record as it was read.
 
-    where: file and line, or data set and row, for messages. id: the record's own "id", or its stable place.
-    fields: its values without nulls, which columnar data sets use for what is absent.
+    Attributes:
+        where: file and line, or data set and row, for messages.
+        id: the record's own "id", or its place, which does not change between runs.
+        fields: its values without nulls, which columnar data sets use for absent values.
     """
 
     where: str
@@ -31,11 +35,12 @@ class SourceRecord:
 
 
 def read_records(source: str, *, split: str, limit: int | None) -> list[SourceRecord]:
-    """Read all records (the first `limit`) of a data source.
+    """Read all records of a data source, or the first `limit`.
 
-    source: a JSON-lines file, a parquet file, a directory with candidates.jsonl, a directory made by
-    `Dataset.save_to_disk` or holding parquet or JSON files, or the name of a data set on the hub. split: where
-    the source is a `datasets` data set. Raises DataError for what cannot be read, is empty, or repeats an id.
+    `source` is a JSON-lines file, a parquet file, a directory with candidates.jsonl, a directory
+    that `Dataset.save_to_disk` made or that holds parquet or JSON files, or the name of a data set
+    on the hub. `split` is used if the source is a `datasets` data set. Raises DataError for a
+    source that cannot be read, is empty, or repeats an id.
     """
     path = Path(source).expanduser()
     if path.is_dir() and (path / "candidates.jsonl").is_file():
@@ -51,7 +56,10 @@ def read_records(source: str, *, split: str, limit: int | None) -> list[SourceRe
 
 
 def read_jsonl_records(path: Path, *, limit: int | None = None) -> list[SourceRecord]:
-    """Read a JSON-lines file; see `read_records`. A record without an id is called by its line number."""
+    """Read a JSON-lines file, as `read_records` does.
+
+    A record without an id gets its line number as the id.
+    """
     lines = _gzip_jsonl(path) if path.suffix == ".gz" else read_jsonl(path)
     return _collect(str(path), ((f"{path}:{n}", f"line-{n}", fields) for n, fields in lines), limit)
 
@@ -106,7 +114,7 @@ def _utf8(line: bytes, where: str) -> str:
 
 
 def _means_a_path(source: str) -> bool:
-    """Whether the user meant a file or directory: a hub name is `name` or `owner/name` without such marks."""
+    """Tell whether the user meant a file or directory, not a hub name (`name` or `owner/name`)."""
     return (
         source.startswith((".", "/", "~"))
         or source.count("/") > 1
@@ -115,7 +123,10 @@ def _means_a_path(source: str) -> bool:
 
 
 def _dataset_rows(source: str, path: Path, split: str) -> Iterable[Mapping[str, Any]]:
-    """Open a `datasets` data set and pick the split."""
+    """Open a `datasets` data set and return its split.
+
+    Raises DataError if the data set cannot be opened or has no such split.
+    """
     import datasets
 
     try:
@@ -150,3 +161,191 @@ def _load_file(datasets: Any, path: Path, split: str) -> Any:
     if path.suffix != ".parquet":
         raise ValueError(f"unknown kind of file {path.name!r}")
     return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
+
+
+Fields = Mapping[str, Any]
+
+
+def require(where: str, fields: Fields, name: str) -> Any:
+    """Return the value of a field.
+
+    Raises DataError, which suggests fields with similar names, if it is missing.
+    """
+    if name in fields:
+        return fields[name]
+    near = difflib.get_close_matches(name, list(fields), n=2, cutoff=0.5)
+    present = ", ".join(sorted(fields)) or "none"
+    raise DataError(
+        where,
+        f"has no field {name!r} (fields: {present})",
+        expected=f"a field {name!r}",
+        fix=f"rename {' or '.join(map(repr, near))} to {name!r}" if near else f"add {name!r}",
+    )
+
+
+def text(where: str, fields: Fields, name: str) -> str:
+    """Return a string field. Raises DataError for another value."""
+    value = require(where, fields, name)
+    if not isinstance(value, str):
+        raise wrong_type(where, name, value, "a string")
+    return _unicode(where, name, value)
+
+
+def boolean(where: str, fields: Fields, name: str) -> bool:
+    """Return a true/false field. Raises DataError for another value."""
+    value = require(where, fields, name)
+    if not isinstance(value, bool):
+        raise wrong_type(where, name, value, "true or false")
+    return value
+
+
+def finite_number(where: str, fields: Fields, name: str) -> float:
+    """Return a number that is neither NaN nor infinite. Raises DataError for another value."""
+    return _finite(where, name, require(where, fields, name))
+
+
+def finite_numbers(where: str, fields: Fields, name: str) -> tuple[float, ...]:
+    """Return a list of finite numbers. Raises DataError for another value."""
+    values = _list(where, fields, name, "a list of numbers")
+    return tuple(_finite(where, f"{name}[{k}]", value) for k, value in enumerate(values))
+
+
+def finite_number_lists(where: str, fields: Fields, name: str) -> tuple[tuple[float, ...], ...]:
+    """Return a list of lists of finite numbers. Raises DataError for another value."""
+    lists = dict(enumerate(_list(where, fields, name, "a list of lists of numbers")))
+    return tuple(finite_numbers(f"{where} {name}", {str(k): values}, str(k)) for k, values in lists.items())
+
+
+def token_ids(where: str, fields: Fields, name: str) -> tuple[int, ...]:
+    """Return a non-empty list of token ids >= 0. Raises DataError for another value."""
+    values = _list(where, fields, name, "a list of token ids")
+    if not values or not all(type(value) is int and value >= 0 for value in values):
+        raise wrong_type(where, name, values, "a non-empty list of token ids >= 0")
+    return tuple(values)
+
+
+def object_list(where: str, fields: Fields, name: str) -> list[Fields]:
+    """Return a non-empty list of JSON objects. Raises DataError for another value."""
+    values = _list(where, fields, name, "a list of objects")
+    if not values or not all(isinstance(value, Mapping) for value in values):
+        raise wrong_type(where, name, values, "a non-empty list of objects")
+    return list(values)
+
+
+def prompt_text(where: str, fields: Fields, name: str = "prompt") -> Text:
+    """Return a prompt: a string, or chat messages that do not end with the assistant's.
+
+    Raises DataError for another value.
+    """
+    value = _text_or_messages(where, name, require(where, fields, name))
+    if not isinstance(value, str) and value[-1]["role"] == "assistant":
+        raise DataError(
+            where,
+            f"{name!r} ends with a message of the assistant",
+            expected="a prompt that ends with the turn to be answered",
+            fix="move the assistant's last message into the completion",
+        )
+    return value
+
+
+def completion_text(where: str, fields: Fields, name: str, *, prompt: Text) -> Text:
+    """Return a candidate of `prompt`: a string, or one assistant message if the prompt is messages.
+
+    Raises DataError for another value and for an empty text.
+    """
+    return _completion(where, name, require(where, fields, name), prompt)
+
+
+def completion_texts(where: str, fields: Fields, name: str, *, prompt: Text) -> list[Text]:
+    """Return a non-empty list of candidates of `prompt`, each as `completion_text` returns it."""
+    values = _list(where, fields, name, "a list of completions")
+    if not values:
+        raise DataError(where, f"{name!r} is empty", expected="at least one completion", fix="remove the record")
+    return [_completion(where, f"{name}[{k}]", value, prompt) for k, value in enumerate(values)]
+
+
+def wrong_type(where: str, name: str, value: object, expected: str) -> DataError:
+    """Make the error for a value of the wrong kind, which is shown shortened."""
+    shown = repr(value)
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return DataError(where, f"{name!r} is {shown}", expected=expected, fix="correct the record")
+
+
+def _completion(where: str, name: str, value: object, prompt: Text) -> Text:
+    completion = _text_or_messages(where, name, value)
+    if isinstance(completion, str) != isinstance(prompt, str):
+        kinds = ("a string", "a list of messages")
+        raise DataError(
+            where,
+            f"'prompt' is {kinds[not isinstance(prompt, str)]}, {name!r} is {kinds[not isinstance(completion, str)]}",
+            expected="both strings, or both lists of messages",
+            fix="write the completion as the prompt is written",
+        )
+    if not isinstance(completion, str) and (len(completion) != 1 or completion[0]["role"] != "assistant"):
+        raise DataError(
+            where,
+            f"{name!r} has messages of {', '.join(message['role'] for message in completion)}",
+            expected="exactly one message, of the assistant",
+            fix="move all messages before the last answer into 'prompt'",
+        )
+    content = completion if isinstance(completion, str) else completion[0]["content"]
+    if not content.strip():
+        raise DataError(
+            where, f"{name!r} is an empty completion", expected="text", fix="remove the record or the completion"
+        )
+    return completion
+
+
+def _text_or_messages(where: str, name: str, value: object) -> Text:
+    if isinstance(value, str):
+        return _unicode(where, name, value)
+    if not isinstance(value, Sequence) or not value:
+        raise wrong_type(where, name, value, "a string or a non-empty list of chat messages")
+    return [_message(where, f"{name}[{k}]", item) for k, item in enumerate(value)]
+
+
+def _message(where: str, name: str, value: object) -> Message:
+    expected = 'a message {"role": string, "content": string}'
+    if not isinstance(value, Mapping):
+        raise wrong_type(where, name, value, expected)
+    role, content = value.get("role"), value.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise wrong_type(where, name, value, expected)
+    return {"role": role, "content": _unicode(where, name, content)}
+
+
+def _unicode(where: str, name: str, value: str) -> str:
+    """Return the text. Raises DataError if it holds half of a surrogate pair.
+
+    JSON can write that, but no tokenizer can read it.
+    """
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            where,
+            f"{name!r} has an unpaired surrogate ({error.object[error.start]!a}) at character {error.start}",
+            expected="Unicode text",
+            fix="correct the record: a character above U+FFFF was cut in two",
+        ) from None
+    return value
+
+
+def _list(where: str, fields: Fields, name: str, expected: str) -> list[Any]:
+    value = require(where, fields, name)
+    if not isinstance(value, list):
+        raise wrong_type(where, name, value, expected)
+    return value
+
+
+def _finite(where: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong_type(where, name, value, "a finite number")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the range of float
+        number = math.inf
+    if not math.isfinite(number):
+        raise wrong_type(where, name, value, "a finite number")
+    return number

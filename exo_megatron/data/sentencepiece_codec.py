@@ -8,17 +8,17 @@ from typing import NoReturn
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from exo_megatron.data.reasons import reason
-from exo_megatron.data.tokenizer import Message
-from exo_megatron.errors import DataError
+from exo_megatron.data.text import Message
+from exo_megatron.errors import DataError, reason
 
 
 class SentencePieceCodec:
-    """SentencePiece with and without the space that it puts before a text (its dummy prefix).
+    """A SentencePiece model, with and without the space that it puts before a text (dummy prefix).
 
-    A continuation is encoded and decoded without that space, so " was good" keeps its own one and "ly good" gets
-    none. Runs of spaces and spaces at the ends are kept even if the model was trained to drop them: joining a
-    prompt and a completion needs them. BOS comes first where the model has one, as in the models' own frameworks.
+    A continuation is encoded and decoded without that space, so " was good" keeps its own space and
+    "ly good" gets none. Runs of spaces and spaces at the ends are kept even if the model was
+    trained to drop them, because prompt and candidate are joined. BOS comes first if the model has
+    one, as in the models' own frameworks.
     """
 
     def __init__(self, file: Path) -> None:
@@ -29,7 +29,8 @@ class SentencePieceCodec:
             self._start = SentencePieceProcessor(model_proto=model.SerializeToString())
             model.normalizer_spec.add_dummy_prefix = False
             self._continuation = SentencePieceProcessor(model_proto=model.SerializeToString())
-        # protobuf's DecodeError has no stable base class; a damaged model can also be an OSError or RuntimeError.
+        # protobuf's DecodeError has no stable base class; a damaged model can also raise OSError
+        # or RuntimeError.
         except Exception as error:
             raise DataError(
                 str(file),
@@ -51,17 +52,17 @@ class SentencePieceCodec:
         self.prefix_ids: tuple[int, ...] = (bos,) if bos >= 0 else ()
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
-        """Ids of the text; control symbols written out in it are ordinary text."""
+        """Return the ids of the text; control symbols written out in it are ordinary text."""
         ids: list[int] = (self._continuation if continuation else self._start).encode(text)
         return ids
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
-        """Text of the ids; control symbols give nothing."""
+        """Return the text of the ids; control symbols give nothing."""
         text: str = (self._continuation if continuation else self._start).decode(list(ids))
         return text
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> NoReturn:
-        """Raise: a SentencePiece model has no chat template."""
+        """Raise DataError: a SentencePiece model has no chat template."""
         raise DataError(
             str(self.path),
             "a bare SentencePiece model has no chat template, and the data has chat messages",

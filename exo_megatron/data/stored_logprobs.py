@@ -1,4 +1,8 @@
-"""Log-probs that the data bring along, as reference log-probs of a run: those of the same everything, or an error."""
+"""Stored log-probs of the data as reference log-probs of a run.
+
+They are used only if model, temperature, precision and token ids are the same; otherwise they are
+an error.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from exo_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class WantedLogprobs:
-    """The reference log-probs that a run needs. checkpoint: where that model is, for messages."""
+    """The reference log-probs that a run needs. `checkpoint` is the model's path, for messages."""
 
     source: LogprobSource
     checkpoint: Path
@@ -27,10 +31,10 @@ class _Difference:
 
 
 def reference_logprobs(where: str, record: CandidateRecord, wanted: WantedLogprobs) -> tuple[float, ...] | None:
-    """The record's K log-probs if they are those wanted, None if it has none.
+    """Return the record's K log-probs; None if it has none.
 
-    Raises DataError at `where` if they are of other token ids, another model, temperature or precision: of all that
-    differs.
+    Raises DataError at `where` if they belong to other token ids, another model, temperature or
+    precision. It names every difference.
     """
     if record.logprob_source is None:
         return None

@@ -15,12 +15,16 @@ REFERENCE_NAME = "reference"
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the samples of one checkpoint say.
+    """Estimates from the samples of one checkpoint.
 
-    reward: mean over prompts of the mean reward of a prompt's samples. kl: estimate of KL(pi_theta || pi_ref) of
-    whole completions, in nats, at the sampling temperature. *_stderr: standard errors of these means. samples: per
-    prompt. tokens: mean length of a sample, end-of-sequence included. finished: share of samples that ended by
-    themselves.
+    Attributes:
+        reward: mean over prompts of the mean reward of a prompt's samples.
+        kl: estimate of the sequence-level KL(pi_theta || pi_ref), in nats, at the sampling
+            temperature.
+        *_stderr: standard errors of these means.
+        samples: number of samples per prompt.
+        tokens: mean length of a sample, end-of-sequence included.
+        finished: share of samples that ended by themselves.
     """
 
     name: str
@@ -44,11 +48,17 @@ def estimate(
 ) -> Estimate:
     """Summarise scored samples of a policy at two or more prompts.
 
-    records: P prompts with M samples and rewards each. policy_logprobs, reference_logprobs: [P][M] sums over the
-    tokens of each sample under softmax(logits / tau) of either policy, tau being the sampling temperature: the
-    distributions that the loss compares, too. As the samples are drawn from the policy at tau, the mean of
-    log pi_theta - log pi_ref is an unbiased estimate of their KL (with top-p below 1, of the KL-like mean under the
-    truncated policy).
+    The samples are drawn from the policy at the sampling temperature tau, so the mean of log
+    pi_theta - log pi_ref is an unbiased estimate of their KL. With top-p below 1 it estimates the
+    same mean under the truncated policy.
+
+    Args:
+        name: name of the policy.
+        step: optimizer steps behind it; None for a converted model.
+        records: P prompts with M samples and rewards each.
+        policy_logprobs: [P][M] sums over the tokens of each sample under softmax(logits / tau) of
+            the policy, the distribution that the loss compares, too.
+        reference_logprobs: [P][M], the same under the reference.
     """
     rewards = [fmean(record.rewards or ()) for record in records]
     kls = [
@@ -71,5 +81,5 @@ def estimate(
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of two or more independent values."""
+    """Compute the standard error of the mean of two or more independent values."""
     return stdev(values) / math.sqrt(len(values))

@@ -1,4 +1,4 @@
-"""The picture of reward against KL: what a policy gains, and how far it moved for it."""
+"""The plot of reward against KL, that is, of the gain of a policy against its distance moved."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from exo_megatron.utils.files import atomic_open
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; markers tell them apart without colour.
+# Okabe and Ito's colours, which colour-blind people can tell apart. The markers help without
+# colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw_frontier(estimates: Sequence[Estimate], path: Path) -> None:
-    """Write a PNG: one line per model over its steps, from the reference on, with standard errors as bars."""
+    """Write a PNG with one line per model over its steps, and standard errors as bars.
+
+    Each line starts at the reference.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,20 +54,20 @@ def _draw_line(axes: Axes, name: str, line: Sequence[Estimate], colour: str, mar
     kl = [each.kl for each in line]
     reward = [each.reward for each in line]
     axes.plot(kl, reward, color=colour, linewidth=1.3, alpha=0.6, zorder=2)
-    own = [each for each in line if each.name == name]
+    points = [each for each in line if each.name == name]
     axes.errorbar(
-        [each.kl for each in own],
-        [each.reward for each in own],
-        xerr=[each.kl_stderr for each in own],
-        yerr=[each.reward_stderr for each in own],
+        [each.kl for each in points],
+        [each.reward for each in points],
+        xerr=[each.kl_stderr for each in points],
+        yerr=[each.reward_stderr for each in points],
         color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, elinewidth=0.9, zorder=3,
-        label=_legend(name, own),
+        label=_legend(name, points),
     )  # fmt: skip
 
 
-def _legend(name: str, own: Sequence[Estimate]) -> str:
-    """Name and steps: ``exo, steps 24 to 96``."""
-    steps = [each.step for each in own if each.step is not None]
+def _legend(name: str, points: Sequence[Estimate]) -> str:
+    """Return name and steps: ``exo, steps 24 to 96``."""
+    steps = [each.step for each in points if each.step is not None]
     if not steps:
         return name
     return f"{name}, step {steps[0]}" if len(steps) == 1 else f"{name}, steps {steps[0]} to {steps[-1]}"

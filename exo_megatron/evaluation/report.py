@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else."""
+"""The report of an evaluation: one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ def render_report(
     settings: Mapping[str, object],
     shown_prompts: int,
 ) -> str:
-    """The page as text.
+    """Render the report as HTML text. All texts are escaped.
 
-    estimates: all checkpoints. samples: the scored samples of each model's last checkpoint, by name, at the same
-    prompts; the first sample of `shown_prompts` prompts spread over the list is printed. picture: PNG bytes.
-    settings: shown as they are. All texts are escaped.
+    Args:
+        estimates: estimates of all checkpoints.
+        samples: the scored samples of each model's last checkpoint, by name, at the same prompts.
+        picture: bytes of a PNG.
+        settings: settings of the evaluation, shown as they are.
+        shown_prompts: number of prompts, spread over the list, whose first sample is shown.
     """
     first = estimates[0]
     return "\n".join(
         [
             "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8"><title>exo-megatron evaluation</title>',
+            '<html lang="en"><head><meta charset="utf-8"><title>exo-megatron: evaluation</title>',
             f"<style>{STYLE}</style></head><body>",
             "<h1>Reward against KL to the reference policy</h1>",
             f'<p class="note">{first.samples} samples at each of {first.prompts} prompts; standard errors over '

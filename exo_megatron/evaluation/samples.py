@@ -1,34 +1,30 @@
-"""Draws samples from each policy and computes what policy and reference think of them."""
+"""Samples of every checkpoint with their log-probs under the checkpoint and under the reference."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from exo_megatron.checkpoint.directory import read_fingerprint
-from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.config.stages import EvaluateConfig
 from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.evaluation.targets import Plan, Target
-from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.execution.policy import Policy, load_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology
-from exo_megatron.rollout.draw import Policy, draw_candidates
-from exo_megatron.rollout.record_logprobs import record_logprobs
+from exo_megatron.rollout.draw import draw_candidates, record_logprobs
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of one checkpoint, in prompt order: P records of M samples, with their log-probs under it."""
+    """Samples of one checkpoint in the order of the prompts: P records of M samples."""
 
     target: Target
     records: list[CandidateRecord]
 
     @property
     def logprobs(self) -> list[tuple[float, ...]]:
-        """[P][M]."""
+        """Log-probs of the samples under the checkpoint, [P][M]."""
         return [record.logprobs for record in self.records]
 
 
@@ -42,7 +38,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Everything that drawing needs beside the model."""
+    """Everything besides the model that drawing needs."""
 
     config: EvaluateConfig
     plan: Plan
@@ -50,40 +46,34 @@ class Sampler:
     runtime: Runtime
 
     def run(self) -> Iterator[Compared]:
-        """Samples of the reference first, then of the targets in order. Collective over the world.
+        """Draw samples from all checkpoints, and yield those of the reference first.
 
-        One model is in memory at a time, the reference last, when all samples that it has to judge are there.
+        Collective over the world. The samples of the targets follow in order. One model is in
+        memory at a time; the reference is the last, because it scores the samples of all others.
         """
         drawn = [self._draw_from(target) for target in self.plan.targets]
-        gc.collect()
-        model, spec = load_policy(self.plan.reference.checkpoint, self.topology, self.config.compute)
-        own = self._draw(self.plan.reference, model, spec)
-        yield Compared(own, own.logprobs)
-        for each in drawn:
-            yield Compared(each, self._logprobs(model, spec, each.records))
+        reference = self._load(self.plan.reference)
+        samples = self._draw(self.plan.reference, reference)
+        yield Compared(samples, samples.logprobs)
+        temperature = self.config.sampling.temperature
+        for each in drawn:  # no progress line: this is much faster than drawing
+            yield Compared(each, record_logprobs(reference, each.records, temperature=temperature))
 
     def _draw_from(self, target: Target) -> Drawn:
-        gc.collect()  # the model before this one; modules and their hooks refer to each other in cycles
-        model, spec = load_policy(target.checkpoint, self.topology, self.config.compute)
-        return self._draw(target, model, spec)
+        return self._draw(target, self._load(target))
 
-    def _draw(self, target: Target, model: PolicyModel, spec: ModelSpec) -> Drawn:
-        """The seed is the same for all models, so that their difference is less noisy than either."""
+    def _load(self, target: Target) -> Policy:
+        gc.collect()  # frees the model before: modules and hooks refer to each other in cycles
+        return load_policy(target.source, self.topology, self.config.compute, self.plan.tokenizer)
+
+    def _draw(self, target: Target, policy: Policy) -> Drawn:
+        """Draw with the same seed for all models, to reduce the noise of their difference."""
         drawn = draw_candidates(
-            Policy(model, spec, read_fingerprint(target.checkpoint), self.plan.tokenizer),
+            policy,
             self.plan.prompts,
             self.config.sampling,
-            self.config.compute,
             seed=self.config.seed,
-            topology=self.topology,
             runtime=self.runtime,
             label=target.label,
         )
         return Drawn(target, drawn.records)
-
-    def _logprobs(
-        self, model: PolicyModel, spec: ModelSpec, records: Sequence[CandidateRecord]
-    ) -> list[tuple[float, ...]]:
-        """[P][M], on every rank. Takes much less time than drawing, so there is no progress line."""
-        temperature = self.config.sampling.temperature
-        return record_logprobs(model, spec, self.topology, records, self.config.compute, temperature=temperature)

@@ -1,4 +1,4 @@
-"""The last checkpoint of every model in a few numbers."""
+"""A summary of an evaluation: a few numbers for the last checkpoint of every model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ SUMMARY_KEYS = ("reward", "reward_stderr", "kl", "prompts")
 
 
 def summarize_evaluation(path: Path, *, reference_name: str) -> dict[str, dict[str, float]]:
-    """From an evaluation.json: reward, its standard error, KL and number of prompts by model, at its last step.
+    """Read reward, its standard error, KL and number of prompts from an evaluation.json.
 
-    reference_name: what the reference is called in the answer (``sft``).
+    The result has them by model, at its last step. `reference_name` is the key for the reference
+    there (``sft``).
     """
     checkpoints: list[dict[str, Any]] = read_json(path)["checkpoints"]
     return {
         reference_name if each["name"] == REFERENCE_NAME else each["name"]: {key: each[key] for key in SUMMARY_KEYS}
-        for each in checkpoints  # steps ascend, so that the last one of a name stays
+        for each in checkpoints  # steps ascend, so the last step of a name remains
     }

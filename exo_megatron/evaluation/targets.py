@@ -1,4 +1,4 @@
-"""Which checkpoints an evaluation compares, and what is checked before the first of them is loaded."""
+"""The checkpoints that an evaluation compares, and the checks before the first one is loaded."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from exo_megatron.data.dataset import Prompt, load_prompts
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
+from exo_megatron.execution.policy import PolicyCheckpoint, find_policy, find_tokenizer
 from exo_megatron.models.spec import ModelSpec
-from exo_megatron.rollout.lengths import check_lengths, check_row_length
-from exo_megatron.rollout.start import find_policy, find_tokenizer
+from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
 
 
 @dataclass(frozen=True)
 class Target:
-    """One checkpoint to evaluate. step: optimizer steps behind it; None for a converted model."""
+    """One checkpoint to evaluate.
+
+    `step` is the number of optimizer steps behind it, None for a converted model.
+    """
 
     name: str
     step: int | None
-    checkpoint: Path
+    source: PolicyCheckpoint
 
     @property
     def label(self) -> str:
-        """Name and step, for people."""
+        """Name and step, for messages."""
         return self.name if self.step is None else f"{self.name} step {self.step}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The checkpoints, the reference apart, and the prompts as token ids of their common tokenizer."""
+    """The targets, the reference, their common tokenizer and the tokenised prompts."""
 
     reference: Target
     targets: tuple[Target, ...]
@@ -44,25 +47,30 @@ class Plan:
 def make_plan(config: EvaluateConfig) -> Plan:
     """Find the checkpoints and read the prompts.
 
-    Raises ExoError for a missing checkpoint, a model that cannot be cut as `parallel` says or has another
-    vocabulary than the reference, fewer than two prompts, and prompts that leave no room for the samples.
+    Raises ExoError for a missing checkpoint, a model that cannot be cut as `parallel` says or has
+    another vocabulary than the reference, fewer than two prompts, and prompts that leave no room
+    for the samples.
     """
-    start = find_policy(config.reference.checkpoint, config.parallel)
-    reference = Target(REFERENCE_NAME, read_step(start.checkpoint), start.checkpoint)
-    targets = tuple(target for name, path in config.models.items() for target in find_targets(name, path))
-    tokenizer = find_tokenizer(start, config.data.tokenizer)
+    source = find_policy(config.reference.checkpoint, config.parallel)
+    reference = Target(REFERENCE_NAME, read_step(source.path), source)
+    found = [each for name, path in config.models.items() for each in find_checkpoints(name, path)]
+    tokenizer = find_tokenizer(source, config.data.tokenizer)
     prompts = tuple(load_prompts(config.data, tokenizer))
     _check_number(prompts, config)
-    check_row_length(prompts, config.sampling, config.compute, config.parallel)
+    check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
+    targets = tuple(Target(name, step, find_policy(path, config.parallel)) for name, step, path in found)
     for target in (reference, *targets):
-        spec = find_policy(target.checkpoint, config.parallel).spec
-        check_lengths(prompts, config.sampling, spec)
-        _check_vocabulary(target, spec, start.spec)
+        check_lengths(prompts, config.sampling, target.source.spec)
+        _check_vocabulary(target, source.spec)
     return Plan(reference, targets, tokenizer, prompts)
 
 
-def find_targets(name: str, path: Path) -> list[Target]:
-    """The checkpoint at `path`, or every complete step of the training output there, ascending."""
+def find_checkpoints(name: str, path: Path) -> list[tuple[str, int | None, Path]]:
+    """Find the checkpoint at `path`, or every complete step of the training output there.
+
+    Returns name, step and directory of each, ascending. Raises ConfigError for the reference's
+    name.
+    """
     if name == REFERENCE_NAME:
         raise ConfigError(
             f"models.{name}",
@@ -72,9 +80,9 @@ def find_targets(name: str, path: Path) -> list[Target]:
         )
     steps = list_steps(path)
     if steps:
-        return [Target(name, step, checkpoint) for step, checkpoint in steps]
+        return [(name, step, checkpoint) for step, checkpoint in steps]
     checkpoint = resolve_checkpoint(path)
-    return [Target(name, read_step(checkpoint), checkpoint)]
+    return [(name, read_step(checkpoint), checkpoint)]
 
 
 def _check_number(prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
@@ -87,10 +95,11 @@ def _check_number(prompts: Sequence[Prompt], config: EvaluateConfig) -> None:
         )
 
 
-def _check_vocabulary(target: Target, spec: ModelSpec, reference: ModelSpec) -> None:
+def _check_vocabulary(target: Target, reference: ModelSpec) -> None:
+    spec = target.source.spec
     if spec.vocab_size != reference.vocab_size:
         raise CheckpointError(
-            str(target.checkpoint),
+            str(target.source.path),
             f"has a vocabulary of {spec.vocab_size}",
             expected=f"{reference.vocab_size}, that of the reference",
             fix="compare models that were trained from the reference",

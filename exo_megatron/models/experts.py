@@ -1,44 +1,27 @@
-"""Mixture-of-experts feed-forward blocks: megatron-core's MoELayer as its configuration and specs ask for it.
+"""Mixtures of experts: the configuration of megatron-core's MoELayer.
 
-Every token is routed by itself and no token is dropped, so a token's output depends neither on the others of its row
-nor on how rows and experts are spread over ranks. There is no load-balancing loss: alignment trains on the objective
-alone.
+Dense models do not use this module. Every token is routed by itself and no token is dropped, so a
+token's output depends neither on the others of its micro-batch nor on how micro-batches and experts
+are spread over ranks. There is no load-balancing loss: alignment trains on the objective alone.
 """
 
 from __future__ import annotations
 
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.nn import functional
 
 from exo_megatron.config.sections import ParallelConfig
 from exo_megatron.errors import ConfigError, TopologyError
-from exo_megatron.models.linear import LinearBackend
-from exo_megatron.models.spec import Experts, ModelSpec
+from exo_megatron.models.spec import Experts
 from exo_megatron.parallel.topology import Topology, check_expert_cut
 
 
-def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Raise TopologyError unless the experts can be cut this way, and for any cut of experts that are not there.
-
-    Raises ConfigError for experts that megatron-core does not run.
-    """
+def check_experts(family: str, experts: Experts, parallel: ParallelConfig) -> None:
+    """Raise TopologyError if experts cannot be cut this way, ConfigError if they cannot run."""
     tensor, expert = parallel.tensor, parallel.expert
-    experts = spec.experts
-    if experts is None:
-        if expert > 1:
-            raise TopologyError(
-                "parallel.expert",
-                f"{expert}, but the model ({spec.family}) has no experts",
-                expected="1",
-                fix="remove parallel.expert; parallel.tensor and parallel.pipeline cut a dense model",
-            )
-        return
-    _check_routing(spec.family, experts)
+    _check_routing(family, experts)
     check_expert_cut(parallel)
     if experts.count % expert:
         raise TopologyError(
@@ -65,17 +48,15 @@ def check_experts(spec: ModelSpec, parallel: ParallelConfig) -> None:
         )
 
 
-def expert_settings(spec: ModelSpec, topology: Topology) -> dict[str, object]:
-    """TransformerConfig keys of the experts; none for a dense model."""
-    experts = spec.experts
-    if experts is None:
-        return {}
+def expert_settings(experts: Experts, topology: Topology) -> dict[str, object]:
+    """Return the keys of TransformerConfig that belong to the experts."""
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
         "moe_router_score_function": "softmax",
-        # Softmax over the chosen logits alone is softmax over all of them, divided by the sum of the chosen ones.
+        # Softmax over the chosen logits alone is softmax over all of them, divided by the sum of
+        # the chosen ones.
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -87,31 +68,23 @@ def expert_settings(spec: ModelSpec, topology: Topology) -> dict[str, object]:
     }
 
 
-def experts_spec(linear: LinearBackend) -> ModuleSpec:
-    """Router and experts, each expert a gated block of the given linears, one after another.
-
-    Not as grouped products: those keep their weights under checkpoint keys and shapes of their own.
-    """
-    block = MLPSubmodules(linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear())
-    experts = ModuleSpec(module=SequentialMLP, submodules=block)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
-
-
 class Router(TopKRouter):
-    """megatron-core's router with logits and probabilities in fp32. Its own fp32 mode, in 0.16, needs
-    Transformer Engine.
+    """megatron-core's router with logits and probabilities in fp32.
+
+    The fp32 mode of megatron-core 0.16 needs Transformer Engine.
     """
 
     def gating(self, input: Tensor) -> Tensor:
-        """Called by TopKRouter. [S, 1, H] -> [S, 1, E] fp32."""
+        """Compute router logits for TopKRouter, [S, 1, H] -> [S, 1, E] fp32."""
         return functional.linear(input.float(), self.weight.float())
 
 
 def mark_experts_sharded(policy: nn.Module) -> None:
-    """Say of every expert's weights that no other rank of the tensor group has the same.
+    """Mark every expert's weights as different on every rank of the tensor group.
 
-    An unmarked weight counts as replicated over the tensor group, and its gradient on tensor ranks above 0 would be
-    left out of the gradient norm. Each of these ranks has another expert or another part of one.
+    An unmarked weight counts as replicated over the tensor group, and its gradient on tensor ranks
+    above 0 would be left out of the gradient norm. Each of these ranks has another expert or
+    another part of one.
     """
     for module in policy.modules():
         if isinstance(module, SequentialMLP):

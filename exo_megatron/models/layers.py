@@ -1,15 +1,29 @@
-"""What a decoder layer is made of: megatron-core layer specs from a ModelSpec."""
+"""The layers as megatron-core specs, and the modules in them that megatron-core lacks.
+
+Norms work under sequence parallelism on every device. Each tensor-parallel rank then normalises its
+own tokens, so the gradient of weight and bias is a partial sum: the flag `sequence_parallel` makes
+megatron-core's finalize_model_grads all-reduce it over the tensor group. (Norms of query and key
+heads, which see this rank's heads of all tokens, are all-reduced because of `config.qk_layernorm`.)
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,13 +31,64 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional
 
-from exo_megatron.models.attention import GroupAttention
-from exo_megatron.models.attention_pass import ScoreRule
-from exo_megatron.models.decode import Layout
-from exo_megatron.models.experts import experts_spec
-from exo_megatron.models.linear import LinearBackend
-from exo_megatron.models.norms import NormedResidual, norm_spec
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.attention.passes import ScoreRule
+from exo_megatron.models.experts import Router
+from exo_megatron.models.layouts.base import Layout
+from exo_megatron.models.rotary import rotary_table
+from exo_megatron.models.spec import ModelSpec, Rotary
+from exo_megatron.parallel import cpu_backend
+
+
+@dataclass(frozen=True)
+class LinearBackend:
+    """The part of megatron-core's backend protocol that dense layers ask for.
+
+    Norms are never fused into linears.
+    """
+
+    column: Any
+    row: Any
+
+    def column_parallel_linear(self) -> Any:
+        """Return the linear that is cut along its output."""
+        return self.column
+
+    def row_parallel_linear(self) -> Any:
+        """Return the linear that is cut along its input."""
+        return self.row
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Refuse fusion, so that Transformer Engine does not change tensor names."""
+        return False
+
+
+def linear_backend(dtype: torch.dtype) -> LinearBackend:
+    """Choose Transformer Engine's linears if it works and there is a GPU, else megatron-core's own.
+
+    dtype: of the parameters. In fp32 megatron-core's own are chosen too, because Transformer Engine
+    multiplies fp32 matrices in TF32, with 10 bits of mantissa, whatever torch is told.
+    """
+    if torch.cuda.is_available() and dtype != torch.float32:
+        from megatron.core.extensions import transformer_engine
+
+        if transformer_engine.HAVE_TE:  # it and its torch part can be imported
+            return LinearBackend(transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear)
+    return LinearBackend(ColumnParallelLinear, RowParallelLinear)
+
+
+def add_gradients_in_place(model: torch.nn.Module) -> None:
+    """Make megatron-core's own linears add weight gradients to its buffers (`main_grad`).
+
+    They then allocate no matrix of the weight's size per backward pass, and do not round its sum to
+    half precision. Only for a model whose parameters have such buffers. No effect on CUDA without
+    apex, whose kernel is used there, and on the layers of Transformer Engine.
+    """
+    if torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        return
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module.gradient_accumulation_fusion = True
+
 
 ACTIVATIONS = {
     "silu": functional.silu,
@@ -35,19 +100,101 @@ ACTIVATIONS = {
 def block_spec(
     spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layers: range
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm. layers: their numbers, from 0 over all stages."""
+    """Specify the layers of one pipeline stage and the final norm.
+
+    Args:
+        spec: the model.
+        config: megatron-core's configuration of it.
+        linear: the linears to use.
+        layers: numbers of the layers, from 0 over all pipeline stages.
+    """
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(spec, config, linear, layer) for layer in layers], layer_norm=_norm(spec)
     )
 
 
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (HF `LlamaRMSNorm`).
+
+    zero_centered: the factor is 1 + weight instead, in fp32 until the result is rounded (HF
+    `GemmaRMSNorm`).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, zero_centered: bool = False
+    ) -> None:
+        """Accept the arguments with which megatron-core's layer specs build norms."""
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = zero_centered
+        self.weight = _parameter(config, hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise [..., H] -> [..., H], in the same dtype."""
+        if not self.zero_centered:
+            return _rms_norm(hidden, self.weight, self.eps)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return _rms_norm(hidden.to(wide), 1 + self.weight.to(wide), self.eps).to(hidden.dtype)
+
+
+class LayerNorm(torch.nn.Module):
+    """torch.nn.LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        """Accept the arguments with which megatron-core's layer specs build norms."""
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(config, hidden_size)
+        self.bias = _parameter(config, hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise [..., H] -> [..., H], in the same dtype."""
+        return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class NormedResidual(torch.nn.Module):
+    """The residual connection of models that normalise what they add: residual + norm(output).
+
+    It replaces megatron-core's bias-dropout-add and follows its calling convention.
+    """
+
+    def __init__(self, config: TransformerConfig, zero_centered: bool) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon, zero_centered)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """Return the function that adds. Dropout is 0 in training too, and nothing is fused."""
+        return self._add
+
+    def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        output, bias = output_with_bias
+        normed: Tensor = self.norm(output if bias is None else output + bias)
+        return residual + normed
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if hidden.is_cuda:
+        return functional.rms_norm(hidden, weight.shape, weight, eps)
+    return cpu_backend.rms_norm(hidden, weight, eps)
+
+
+def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
+    device = torch.cuda.current_device()
+    parameter = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
+    vars(parameter)["sequence_parallel"] = config.sequence_parallel
+    return parameter
+
+
 class ParallelResidualLayer(TransformerLayer):
-    """A layer whose attention and feed-forward block both read its input: x + attention(x) + feed_forward(x)."""
+    """A layer whose attention and feed-forward block both read its input.
+
+    x + attention(x) + feed_forward(x).
+    """
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Called by megatron-core's block. [S, 1, H] -> [S, 1, H] and no cross-attention context."""
+        """Run the layer: [S, 1, H] -> [S, 1, H] and no cross-attention context."""
         attended = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
         )
@@ -59,10 +206,10 @@ class ParallelResidualLayer(TransformerLayer):
 
 
 class SequentialLayer(TransformerLayer):
-    """A layer whose feed-forward block reads what attention has left.
+    """A layer whose feed-forward block reads the output of attention.
 
-    megatron-core turns gradients on around residual connections, where a bias or a norm would then keep the whole
-    graph of a pass without gradients. Here the caller's mode holds everywhere.
+    megatron-core turns gradients on around residual connections, where a bias or a norm would then
+    keep the whole graph of a pass without gradients. Here the caller's mode holds everywhere.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,8 +217,71 @@ class SequentialLayer(TransformerLayer):
         self.bias_dropout_add_exec_handler = nullcontext
 
 
+class CoreAttention(torch.nn.Module):
+    """megatron-core's `core_attention`: rotates queries and keys, and attends as the layout does.
+
+    It has no parameters. Rotation is here, so that layers may differ in their rotary embedding.
+    Heads are this tensor-parallel rank's own: no communication.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: object,
+        attention_type: str,
+        *,
+        rule: ScoreRule,
+        rotary: Rotary | None,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: object = None,
+    ) -> None:
+        """Accept the arguments of megatron-core's own core attention, and those of our layer spec.
+
+        layer_number counts from 1 over all pipeline stages. Scale, mask type and attention type
+        follow from the rule and the layout; context parallelism is refused when the topology is
+        made.
+        """
+        super().__init__()
+        self.layer_number = layer_number
+        self.rule = rule
+        device = torch.device(torch.cuda.current_device())
+        self.table = None
+        if rotary is not None:
+            self.table = rotary_table(rotary, local=rule.window is not None, device=device)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Layout,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, 1, hq, d].
+            key, value: [S, 1, hkv, d].
+            attention_mask, attn_mask_type, attention_bias: of megatron-core's interface, not read.
+            packed_seq_params: the layout.
+
+        Returns:
+            [S, 1, hq * d].
+        """
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.table is not None:
+            query, key = self.table.rotate(query, key, packed_seq_params.position_ids)
+        output = packed_seq_params.attend(query, key, value, layer_number=self.layer_number, rule=self.rule)
+        return output.reshape(output.shape[0], 1, -1)
+
+
 def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int) -> ModuleSpec:
-    """A pre-norm decoder layer: norm, self attention over candidate groups, norm, feed-forward block or experts."""
+    """Specify pre-norm decoder layer `layer`: norm, attention, norm, feed-forward or experts."""
     return ModuleSpec(
         module=ParallelResidualLayer if spec.parallel_residual else SequentialLayer,
         submodules=TransformerLayerSubmodules(
@@ -79,7 +289,7 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBacken
             self_attention=_attention(spec, linear, layer),
             self_attn_bda=_residual(spec, config),
             pre_mlp_layernorm=_norm(spec),
-            mlp=experts_spec(linear) if spec.experts else get_mlp_module_spec_for_backend(backend=linear),
+            mlp=_experts(linear) if spec.experts else get_mlp_module_spec_for_backend(backend=linear),
             mlp_bda=_residual(spec, config),
         ),
     )
@@ -97,7 +307,7 @@ def _attention(spec: ModelSpec, linear: LinearBackend, layer: int) -> ModuleSpec
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear.column_parallel_linear(),
-            core_attention=ModuleSpec(module=GroupAttention, params={"rule": rule, "rotary": spec.rotary}),
+            core_attention=ModuleSpec(module=CoreAttention, params={"rule": rule, "rotary": spec.rotary}),
             linear_proj=linear.row_parallel_linear(),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -105,8 +315,21 @@ def _attention(spec: ModelSpec, linear: LinearBackend, layer: int) -> ModuleSpec
     )
 
 
+def _experts(linear: LinearBackend) -> ModuleSpec:
+    """Specify router and experts, each a gated block of the given linears, run one after another.
+
+    Grouped products are not used, because they keep their weights under other checkpoint keys and
+    shapes.
+    """
+    block = MLPSubmodules(linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear())
+    experts = ModuleSpec(module=SequentialMLP, submodules=block)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+
+
 def _norm(spec: ModelSpec) -> ModuleSpec:
-    return norm_spec(spec.norm, zero_centered=spec.zero_centered_norm)
+    if spec.norm == "layer":
+        return ModuleSpec(module=LayerNorm)
+    return ModuleSpec(module=RMSNorm, params={"zero_centered": spec.zero_centered_norm})
 
 
 def _residual(spec: ModelSpec, config: TransformerConfig) -> Any:

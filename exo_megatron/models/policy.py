@@ -1,6 +1,6 @@
-"""The model: megatron-core's GPTModel on rows of candidate groups.
+"""The model: megatron-core's GPTModel on packed candidate groups, built from a ModelSpec.
 
-A policy ends in hidden states instead of logits, a reward model in one row of scores per candidate.
+A policy ends in hidden states instead of logits, a reward model in scores of every candidate.
 """
 
 from __future__ import annotations
@@ -11,33 +11,60 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from exo_megatron.models.decode import Layout
-from exo_megatron.models.heads import ScoreHead
-from exo_megatron.models.layout import GroupLayout
-from exo_megatron.models.shared_prompt import PartLayout, PromptLayout
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
+from exo_megatron.errors import TopologyError
+from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
+from exo_megatron.models.layers import ACTIVATIONS, block_spec, linear_backend
+from exo_megatron.models.layouts.base import Layout
+from exo_megatron.models.numerics import product
 from exo_megatron.models.spec import ModelSpec
+from exo_megatron.parallel.topology import Topology
 
-# megatron-core 0.19 warns on every construction that GPTModel is in maintenance; both supported versions have it.
+
+class ScoreHead(torch.nn.Module):
+    """Linear without bias to a few outputs (`score` of HF's ...ForSequenceClassification).
+
+    It is whole on every tensor-parallel rank of the last pipeline stage.
+    """
+
+    def __init__(self, labels: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.empty(labels, hidden_size, dtype=dtype, device=device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Score hidden states [C, H] -> [C, labels] fp32, equal on all tensor-parallel ranks."""
+        return product(hidden, self.weight.t())
+
+
+# megatron-core 0.19 warns on every construction that GPTModel is in maintenance; both supported
+# versions have it.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 class PolicyModel(GPTModel):
-    """One pipeline stage of the model. `packed_seq_params` carries the layout, with the position of every token.
+    """One pipeline stage of the model, described by its `spec`.
 
-    The last stage of a policy returns hidden states, complete on every tensor-parallel rank, whose backward sums the
-    partial gradients of the ranks: under sequence parallelism gather forward, reduce-scatter backward; without it
-    identity forward, all-reduce backward. What follows (a vocabulary-parallel projection) must therefore return each
-    rank's own partial gradient and not reduce it again.
+    `packed_seq_params` carries the layout. The last pipeline stage of a policy returns hidden
+    states, complete on every tensor-parallel rank. Their backward sums the partial gradients of the
+    ranks: under sequence parallelism gather forward, reduce-scatter backward; without it identity
+    forward, all-reduce backward, over the tensor group. The vocabulary-parallel projection that
+    follows must therefore return each rank's own partial gradient and not reduce it again.
 
-    The last stage of a reward model (`spec.labels`) returns scores [C, labels] fp32 of the candidates, read off at
-    their last tokens, equal on every tensor-parallel rank. Forward only: nothing trains a reward model yet.
+    The last pipeline stage of a reward model (`spec.labels`) returns scores [C, labels] fp32 of the
+    candidates, at their last tokens, equal on every tensor-parallel rank. Forward only: no stage
+    trains a reward model.
     """
 
     def __init__(
@@ -49,7 +76,7 @@ class PolicyModel(GPTModel):
         is_first_stage: bool,
         is_last_stage: bool,
     ) -> None:
-        """Uninitialised parameters on this process's device: weights always come from a checkpoint."""
+        """Allocate uninitialised parameters on this device: weights come from a checkpoint."""
         super().__init__(
             config=config,
             transformer_layer_spec=block,
@@ -60,13 +87,12 @@ class PolicyModel(GPTModel):
             share_embeddings_and_output_weights=spec.tied_embeddings,
             position_embedding_type="none" if spec.rotary is not None else "learned_absolute",
         )
-        self.embedding_scale = spec.embedding_scale
-        self.has_scores = spec.labels is not None
+        self.spec = spec
         if is_last_stage and spec.labels is not None:
             self.output_layer = ScoreHead(spec.labels, spec.hidden_size, config.params_dtype)
 
     def output_weight(self) -> Tensor:
-        """This rank's vocabulary shard of the output projection [Vp/t, H]; the last stage only."""
+        """Return this rank's output projection [Vp/t, H]; on the last pipeline stage only."""
         weight: Tensor
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -75,12 +101,13 @@ class PolicyModel(GPTModel):
         return weight
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """megatron-core's sharded tensors of this stage, without `_extra_state` (pickled fp8 state: empty).
+        """Return megatron-core's sharded tensors of this pipeline stage, without `_extra_state`.
 
-        The head of a reward model is called `score.weight` in checkpoints.
+        That is pickled fp8 state, which is empty. The head of a reward model is called
+        `score.weight` in checkpoints.
         """
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        if self.has_scores and self.post_process:
+        if self.spec.labels is not None and self.post_process:
             state["output_layer.weight"].key = "score.weight"
         return {key: value for key, value in state.items() if not key.endswith("._extra_state")}
 
@@ -92,19 +119,21 @@ class PolicyModel(GPTModel):
         packed_seq_params: Layout,
         **kwargs: Any,
     ) -> tuple[Tensor | None, None, None, None, None, None]:
-        """Embed on the first stage. Core attention rotates by the layout's positions: there are no angles here."""
+        """Embed on the first pipeline stage.
+
+        Core attention rotates by the layout's positions: no angles here.
+        """
         if not self.pre_process:
             return None, None, None, None, None, None
         hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        if self.embedding_scale is not None:
-            hidden = hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype)
+        if self.spec.embedding_scale is not None:
+            hidden = hidden * torch.tensor(self.spec.embedding_scale, dtype=hidden.dtype)
         return hidden, None, None, None, None, None
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any) -> Tensor:
-        """Other stages: hidden states as they are. Last: [M, H] of the predicting rows; [S, 1, H] to decode.
+        """Return hidden states, on the last pipeline stage those that the layout selects.
 
-        Of a prompt in front of parts: its last row [1, H], of a part: that row and the part's own. Of a reward model:
-        scores [C, labels].
+        That is [M, H] of the predicting tokens, or for a reward model scores [C, labels].
         """
         if not self.post_process:
             return hidden_states
@@ -112,15 +141,129 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
-        if isinstance(packed_seq_params, PromptLayout):
-            last = hidden_states[packed_seq_params.row.predict_rows, 0]
-            packed_seq_params.shared.keep_hidden(last)
-            return last
-        if isinstance(packed_seq_params, PartLayout):
-            return packed_seq_params.predicting(hidden_states[packed_seq_params.row.predict_rows, 0])
-        if not isinstance(packed_seq_params, GroupLayout):
-            return hidden_states
-        if self.has_scores:
-            scores: Tensor = self.output_layer(hidden_states[packed_seq_params.last_rows, 0])
+        if self.spec.labels is not None:
+            scores: Tensor = self.output_layer(packed_seq_params.candidate_ends(hidden_states))
             return scores
-        return hidden_states[packed_seq_params.predict_rows, 0]
+        return packed_seq_params.predicting(hidden_states)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def check_topology(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Raise TopologyError unless every dimension that is cut can be cut evenly.
+
+    Needs no process group.
+    """
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    cuts = [
+        ("parallel.tensor", tensor, "attention heads", spec.heads),
+        ("parallel.tensor", tensor, "key/value heads", spec.kv_heads),
+        ("parallel.tensor", tensor, "embedding rows", spec.padded_vocab_size),
+        ("parallel.pipeline", pipeline, "layers", spec.layers),
+    ]
+    if spec.experts is None:
+        cuts.append(("parallel.tensor", tensor, "feed-forward units", spec.ffn_hidden_size))
+    for key, size, what, count in cuts:
+        if count % size:
+            raise TopologyError(
+                key,
+                f"{size} does not divide the model's {count} {what}",
+                expected=f"a divisor of {count}",
+                fix=f"change {key}",
+            )
+    if spec.experts is not None:
+        check_experts(spec.family, spec.experts, parallel)
+    elif parallel.expert > 1:
+        raise TopologyError(
+            "parallel.expert",
+            f"{parallel.expert}, but the model ({spec.family}) has no experts",
+            expected="1",
+            fix="remove parallel.expert; parallel.tensor and parallel.pipeline cut a dense model",
+        )
+
+
+def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> PolicyModel:
+    """Build this rank's pipeline stage and tensor shard, uninitialised, on the topology's device.
+
+    Parameters are in `compute.precision`. Raises TopologyError if the model cannot be cut that way.
+    """
+    check_topology(spec, topology.parallel)
+    config = transformer_config(spec, topology, compute)
+    per_stage = spec.layers // topology.pipeline_size
+    first = topology.pipeline_rank * per_stage
+    block = block_spec(spec, config, linear_backend(config.params_dtype), range(first, first + per_stage))
+    policy = PolicyModel(
+        config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
+    )
+    _mark_tensor_parallel(policy)
+    if spec.experts is not None:
+        mark_experts_sharded(policy)
+    policy.to(topology.device)  # megatron-core makes routers on the CPU
+    return policy
+
+
+def _mark_tensor_parallel(policy: PolicyModel) -> None:
+    """Mark every sharded weight as sharded, as megatron-core's initialisation would.
+
+    megatron-core 0.16 marks weights only when it also initialises them. An unmarked weight counts
+    as replicated over the tensor group: its gradient on tensor ranks above 0 would be left out of
+    the gradient norm.
+    """
+    cut_along = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in policy.modules():
+        dim = cut_along.get(type(module))
+        weight = vars(module)["_parameters"].get("weight")
+        if dim is not None and weight is not None and "tensor_model_parallel" not in vars(weight):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+
+def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> TransformerConfig:
+    """Build megatron-core's configuration of the model at this topology."""
+    dtype = DTYPES[compute.precision]
+    settings: dict[str, object] = {
+        "num_layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+        "num_attention_heads": spec.heads,
+        "num_query_groups": spec.kv_heads,
+        "kv_channels": spec.head_dim,
+        "normalization": "RMSNorm" if spec.norm == "rms" else "LayerNorm",
+        "layernorm_epsilon": spec.norm_epsilon,
+        "qk_layernorm": spec.qk_norm,
+        "gated_linear_unit": spec.gated,
+        "activation_func": ACTIVATIONS[spec.activation],
+        "add_bias_linear": spec.linear_bias,
+        "add_qkv_bias": spec.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "tensor_model_parallel_size": topology.tensor_size,
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "sequence_parallel": topology.sequence_parallel,
+        # Micro-batches differ in length; megatron-core allows that only with this dispatcher.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # The loss function returns (sum over groups, number of groups, report): an exact global
+        # mean.
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,
+        "deallocate_pipeline_outputs": True,
+        # megatron-core's fused GELU is always the tanh approximation.
+        "bias_activation_fusion": spec.gated and spec.activation == "silu",
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        # Only where parameters have gradient buffers: layers.add_gradients_in_place.
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        **(expert_settings(spec.experts, topology) if spec.experts is not None else {}),
+        **_RECOMPUTE[compute.recompute],
+    }
+    return TransformerConfig(**settings)

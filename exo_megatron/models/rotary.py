@@ -1,4 +1,4 @@
-"""Rotary position embedding by position id, with the frequency scalings of HF's `ROPE_INIT_FUNCTIONS`."""
+"""Rotary position embedding, with the frequency scalings of HF's `ROPE_INIT_FUNCTIONS`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from exo_megatron.models.spec import Rotary, RotaryScaling
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """The frequencies of one layer ([dim / 2] fp32) and how they are applied; see spec.Rotary."""
+    """The frequencies [dim / 2] fp32 of one layer, and how they are applied; see spec.Rotary."""
 
     frequencies: Tensor
     attention_factor: float
     interleaved: bool
 
     def rotate(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """query [S, hq, d] and key [S, hkv, d], both rotated by position_ids [S]; the dtype stays.
+        """Rotate query [S, hq, d] and key [S, hkv, d] by position_ids [S]; the dtype stays.
 
         Cosines and sines are computed in fp32 and rounded to the dtype of the heads, as HF does.
         """
@@ -35,7 +35,7 @@ class RotaryTable:
 
 
 class _Rotation(torch.autograd.Function):
-    """heads [S, h, d], whose first 2 * cos.shape[-1] dimensions are rotated: four products written where they belong.
+    """Rotation of the first 2 * cos.shape[-1] dimensions of heads [S, h, d].
 
     The gradient is rotated back by the same angles, so nothing of the heads is kept.
     """
@@ -64,7 +64,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 def _pair(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of the two coordinates that each angle turns: neighbours, or halves."""
+    """Return views of the two coordinates that each angle rotates: neighbours, or halves."""
     if interleaved:
         return heads[..., 0::2], heads[..., 1::2]
     half = heads.shape[-1] // 2
@@ -72,7 +72,11 @@ def _pair(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def rotary_table(rotary: Rotary, *, local: bool, device: torch.device) -> RotaryTable:
-    """The table of a layer. local: whether it has a window, which gives it `rotary.local_base` where there is one."""
+    """Compute the table of a layer.
+
+    local: whether the layer has a window, which gives it the base `rotary.local_base` where there
+    is one.
+    """
     if local and rotary.local_base is not None:
         frequencies = _unscaled(rotary.local_base, rotary.dim, device)
         return RotaryTable(frequencies, 1.0, rotary.interleaved)
@@ -81,7 +85,7 @@ def rotary_table(rotary: Rotary, *, local: bool, device: torch.device) -> Rotary
 
 
 def inverse_frequencies(rotary: Rotary, device: torch.device) -> Tensor:
-    """[dim / 2] fp32: base^(-2i/dim), scaled as `rotary.scaling` says."""
+    """Compute base^(-2i/dim), scaled as `rotary.scaling` says, [dim / 2] fp32."""
     frequencies = _unscaled(rotary.base, rotary.dim, device)
     scaling = rotary.scaling
     if scaling is None:
@@ -101,7 +105,7 @@ def _unscaled(base: float, dim: int, device: torch.device) -> Tensor:
 
 
 def _llama3_scaled(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
-    """Llama 3.1: long wavelengths divided by factor, short ones kept, a smooth ramp between."""
+    """Scale as Llama 3.1: long wavelengths divided by factor, short ones kept, a ramp between."""
     wavelengths = 2 * math.pi / frequencies
     ramp = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -115,11 +119,15 @@ def _llama3_scaled(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
 
 
 def _yarn_scaled(frequencies: Tensor, base: float, scaling: RotaryScaling) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): few turns over the trained length divided by factor, many turns kept."""
+    """Scale by YaRN (arXiv 2309.00071, section 3.2).
+
+    Frequencies with few turns over the trained length are divided by factor, those with many turns
+    are kept.
+    """
     dim = 2 * frequencies.shape[0]
 
     def place_of(turns: float) -> float:
-        """Index of the pair that makes this many turns over the trained length."""
+        """Compute the index of the pair that makes this many turns over the trained length."""
         return dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = place_of(scaling.beta_fast), place_of(scaling.beta_slow)

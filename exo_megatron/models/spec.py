@@ -7,7 +7,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 VOCABULARY_MULTIPLE = 128
-"""Embedding rows are padded to a multiple of this, so that the stored shape is the same for every usual TP."""
+"""The number of embedding rows is padded to a multiple of this.
+
+So the stored shape is the same for every usual tensor-parallel size.
+"""
 
 
 class _Part(BaseModel):
@@ -15,11 +18,12 @@ class _Part(BaseModel):
 
 
 class RotaryScaling(_Part):
-    """Rotary frequency scaling, with the names of HF's `ROPE_INIT_FUNCTIONS`. Each kind reads its own fields:
+    """Rotary frequency scaling, with the names of HF's `ROPE_INIT_FUNCTIONS`.
 
-    linear: factor. llama3: factor, low_freq_factor, high_freq_factor, original_max_positions. yarn: factor,
-    beta_fast, beta_slow, truncate, original_max_positions. longrope: frequency_divisors [dim / 2].
-    attention_factor multiplies cosines and sines (yarn, longrope).
+    Each kind reads its own fields. linear: factor. llama3: factor, low_freq_factor,
+    high_freq_factor, original_max_positions. yarn: factor, beta_fast, beta_slow, truncate,
+    original_max_positions. longrope: frequency_divisors [dim / 2]. attention_factor multiplies
+    cosines and sines (yarn, longrope).
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
@@ -38,7 +42,8 @@ class Rotary(_Part):
     """Rotary position embedding of the first `dim` elements of every head.
 
     interleaved: elements 2i and 2i + 1 are a pair (GLM); else i and i + dim / 2 (most others).
-    local_base: base of the layers that have a window, which are then not scaled (Gemma 3); None: as the others.
+    local_base: base of the layers that have a window, which are then not scaled (Gemma 3); None: as
+    the others.
     """
 
     base: float
@@ -51,8 +56,8 @@ class Rotary(_Part):
 class Experts(_Part):
     """A mixture of experts in place of every feed-forward block.
 
-    Of `count` experts each token uses the `per_token` with the largest softmax router probability, weighted by it.
-    normalized: these weights are divided by their sum.
+    Each token uses the `per_token` of `count` experts with the largest softmax router probability,
+    and weights them by it. normalized: these weights are divided by their sum.
     """
 
     count: int
@@ -79,7 +84,7 @@ class ModelSpec(_Part):
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight (Gemma)."""
     post_norms: bool = False
-    """Output of attention and of the feed-forward block is normalised before it is added (Gemma, GLM-4-0414)."""
+    """Attention's and feed-forward's outputs are normalised before the sum (Gemma, GLM-4-0414)."""
     qk_norm: bool = False
     """Every query and key head is normalised before the rotary embedding (Qwen 3, Gemma 3)."""
     parallel_residual: bool = False
@@ -103,17 +108,24 @@ class ModelSpec(_Part):
     logit_softcap: float | None = None
     """Logits z become c tanh(z / c) (Gemma 2)."""
     windows: tuple[int | None, ...] = ()
-    """Per layer: how many tokens a token sees, itself included; None: all before it. Empty: None for every layer."""
+    """How many tokens a token of each layer sees, itself included; None: all before it.
+
+    Empty: None for every layer.
+    """
 
     experts: Experts | None = None
     labels: int | None = None
-    """A reward model or classifier with this many outputs instead of the vocabulary; None: a language model."""
+    """A reward model or classifier with this many outputs instead of the vocabulary; None: a
+    language model.
+    """
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix: vocab_size rounded up to a multiple of VOCABULARY_MULTIPLE."""
+        """Rows of the embedding: vocab_size rounded up to a multiple of VOCABULARY_MULTIPLE."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def window(self, layer: int) -> int | None:
-        """Window of a layer, counted from 0 over all pipeline stages."""
+        """Return the window, in tokens, of a layer counted from 0 over all pipeline stages;
+        None: no window.
+        """
         return self.windows[layer] if self.windows else None

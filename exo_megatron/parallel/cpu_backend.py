@@ -1,27 +1,152 @@
-"""Runs megatron-core on CPU with gloo. Does nothing where CUDA is available.
+"""Changes that make megatron-core run on the CPU with gloo. No effect where CUDA is available.
 
-megatron-core writes `torch.cuda.current_device()`, `device="cuda"` and `tensor.type() == "torch.cuda.FloatTensor"`
-throughout. `install()` makes those mean the CPU: `torch.cuda` functions that need a driver become their CPU
-counterparts or no-ops, and megatron modules that spell out "cuda" get a view of the torch module whose factory
-functions put tensors on the CPU. Where megatron-core has a CUDA kernel and a slow way besides, it gets those of
-`cpu_kernels`. Nothing outside megatron's own modules and `torch.cuda` changes, except
-`Tensor.cuda` (identity) and `Tensor.type()` (its answer equals both the CPU's and the CUDA name).
+megatron-core writes `torch.cuda.current_device()`, `device="cuda"` and `tensor.type() ==
+"torch.cuda.FloatTensor"` throughout. `install()` makes those mean the CPU: `torch.cuda` functions
+that need a driver become their CPU counterparts or no-ops, and megatron modules that spell out
+"cuda" get a view of the torch module whose factory functions put tensors on the CPU. Where
+megatron-core has both a CUDA kernel and a slow way, it gets the kernels of this module. Nothing
+outside megatron-core's own modules and `torch.cuda` changes, except `Tensor.cuda` (identity) and
+`Tensor.type()` (its answer equals both the CPU's and the CUDA name).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from exo_megatron.parallel import cpu_kernels
-from exo_megatron.parallel.cpu_memory import keep_memory
+
+def swiglu(both: Tensor, bias: Tensor | None = None, *unused: object) -> Tensor:
+    """Compute silu(gate) * up [..., F] for both = [gate | up] [..., 2F], plus bias if any.
+
+    Replaces megatron-core's `bias_swiglu_impl`. unused: fp8 storage and offloading of activations,
+    CUDA only.
+    """
+    apply: Callable[..., Tensor] = _SwiGLU.apply
+    return apply(both if bias is None else both + bias)
+
+
+def weighted_swiglu(both: Tensor, bias: Tensor | None, weights: Tensor, *unused: object) -> Tensor:
+    """Compute `swiglu` times router weights [..., 1], in the dtype of `both`.
+
+    Replaces megatron-core's `weighted_bias_swiglu_impl`.
+    """
+    return (swiglu(both, bias) * weights).to(both.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        result = torch.empty_like(both)
+        of_gate, of_up = result.chunk(2, dim=-1)
+        torch.mul(gradient, up, out=of_gate)
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        torch.ops.aten.silu.out(gate, out=of_up).mul_(gradient)
+        return result
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute `torch.nn.functional.rms_norm` over the last dimension, in the dtype of `hidden`.
+
+    hidden [..., H] and weight [H] -> [..., H]. As there, arithmetic is at least fp32. On CUDA torch
+    has one kernel for it, on the CPU it makes a dozen passes over memory.
+    """
+    apply: Callable[..., Tensor] = _RMSNorm.apply
+    return apply(hidden, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Autograd function of RMSNorm.
+
+    y = x s w with s = (mean(x^2) + eps)^(-1/2); dx = s g w - s^3/H (sum_h g w x) x; dw is the sum
+    of g x s over all vectors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        x = rows.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(rows, weight, scale)
+        return torch.mul(x, scale).mul_(weight).to(hidden.dtype).view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, scale = ctx.saved_tensors
+        x, w, gradient = rows.to(scale.dtype), weight.to(scale.dtype), output.reshape(rows.shape).to(scale.dtype)
+        result = gradient * x
+        of_weight = torch.mv(result.t(), scale.squeeze(-1)).to(weight.dtype)
+        along_x = torch.mv(result, w).unsqueeze(-1).mul_(scale.pow(3)).div_(x.shape[-1])
+        torch.mul(gradient, w, out=result).mul_(scale).addcmul_(x, along_x, value=-1)
+        return result.to(output.dtype).view(output.shape), of_weight, None
+
+
+class WeightGradients:
+    """Replacement of apex's `fused_weight_gradient_mlp_cuda`, which adds to `main_grad`."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(rows: Tensor, gradient: Tensor, total: Tensor) -> None:
+        """Add gradient^T rows to total [O, I] fp32; rows [N, I], gradient [N, O], any dtype."""
+        total.addmm_(gradient.t().to(total.dtype), rows.to(total.dtype))
+
+
+def scale(_chunk: int, _overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
+    """Write factor times each of tensors[0] to its counterpart in tensors[1] (may be the same).
+
+    Replaces apex's `multi_tensor_scale`.
+    """
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=target)
+
+
+def unless_alone(collective: Callable[..., object]) -> Callable[..., object]:
+    """Wrap a reduce-scatter or all-gather to do nothing if it would copy a buffer onto itself.
+
+    The shard of a rank that is alone in its group is the whole buffer.
+    """
+
+    def run(output: Tensor, input: Tensor, *args: Any, group: torch.distributed.ProcessGroup, **kwargs: Any) -> object:
+        if group.size() == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    return run
+
+
+# glibc's malloc.h. Values are C ints.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT, _KEPT_AT_THE_END = 2**30, 2**31 - 1
+
+
+def keep_memory() -> None:
+    """Make glibc keep freed blocks of up to 1 GiB, because fresh pages are slow to write to.
+
+    No effect with another C library, and unless the environment has THP_MEM_ALLOC_ENABLE=1.
+    """
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        library.mallopt(_M_TRIM_THRESHOLD, _KEPT_AT_THE_END)
+
 
 # Modules of megatron.core (0.16 to 0.19) that create tensors on the literal device "cuda".
 _LITERAL_CUDA_MODULES = (
@@ -38,7 +163,10 @@ _FACTORIES = ("empty", "empty_like", "full", "ones", "rand", "tensor", "zeros", 
 
 
 class _CudaRng:
-    """Stands for the CUDA generator. Nothing on CPU draws from it: weights are loaded, dropout is off."""
+    """Replacement of the CUDA generator.
+
+    Nothing on the CPU draws from it: weights are loaded, dropout is off.
+    """
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
@@ -54,14 +182,17 @@ class _CudaRng:
 
 
 class _NoStream:
-    """A CUDA stream that has nothing to wait for. A class, because libraries annotate with `torch.cuda.Stream`."""
+    """A CUDA stream that has nothing to wait for.
+
+    It is a class, because libraries annotate with `torch.cuda.Stream`.
+    """
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def wait_stream(self, other: object) -> None: ...
 
     def record_event(self) -> _NoStream:
-        """An event, which has nothing to wait for either."""
+        """Return an event, which has nothing to wait for either."""
         return self
 
     def synchronize(self) -> None: ...
@@ -82,7 +213,7 @@ class _TypeName(str):
 
 
 class _TorchOnCpu(ModuleType):
-    """The torch module as megatron's modules see it: factory functions read device "cuda" as "cpu"."""
+    """The torch module for megatron-core's modules: factories read device "cuda" as "cpu"."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -108,12 +239,18 @@ def _returns(value: object) -> Callable[..., object]:
 
 
 def _as_moved_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """megatron-core's own leaves CPU tensors as they are, but all-to-all takes split sizes as numbers only."""
+    """Return the tensor, as numpy if asked. Replaces megatron-core's `maybe_move_tensor_to_cpu`.
+
+    That leaves CPU tensors as they are, but all-to-all accepts split sizes as numbers only.
+    """
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 def install() -> None:
-    """Make megatron-core usable on CPU in this process. Idempotent; no effect where CUDA is available."""
+    """Make megatron-core usable on CPU in this process.
+
+    Idempotent; no effect where CUDA is available.
+    """
     if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Installed):
         return
     _patch_torch_cuda()
@@ -131,7 +268,7 @@ def _megatron(name: str) -> ModuleType:
 
 
 class _Installed:
-    """`torch.cuda.current_device` after `install()`: the CPU."""
+    """Replacement of `torch.cuda.current_device`: the CPU. Marks that `install()` has run."""
 
     def __call__(self) -> torch.device:
         return torch.device("cpu")
@@ -165,15 +302,15 @@ def _patch_torch_cuda() -> None:
 
 def _patch_kernels() -> None:
     for name in ("transformer.mlp", "transformer.moe.shared_experts"):
-        vars(_megatron(name))["bias_swiglu_impl"] = cpu_kernels.swiglu
-    vars(_megatron("transformer.mlp"))["weighted_bias_swiglu_impl"] = cpu_kernels.weighted_swiglu
+        vars(_megatron(name))["bias_swiglu_impl"] = swiglu
+    vars(_megatron("transformer.mlp"))["weighted_bias_swiglu_impl"] = weighted_swiglu
     linear = vars(_megatron("tensor_parallel.layers"))
-    linear["fused_weight_gradient_mlp_cuda"] = cpu_kernels.WeightGradients
+    linear["fused_weight_gradient_mlp_cuda"] = WeightGradients
     linear["_grad_accum_fusion_available"] = True
-    vars(_megatron("optimizer.clip_grads"))["multi_tensor_scale_impl"] = cpu_kernels.scale
+    vars(_megatron("optimizer.clip_grads"))["multi_tensor_scale_impl"] = scale
     buffers = vars(_megatron("distributed.param_and_grad_buffer"))
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        buffers[name] = cpu_kernels.unless_alone(buffers[name])
+        buffers[name] = unless_alone(buffers[name])
 
 
 def _patch_tensor() -> None:

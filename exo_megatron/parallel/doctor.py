@@ -1,4 +1,4 @@
-"""What this machine has: versions, devices, optional parts, and whether two processes can reduce a tensor."""
+"""Checks of this machine: versions, devices, optional parts, an all-reduce of two processes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ ESSENTIALS = {
     "psutil": ("psutil", ">=5.9"),
     "tensorboard": ("tensorboard", ">=2.14"),
     "matplotlib": ("matplotlib", ">=3.8"),
+    "rich": ("rich", ">=13"),
 }
 """Distribution -> (module, versions that setup.py asks for)."""
 
@@ -46,7 +47,7 @@ State = Literal["ok", "active", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. advice: how to get or mend it; empty where nothing is to do."""
+    """The result of one check. advice: how to install or repair it; empty if not needed."""
 
     name: str
     state: State
@@ -55,7 +56,10 @@ class Finding:
 
 
 def check_versions() -> list[Finding]:
-    """Python and the required packages, each of which is imported. `missing` and `broken` ones stop the program."""
+    """Check Python and the required packages, each of which is imported.
+
+    The program cannot run with one that is `missing` or `broken`.
+    """
     version = platform.python_version()
     python_ok = sys.version_info[:2] >= PYTHON_MINIMUM
     wanted = ".".join(map(str, PYTHON_MINIMUM))
@@ -64,7 +68,7 @@ def check_versions() -> list[Finding]:
 
 
 def check_devices() -> list[Finding]:
-    """Processors, memory and CUDA devices."""
+    """Describe processors, memory and CUDA devices."""
     import psutil
     import torch
 
@@ -82,18 +86,17 @@ def check_devices() -> list[Finding]:
 
 
 def check_optional_parts() -> list[Finding]:
-    """Parts that make the program faster or start it in other ways. None is required."""
+    """Check the parts that make the program faster or start it in other ways. None is required."""
     return [
         _check_transformer_engine(),
         _check_apex(),
         _check_flash_attention(),
-        _probe("vLLM", "vllm", "pip install 'exo-megatron[vllm]' (needs CUDA)"),
         _check_mpi(),
     ]
 
 
 def check_collectives() -> list[Finding]:
-    """Start two processes that add up a tensor: with gloo, and with NCCL where there are two CUDA devices."""
+    """Start two processes that add up a tensor: gloo, and NCCL if there are two CUDA devices."""
     import torch
 
     findings = [try_collective("gloo")]
@@ -103,7 +106,7 @@ def check_collectives() -> list[Finding]:
 
 
 def try_collective(backend: Literal["gloo", "nccl"], limit: float = COLLECTIVE_SECONDS) -> Finding:
-    """One all-reduce over two new processes of this machine, which are killed after `limit` seconds."""
+    """Run one all-reduce over two new processes, which are killed after `limit` seconds."""
     context = multiprocessing.get_context("spawn")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
@@ -131,7 +134,7 @@ def try_collective(backend: Literal["gloo", "nccl"], limit: float = COLLECTIVE_S
 
 
 def _reduce(rank: int, backend: str, store: str, limit: float, answers: Connection) -> None:
-    """A process of `try_collective`: sends "ok" or what went wrong."""
+    """Run one process of `try_collective`, and send "ok" or a description of the failure."""
     import torch
     import torch.distributed as dist
 
@@ -163,7 +166,7 @@ def _check_package(name: str, module: str, wants: str) -> Finding:
     try:
         version = importlib.metadata.version(name)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core warns of each optional part; they have a section of theirs
+            warnings.simplefilter("ignore")  # megatron-core warns of each optional part; they have their own section
             importlib.import_module(module)
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "missing", f"{wants} wanted", f"pip install '{name}{wants}'")
@@ -186,12 +189,12 @@ def _describe_gpu(index: int) -> Finding:
 
 
 def _check_transformer_engine() -> Finding:
-    advice = "pip install 'exo-megatron[cuda]' (needs CUDA)"
+    advice = "pip install --no-build-isolation 'exo-megatron[cuda]' (after torch, with a CUDA toolkit)"
     return _probe("Transformer Engine", "transformer_engine.pytorch", advice, version_of="transformer-engine")
 
 
 def _check_apex() -> Finding:
-    """NVIDIA's apex has compiled extensions; the package `apex` of the Python index is another program."""
+    """Check for NVIDIA's apex with compiled extensions; `apex` on PyPI is another program."""
     advice = (
         "git clone https://github.com/NVIDIA/apex && "
         "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./apex (not `pip install apex`)"
@@ -210,7 +213,10 @@ def _check_apex() -> Finding:
 
 
 def _check_flash_attention() -> Finding:
-    """Our attention calls torch's own flash kernels; the package flash-attn is used by Transformer Engine only."""
+    """Check torch's own flash kernels, which our attention calls.
+
+    The package flash-attn is used by Transformer Engine only.
+    """
     import torch
 
     name = "flash attention"
@@ -227,7 +233,7 @@ def _check_flash_attention() -> Finding:
 
 
 def _check_mpi() -> Finding:
-    """mpi4py with a runtime that it can load, and mpirun."""
+    """Check for mpi4py with a runtime that it can load, and for mpirun."""
     advice = "pip install 'exo-megatron[mpi]', or mpi4py built against the cluster's MPI"
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     found = _probe("MPI", "mpi4py", advice, code=code)
@@ -241,9 +247,16 @@ def _check_mpi() -> Finding:
 
 
 def _probe(name: str, module: str, advice: str, *, version_of: str | None = None, code: str | None = None) -> Finding:
-    """Import a module in a process of its own, because compiled extensions that do not fit may end the process.
+    """Import a module in a process of its own, and describe what it finds.
 
-    code: prints one line about what was found; default: the version of the distribution `version_of` (or `module`).
+    A compiled extension that does not fit may end the process.
+
+    Args:
+        name: name of the finding.
+        module: the module to import.
+        advice: advice of the finding if the module is missing or broken.
+        version_of: distribution whose version is shown; default: `module`.
+        code: program that prints one line about what it found; default: it prints that version.
     """
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return Finding(name, "missing", "not installed", advice)

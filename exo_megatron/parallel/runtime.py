@@ -1,14 +1,16 @@
-"""The world of one program run: its process group, this process's rank and device."""
+"""The world of one program run: this process's rank, its process group and device."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,110 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from exo_megatron.errors import TopologyError
 from exo_megatron.parallel import cpu_backend
-from exo_megatron.parallel.launcher import Launch, Launcher, detect_launch
+
+Launcher = Literal["single", "torchrun", "slurm", "mpi"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank of this process, and the address at which rank 0 listens.
+
+    Without a launcher: one process, no address. Port 0 under mpirun: rank 0 takes a free one and
+    broadcasts it.
+    """
+
+    launcher: Launcher
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+
+
+def detect_launch(env: Mapping[str, str] = os.environ) -> Launch:
+    """Read the environment that torchrun, srun or mpirun made; without any of them, one process.
+
+    torchrun inside an srun step counts as torchrun. A plain `python` in a batch script (no srun
+    step) is one process. Under mpirun the ranks agree on the address with one broadcast over
+    MPI_COMM_WORLD. Raises TopologyError if a launcher set only part of what is needed.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _torchrun(env)
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) >= 1:
+        return _slurm(env)
+    if any(name in env for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")):
+        return _mpi(env)
+    return Launch("single", 0, 1, 0, "127.0.0.1", 0)
+
+
+def _torchrun(env: Mapping[str, str]) -> Launch:
+    missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise TopologyError(
+            "environment",
+            f"RANK and WORLD_SIZE are set but {', '.join(missing)} not",
+            expected="RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
+            fix="start with torchrun, or unset RANK and WORLD_SIZE",
+        )
+    return Launch(
+        "torchrun",
+        int(env["RANK"]),
+        int(env["WORLD_SIZE"]),
+        int(env["LOCAL_RANK"]),
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> Launch:
+    world_size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    # Ports below 20000 and above 52000 are left to services and to ephemeral connections.
+    port = int(env["MASTER_PORT"]) if "MASTER_PORT" in env else 20000 + int(env.get("SLURM_JOB_ID", "0")) % 32000
+    return Launch(
+        "slurm",
+        int(env["SLURM_PROCID"]),
+        world_size,
+        int(env.get("SLURM_LOCALID", "0")),
+        env.get("MASTER_ADDR") or _first_slurm_host(env),
+        port,
+    )
+
+
+def _first_slurm_host(env: Mapping[str, str]) -> str:
+    if int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))) == 1:
+        return "127.0.0.1"
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise TopologyError(
+            "environment",
+            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` failed ({error})",
+            expected="the address of the first node in MASTER_ADDR",
+            fix="export MASTER_ADDR=ADDRESS in the batch script, before srun",
+        ) from error
+    return answer.stdout.split()[0]
+
+
+def _mpi(env: Mapping[str, str]) -> Launch:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise TopologyError(
+            "environment",
+            f"started by mpirun, but mpi4py cannot be imported ({error})",
+            expected="mpi4py and the MPI runtime of this mpirun",
+            fix="pip install 'exo-megatron[mpi]', or start with torchrun",
+        ) from error
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    here = "127.0.0.1" if node.Get_size() == world.Get_size() else socket.gethostname()
+    host = world.bcast(env.get("MASTER_ADDR") or here, root=0)
+    port = int(env.get("MASTER_PORT", "0"))
+    return Launch("mpi", world.Get_rank(), world.Get_size(), node.Get_rank(), host, port)
+
 
 T = TypeVar("T")
 
@@ -26,7 +131,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class Runtime:
-    """One per process, for the whole program."""
+    """This process in the world of the program: one object for the whole run."""
 
     rank: int
     world_size: int
@@ -36,7 +141,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0 of the world, which prints and writes files."""
+        """True on rank 0 of the world, which prints and writes files."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -44,13 +149,16 @@ class Runtime:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
-        """The value of rank `source` (pickled), on every rank of the world."""
+        """Return the value of rank `source` (pickled) on every rank of the world."""
         box = [value]
         dist.broadcast_object_list(box, src=source)
         return box[0]
 
     def gather_objects(self, value: T) -> list[T] | None:
-        """The values of all ranks in rank order, on rank 0; None elsewhere."""
+        """Gather the values of all ranks (pickled) in rank order on rank 0; None elsewhere.
+
+        Collective over the world.
+        """
         box: list[T] | None = [value] * self.world_size if self.is_main else None
         dist.gather_object(value, box, dst=0)
         return box
@@ -58,23 +166,26 @@ class Runtime:
 
 @contextmanager
 def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
-    """Join the world that the launcher made: NCCL with one CUDA device per process, gloo without CUDA.
+    """Join the launcher's world: NCCL with one CUDA device per process, gloo without CUDA.
 
-    Raises TopologyError if the launcher's variables are incomplete or there are fewer devices than local ranks.
-    models: models will be run, for which megatron-core is imported and prepared (seconds). Else gloo and the CPU, also
-    where CUDA is available: any number of processes.
-    The group is destroyed at the end; after an exception it is left to the process's exit, because peers may be
-    waiting in a collective.
+    models: whether models will be run, for which megatron-core is imported and prepared (seconds).
+    If not, gloo and the CPU are used, also where CUDA is available, with any number of processes.
+
+    The group is destroyed at the end; after an exception it is left to the process's exit, because
+    peers may be waiting in a collective. Raises TopologyError if the launcher's variables are
+    incomplete or there are fewer devices than local ranks.
     """
-    # Said once by `exo-megatron doctor`, not by every process of every run.
+    # `exo-megatron doctor` says this once; it need not be repeated by every process of every run.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*(not installed|Falling back).*")
     # megatron-core's distributed optimizer keeps gradients on views of its buffers, on purpose.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    # About a default of megatron-core 0.16's own, on every construction of a model.
+    # Emitted on every construction of a model, about a default of megatron-core 0.16 itself.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
-    # Of every expert that is whole on its rank: tokens come to it by all-to-all, also under sequence parallelism.
+    # Emitted for every expert that is whole on its rank. Tokens reach it by all-to-all, also under
+    # sequence parallelism.
     warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model parallel size is")
-    # torch 2.13 renames collectives that megatron-core and older torch versions know by these names only.
+    # torch 2.13 renames collectives that megatron-core and older torch versions know by these names
+    # only.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
     # One hardware queue keeps tensor-parallel communication in order with the products it overlaps.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -126,7 +237,7 @@ def _join(launch: Launch, device: torch.device) -> None:
 
 
 def _mpi_store(launch: Launch) -> Store:
-    """The store through which ranks meet: rank 0 takes a free port and tells it over MPI."""
+    """Make the store through which ranks meet: rank 0 broadcasts a free port over MPI."""
     from mpi4py import MPI
 
     world, size = MPI.COMM_WORLD, launch.world_size

@@ -1,8 +1,9 @@
-"""How the world is cut for one stage: tensor x pipeline x data parallel ranks and their groups.
+"""Division of the world for one stage into tensor x pipeline x data parallel ranks, with groups.
 
-Experts are cut along the same ranks, the tensor ranks first. With E expert ranks and T tensor ranks: where E divides
-T, the experts of a layer are dealt to E parts of the tensor group and each expert is cut T / E ways. Where E is a
-multiple of T, every expert is whole and E / T model copies (neighbours in the data group) share one set of experts.
+Experts are divided over the same ranks, the tensor ranks first. With E expert ranks and T tensor
+ranks: where E divides T, the experts of a layer are dealt to E parts of the tensor group and each
+expert is cut T / E ways. Where E is a multiple of T, every expert is whole and E / T model copies
+(neighbours in the data group) share one set of experts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from exo_megatron.parallel.runtime import Runtime
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the grid. Ranks are laid out tensor fastest, then data, then pipeline."""
+    """This rank's place among all: ranks are laid out tensor fastest, then data, then pipeline."""
 
     parallel: ParallelConfig
     tensor_size: int
@@ -44,30 +45,31 @@ class Topology:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """True if this rank holds the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer."""
+        """True if this rank holds the output layer."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def shares_experts(self) -> bool:
-        """Whether several model copies share one set of experts: they must make equally many forward passes."""
+        """True if model copies share experts, so that they must make equally many passes."""
         return self.expert_size > self.tensor_size
 
     @property
-    def row_multiple(self) -> int:
-        """Packed rows must be a multiple of this many tokens."""
-        return self.parallel.row_multiple
+    def token_multiple(self) -> int:
+        """Number of tokens of which the length of every packed sequence must be a multiple."""
+        return self.parallel.token_multiple
 
 
 @contextmanager
 def model_parallel(runtime: Runtime, parallel: ParallelConfig, *, seed: int) -> Iterator[Topology]:
-    """Create the groups of one stage and destroy them after it; stages of one program may differ in topology.
+    """Create the groups of one stage and destroy them after it; stages may differ in topology.
 
-    Collective over the world. Raises TopologyError if the sizes do not divide each other or the world size.
+    Collective over the world. Raises TopologyError if the sizes do not divide each other or the
+    world size.
     """
     _check_world(parallel, runtime.world_size)
     parallel_state.initialize_model_parallel(
@@ -87,7 +89,7 @@ def model_parallel(runtime: Runtime, parallel: ParallelConfig, *, seed: int) -> 
 
 
 def _destroy_groups() -> None:
-    """Give back the threads and communicators of the groups, which megatron-core only forgets."""
+    """Release the threads and communicators of the groups, which megatron-core only forgets."""
     for group in parallel_state._global_process_group_list or ():
         if group is not None:  # the world's own
             torch.distributed.destroy_process_group(group)
@@ -95,7 +97,10 @@ def _destroy_groups() -> None:
 
 
 def check_expert_cut(parallel: ParallelConfig) -> None:
-    """Raise TopologyError unless one of tensor and expert divides the other. Needs no process group."""
+    """Raise TopologyError unless one of parallel.tensor and parallel.expert divides the other.
+
+    Needs no process group.
+    """
     if parallel.tensor % parallel.expert and parallel.expert % parallel.tensor:
         raise TopologyError(
             "parallel.expert",

@@ -1,4 +1,4 @@
-"""From settings to a reward source."""
+"""The choice of a reward source by its settings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ T = TypeVar("T")
 
 
 def build_reward(config: RewardConfig, device: torch.device) -> RewardSource:
-    """The reward source of `config`; models go to `device`. Raises RewardError if it cannot be loaded."""
-    if config.kind == "function":
-        from exo_megatron.rewards.function import load_function
+    """Build the reward source of `config`. Models go to `device`.
 
-        return load_function(_required(config.function, "reward.function"))
+    Raises RewardError if the source cannot be loaded, ConfigError if a key that it needs is
+    missing.
+    """
+    if config.kind == "function":
+        from exo_megatron.rewards.function import load_reward_function
+
+        return load_reward_function(_required(config.function, "reward.function"))
     from exo_megatron.rewards.classifier import load_classifier
 
     path = _required(config.path, "reward.path")

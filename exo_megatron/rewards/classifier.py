@@ -1,4 +1,7 @@
-"""Rewards from a local Hugging Face sequence classifier (a reward model with one output, or a classifier)."""
+"""Rewards from a local Hugging Face sequence classifier.
+
+It is a reward model with one output, or a classifier.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from exo_megatron.rewards.function import shorten
 
 
 class ClassifierReward:
-    """The single logit of a reward model, or the log-odds of one class of a classifier, for prompt + completion."""
+    """A reward source that classifies prompt + candidate with a sequence classifier.
+
+    The reward is the single logit of a reward model, or the log-odds of one class of a classifier.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, label: int | None, batch_size: int, device: torch.device, where: str
@@ -28,7 +34,10 @@ class ClassifierReward:
         self._where = where
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Classify the whole texts in batches of `batch_size`. Raises RewardError for one that is too long."""
+        """Classify the whole texts in batches of `batch_size`.
+
+        Raises RewardError if a text is too long for the classifier.
+        """
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         rewards: list[float] = []
         for start in range(0, len(texts), self._batch_size):
@@ -60,9 +69,10 @@ class ClassifierReward:
 
 
 def logits_to_rewards(logits: Tensor, label: int | None) -> Tensor:
-    """[B, classes] -> [B]: the only logit where label is None, else log p(label) - log p(not label).
+    """Convert logits [B, classes] to rewards [B].
 
-    The log-odds of a class under a softmax is its logit minus the log-sum-exp of the others.
+    The reward is the only logit where label is None, else log p(label) - log p(not label). These
+    log-odds under a softmax are the label's logit minus the log-sum-exp of the others.
     """
     if label is None:
         return logits.squeeze(1)
@@ -71,9 +81,10 @@ def logits_to_rewards(logits: Tensor, label: int | None) -> Tensor:
 
 
 def load_classifier(path: Path, *, label: int | None, batch_size: int, device: torch.device) -> ClassifierReward:
-    """Load model and tokenizer from local files, weights from safetensors only, running none of their code.
+    """Load model and tokenizer from local files, weights from safetensors only, in fp32.
 
-    Raises RewardError if there are no such files, or `label` does not fit the number of classes.
+    None of their code is run. Raises RewardError if there are no such files, they cannot be loaded,
+    or `label` does not fit the number of classes.
     """
     where = f"reward.path {path}"
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
@@ -115,9 +126,10 @@ def _check_label(label: int | None, classes: int, where: str) -> None:
 
 
 def _set_padding(model: Any, tokenizer: Any, where: str) -> None:
-    """Agree on the padding token, by which decoder-only classifiers find the last token of a text.
+    """Set the padding token, by which decoder-only classifiers find the last token of a text.
 
-    Where the tokenizer names none, the model's is taken, and the end-of-sequence token where there is neither.
+    It is the tokenizer's, else the model's, else the end-of-sequence token. Raises RewardError if
+    there is none of them.
     """
     if tokenizer.pad_token_id is None and model.config.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from types import ModuleType
 from typing import SupportsFloat, SupportsIndex
 
 from exo_megatron.errors import ExoError, RewardError
+from exo_megatron.utils.functions import innermost_frame, load_user_function
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], object]
 
 
 class FunctionReward:
-    """Calls `function(prompts, completions)`, two lists of equal length, for one number per completion.
+    """A reward source that calls `function(prompts, completions)` for one number per candidate.
 
-    The answer may be a list, a tuple, a numpy array or a tensor. name: for messages.
+    Both arguments are lists of equal length. The function may return a list, a tuple, a numpy array
+    or a tensor. `name` is used in messages.
     """
 
     def __init__(self, function: RewardFunction, name: str) -> None:
@@ -27,15 +24,18 @@ class FunctionReward:
         self._name = name
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Call the function. Raises RewardError if it fails or its answer is not one number per completion."""
+        """Call the function.
+
+        Raises RewardError if the function fails or does not return one number per candidate.
+        """
         try:
             answer = self._function(list(prompts), list(completions))
         except ExoError:
             raise
-        # A function of the user's may raise anything; what helps is where.
+        # The user's function may raise any exception; the message says where.
         except Exception as error:
             raise self._error(
-                f"raised {type(error).__name__}: {error} (in {_innermost(error)})",
+                f"raised {type(error).__name__}: {error} (in {innermost_frame(error)})",
                 "a function that judges every completion",
                 "correct the function",
             ) from error
@@ -49,7 +49,7 @@ class FunctionReward:
         return [self._number(value, index, completions) for index, value in enumerate(values)]
 
     def _listed(self, answer: object) -> list[object]:
-        # A dict, a set or a string can be iterated too, but has no order or no numbers.
+        # A dict, a set or a string can be iterated, too, but has no order or no numbers.
         if isinstance(answer, Iterable) and not isinstance(answer, str | bytes | dict | set):
             return list(answer)
         raise self._error(
@@ -57,7 +57,7 @@ class FunctionReward:
         )
 
     def _number(self, value: object, index: int, completions: Sequence[str]) -> float:
-        # Numbers of numpy and torch convert themselves; a string would convert too, but is a mistake.
+        # Numbers of numpy and torch convert to float. A string may convert, too, but is a mistake.
         if isinstance(value, SupportsFloat | SupportsIndex) and not isinstance(value, bool):
             with suppress(TypeError, ValueError):
                 return float(value)
@@ -69,45 +69,11 @@ class FunctionReward:
         return RewardError(f"reward.function {self._name}", problem, expected=expected, fix=fix)
 
 
-def load_function(name: str) -> FunctionReward:
-    """Import `package.module:function`, from installed packages or from below the current directory.
-
-    Raises RewardError if the module cannot be imported or has no such function.
-    """
-    module_name, _, function_name = name.partition(":")
-    module = _import(module_name, name)
-    function: object = vars(module).get(function_name)
-    if not callable(function):
-        raise RewardError(
-            f"reward.function {name}",
-            f"{module.__file__} has no function {function_name!r}",
-            expected="a function of the module, called with (prompts, completions)",
-            fix="correct the name after the colon",
-        )
-    return FunctionReward(function, name)
+def load_reward_function(name: str) -> FunctionReward:
+    """Import `package.module:function`. Raises RewardError if it cannot be imported."""
+    return FunctionReward(load_user_function("reward.function", name, RewardError), name)
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """A text in quotes for a one-line message."""
+    """Show a text in quotes in a one-line message, cut to `limit` characters."""
     return repr(text if len(text) <= limit else f"{text[:limit]}...")
-
-
-def _import(module: str, name: str) -> ModuleType:
-    # `python -m exo_megatron` can import from the current directory; the console script should not differ.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(module)
-    # A module of the user's may raise anything while it is imported.
-    except Exception as error:
-        raise RewardError(
-            f"reward.function {name}",
-            f"importing {module} raised {type(error).__name__}: {error} (in {_innermost(error)})",
-            expected="a module that can be imported",
-            fix="correct the name or the module, or add its directory to PYTHONPATH",
-        ) from error
-
-
-def _innermost(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"

@@ -24,11 +24,22 @@ def score_records(
     batch_size: int,
     label: str | None = None,
 ) -> list[Record] | None:
-    """The records with rewards, in order, on rank 0 of the world; None on the others.
+    """Score all candidates of the records. Collective over the world.
 
-    Collective over the world: every rank passes all records and judges a consecutive share of them, `batch_size`
-    completions at a time. label: of a progress line on rank 0, if there is to be one. Raises RewardError for a
-    reward that is not finite.
+    Every rank passes all records and scores a consecutive share of them.
+
+    Args:
+        records: the same on every rank.
+        source: the reward source of this rank.
+        runtime: the processes of the world.
+        batch_size: candidates that are scored at once.
+        label: label of a progress line on rank 0; None for no line.
+
+    Returns:
+        The records with rewards, in order, on rank 0 of the world; None on the others.
+
+    Raises:
+        RewardError: a reward is not finite.
     """
     begin, end = (len(records) * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
     share = records[begin:end]
@@ -42,7 +53,7 @@ def score_records(
 def score_share(
     records: Sequence[Record], source: RewardSource, *, batch_size: int, progress: Progress
 ) -> list[Record]:
-    """The records with rewards, computed by this process alone."""
+    """Score the candidates of the records in this process alone. Returns records with rewards."""
     pairs = [(record, k) for record in records for k in range(len(record.texts))]
     rewards: list[float] = []
     for start in range(0, len(pairs), batch_size):
@@ -61,7 +72,7 @@ def score_share(
 
 
 def check_finite(reward: float, record: ScorableRecord, k: int) -> None:
-    """Raise RewardError, naming record, candidate and value, for NaN and infinities."""
+    """Raise RewardError, which names record, candidate and value, for NaN and infinities."""
     if not math.isfinite(reward):
         raise RewardError(
             f"record {record.id!r}, candidate {k}",

@@ -1,4 +1,4 @@
-"""What a reward source is."""
+"""The interface of a reward source."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Protocol
 
 
 class RewardSource(Protocol):
-    """Judges completions of prompts."""
+    """A source of rewards for candidates of prompts."""
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """One reward per completion; prompts[i] belongs to completions[i] and may occur several times.
+        """Return one reward per candidate; `completions[i]` is a candidate of `prompts[i]`.
 
-        A completion continues its prompt: the whole text is prompt + completion, with whatever space parts them.
-        Whether the numbers are finite is checked by the caller, who knows the names of the records.
-        Raises RewardError when the source cannot do its work.
+        A prompt may occur several times. The whole text is prompt + candidate, with any space
+        between them included. The caller checks that the rewards are finite, because it knows the
+        names of the records. Raises RewardError if the source cannot give rewards.
         """
         ...

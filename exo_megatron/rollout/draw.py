@@ -1,76 +1,119 @@
-"""Candidates with their log-probs: drawn, then scored by the forward pass of training while the model is loaded."""
+"""Candidates with log-probs: drawn, then scored by the forward pass of training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from exo_megatron.config.sections import ComputeConfig, SamplingConfig
+from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
-from exo_megatron.data.tokenizer import Tokenizer
-from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.execution.forward import candidate_logprobs
+from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
-from exo_megatron.rollout.record_logprobs import largest_difference, record_logprobs, with_logprobs
+from exo_megatron.utils.progress import Progress
+
+
+def record_logprobs(
+    policy: Policy, records: Sequence[CandidateRecord], *, temperature: float, label: str | None = None
+) -> list[tuple[float, ...]]:
+    """Compute the log-probs of stored candidates under softmax(logits / temperature).
+
+    Collective over the world; every rank passes all records and gets all results.
+
+    Args:
+        policy: the policy that scores.
+        records: prompts and candidates.
+        temperature: logits are divided by it.
+        label: of a progress line, on the rank that is to print one.
+
+    Returns:
+        [records][K] in nats, fp64 sums.
+
+    Raises:
+        DataError: a prompt and a candidate exceed a micro-batch.
+    """
+    groups = [
+        Group(record.id, record.prompt_ids, tuple(candidate.token_ids for candidate in record.candidates))
+        for record in records
+    ]
+    with Progress(label or "", len(groups), "groups", enabled=label is not None) as progress:
+        return candidate_logprobs(policy, groups, temperature=temperature, progress=progress)
+
+
+def with_logprobs(
+    records: Sequence[CandidateRecord], logprobs: Sequence[Sequence[float]], source: LogprobSource
+) -> list[CandidateRecord]:
+    """Return records with their [records][K] log-probs, tied to the source and token ids."""
+    return [
+        replace(
+            record,
+            candidates=tuple(
+                replace(candidate, logprob=value, logprob_digest=source.digest(record.prompt_ids, candidate.token_ids))
+                for candidate, value in zip(record.candidates, values, strict=True)
+            ),
+            logprob_source=source,
+        )
+        for record, values in zip(records, logprobs, strict=True)
+    ]
+
+
+def largest_difference(drawn: Sequence[CandidateRecord], scored: Sequence[CandidateRecord]) -> float:
+    """Compute the largest difference of log-probs of decoding and scoring, nats per token."""
+    return max(
+        abs(before.logprob - after.logprob) / len(before.token_ids)
+        for one, other in zip(drawn, scored, strict=True)
+        for before, after in zip(one.candidates, other.candidates, strict=True)
+        if before.logprob is not None and after.logprob is not None
+    )
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """decoding_difference: the largest one between log-probs of decoding and of the training pass, nats per token."""
+class DrawnCandidates:
+    """Candidates with log-probs.
+
+    decoding_difference: the largest difference between log-probs of decoding and of the training
+    pass, in nats per token.
+    """
 
     records: list[CandidateRecord]
     decoding_difference: float
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A loaded model that draws. fingerprint: of its checkpoint."""
-
-    model: PolicyModel
-    spec: ModelSpec
-    fingerprint: str
-    tokenizer: Tokenizer
 
 
 def draw_candidates(
     policy: Policy,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
-    compute: ComputeConfig,
     *,
     seed: int,
-    topology: Topology,
     runtime: Runtime,
     label: str,
-) -> Drawn:
-    """K candidates for each prompt, in prompt order, on every rank. Collective over the world.
+) -> DrawnCandidates:
+    """Draw K candidates for each prompt, in prompt order, on every rank. Collective over the world.
 
-    Their log-probs are of softmax(logits / sampling.temperature), whatever top_p is: what losses and estimates
-    compare, and what `align` takes for reference log-probs. Decoding computes them too, from its cache and rounded
-    otherwise. label: of the progress lines of rank 0. compute: decides on precision and rows; see check_row_length.
+    Their log-probs are of softmax(logits / sampling.temperature), whatever top_p is: losses and
+    estimates compare these, and `align` uses them as reference log-probs. Decoding computes them
+    too, from its cache and with other rounding.
+
+    Args:
+        policy: loaded with its tokenizer.
+        prompts: all prompts, which must have passed `check_microbatch_length`.
+        sampling: K, temperature, top_p and length.
+        seed: of the draws.
+        runtime: the world.
+        label: of the progress lines of rank 0.
     """
-    engine = NativeEngine(policy.model, policy.spec, topology, policy.tokenizer.eos_id)
     generated = runtime.broadcast_object(
-        generate_records(
-            engine, prompts, policy.tokenizer, sampling, seed=seed, topology=topology, runtime=runtime, label=label
-        )
+        generate_records(NativeEngine(policy), prompts, sampling, policy, seed=seed, runtime=runtime, label=label)
     )
     if generated is None:
         raise RuntimeError("rank 0 broadcast no records")
-    logprobs = record_logprobs(
-        policy.model,
-        policy.spec,
-        topology,
-        generated,
-        compute,
-        temperature=sampling.temperature,
-        label=f"{label}: log-probs" if runtime.is_main else None,
-    )
-    source = LogprobSource(policy.fingerprint, sampling.temperature, compute.precision)
+    progress_label = f"{label}: log-probs" if runtime.is_main else None
+    logprobs = record_logprobs(policy, generated, temperature=sampling.temperature, label=progress_label)
+    source = LogprobSource(policy.fingerprint, sampling.temperature, policy.compute.precision)
     records = with_logprobs(generated, logprobs, source)
-    return Drawn(records, largest_difference(generated, records))
+    return DrawnCandidates(records, largest_difference(generated, records))

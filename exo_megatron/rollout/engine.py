@@ -1,4 +1,4 @@
-"""What a rollout engine is: prompts in, K sampled candidates per prompt out."""
+"""The interface of a rollout engine, which draws K candidates per prompt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from exo_megatron.utils.progress import Progress
 
 @dataclass(frozen=True)
 class GeneratedCandidate:
-    """One candidate. token_ids: at least one, the end-of-sequence token included where it ended by itself
-    (`finished`). logprob: sum over token_ids in nats under softmax(logits / temperature), without top-p.
+    """One candidate.
+
+    Attributes:
+        token_ids: at least one, the end-of-sequence token included if `finished`.
+        finished: whether it ended by itself.
+        logprob: sum over token_ids in nats under softmax(logits / temperature), without top-p.
     """
 
     token_ids: tuple[int, ...]
@@ -31,15 +35,21 @@ class GeneratedGroup:
 
 
 class RolloutEngine(Protocol):
-    """Draws candidates from one policy."""
+    """An engine that draws candidates from one policy."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int, progress: Progress | None
     ) -> list[GeneratedGroup]:
-        """One group per prompt, in order.
+        """Draw one group per prompt, in order.
 
-        Collective over one model-parallel group, whose ranks pass the same arguments and get the same result;
-        each data-parallel rank passes its own prompts. A candidate depends on the policy, seed, prompt id and ids,
-        its number and the sampling settings only. progress: counts completed candidates.
+        Collective over one model-parallel group, whose ranks pass the same arguments and get the
+        same result; each data-parallel rank passes its own prompts. A candidate depends only on the
+        policy, seed, prompt id and ids, its number and the sampling settings.
+
+        Args:
+            prompts: of this data-parallel rank.
+            sampling: K, temperature, top_p and length.
+            seed: of the draws.
+            progress: counts completed candidates.
         """
         ...

@@ -1,4 +1,4 @@
-"""Candidates for a list of prompts, over all data-parallel ranks, as records to store."""
+"""Candidates for a list of prompts, drawn over all data-parallel ranks, as records to store."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.tokenizer import Tokenizer
+from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.engine import GeneratedGroup, RolloutEngine
 from exo_megatron.utils.progress import Progress
 
@@ -17,19 +17,19 @@ from exo_megatron.utils.progress import Progress
 def generate_records(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
     sampling: SamplingConfig,
+    policy: Policy,
     *,
     seed: int,
-    topology: Topology,
     runtime: Runtime,
     label: str = "rollout",
 ) -> list[CandidateRecord] | None:
-    """K candidates for each prompt, in prompt order, on rank 0 of the world; None on the others.
+    """Draw K candidates for each prompt, in prompt order, on rank 0 of the world; else None.
 
-    Collective over the world: every rank passes all prompts, each model copy draws its share. `label` names the
-    progress line of rank 0, which counts the candidates of its own model copy.
+    Collective over the world: every rank passes all prompts, and each model copy draws its share.
+    `label` names the progress line of rank 0, which counts the candidates of its own model copy.
     """
+    topology = policy.topology
     share = split_by_length([len(prompt.ids) for prompt in prompts], topology.data_size)[topology.data_rank]
     if topology.data_size > 1:
         label = f"{label} (1 of {topology.data_size} model copies)"
@@ -40,11 +40,11 @@ def generate_records(
     if gathered is None:
         return None
     by_index = dict(pair for part in gathered for pair in part)
-    return [_record(prompt, by_index[index], tokenizer) for index, prompt in enumerate(prompts)]
+    return [_record(prompt, by_index[index], policy.text_tokenizer) for index, prompt in enumerate(prompts)]
 
 
 def split_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deal indices to `parts` lists, longest first, so that the lists cost about the same."""
+    """Split indices into `parts` lists, longest first, so that the lists cost about the same."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[part::parts] for part in range(parts)]
 

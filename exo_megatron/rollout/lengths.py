@@ -1,4 +1,4 @@
-"""What prompts must leave room for, checked before any model is built."""
+"""Checks of prompt lengths before any model is built."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
-from exo_megatron.data.packing import row_capacity
+from exo_megatron.data.packing import microbatch_capacity
 from exo_megatron.errors import DataError
 from exo_megatron.models.spec import ModelSpec
 
 
 def check_lengths(prompts: Sequence[Prompt], sampling: SamplingConfig, spec: ModelSpec) -> None:
-    """Raise DataError, naming the prompt, if prompt and candidate together exceed the model's positions."""
+    """Raise DataError, naming the prompt, if it and a candidate exceed the model's positions."""
     for prompt in prompts:
         total = len(prompt.ids) + sampling.max_new_tokens
         if total > spec.max_positions:
@@ -24,16 +24,16 @@ def check_lengths(prompts: Sequence[Prompt], sampling: SamplingConfig, spec: Mod
             )
 
 
-def check_row_length(
+def check_microbatch_length(
     prompts: Sequence[Prompt], sampling: SamplingConfig, compute: ComputeConfig, parallel: ParallelConfig
 ) -> None:
-    """Raise DataError, naming the prompt, if its candidates could not be scored: prompt and one of them share a row."""
-    row = row_capacity(compute.max_tokens_per_microbatch, parallel.row_multiple)
+    """Raise DataError, naming the prompt, if it and one candidate exceed a micro-batch."""
+    capacity = microbatch_capacity(compute.max_tokens_per_microbatch, parallel.token_multiple)
     for prompt in prompts:
-        if len(prompt.ids) + sampling.max_new_tokens > row:
+        if len(prompt.ids) + sampling.max_new_tokens > capacity:
             raise DataError(
                 f"prompt {prompt.id!r}",
                 f"{len(prompt.ids)} tokens + sampling.max_new_tokens {sampling.max_new_tokens}",
-                expected=f"at most {row}, one packed row (compute.max_tokens_per_microbatch)",
+                expected=f"at most {capacity}, one packed micro-batch (compute.max_tokens_per_microbatch)",
                 fix="raise compute.max_tokens_per_microbatch",
             )

@@ -1,4 +1,4 @@
-"""The rollout engine on the training model itself: tensor- and pipeline-parallel, continuous batching, KV cache."""
+"""The rollout engine on the training model, with continuous batching and a KV cache."""
 
 from __future__ import annotations
 
@@ -14,43 +14,42 @@ from torch import Tensor
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.errors import ConfigError
+from exo_megatron.execution.forward import announce_pass, forward_only, pipeline_forward, run_idle_passes
+from exo_megatron.execution.policy import Policy
 from exo_megatron.logprobs.logits import gathered_logits
-from exo_megatron.models.decode import DecodeLayout, KvCache, build_decode_layout
-from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
-from exo_megatron.parallel.topology import Topology
+from exo_megatron.models.attention.cache import KvCache
+from exo_megatron.models.layouts.decode import DecodeLayout, build_decode_layout
 from exo_megatron.rollout.engine import GeneratedCandidate, GeneratedGroup
-from exo_megatron.rollout.pipeline import accompany, announce_pass, forward_only, run_stage
 from exo_megatron.rollout.sampling import draw_tokens, uniforms
 from exo_megatron.rollout.scheduler import ActiveCandidate, Pass, Scheduler
 from exo_megatron.utils.progress import Progress
 
 MAX_PREFILL_TOKENS = 4096
-"""Prompt tokens prefilled in one pass, beside the decoded ones: enough to keep the matrix products large."""
+"""Prompt tokens prefilled in one pass; enough for large matrix products."""
 
 
 class NativeEngine:
-    """RolloutEngine on this rank's part of the policy."""
+    """RolloutEngine on this rank's part of a policy."""
 
-    def __init__(self, model: PolicyModel, spec: ModelSpec, topology: Topology, eos_id: int) -> None:
-        """eos_id: the token that ends a candidate."""
-        self._model = model
-        self._spec = spec
-        self._topology = topology
-        self._eos_id = eos_id
+    def __init__(self, policy: Policy) -> None:
+        """Use a policy loaded with its tokenizer, whose end-of-sequence token ends a candidate."""
+        self._policy = policy
+        self._topology = policy.topology
+        self._eos_id = policy.text_tokenizer.eos_id
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int, progress: Progress | None
     ) -> list[GeneratedGroup]:
-        """See RolloutEngine. Raises ConfigError if the KV cache does not fit into the device's memory.
+        """Draw one group per prompt. See RolloutEngine.
 
-        Where model copies share experts, collective over all of them, which make equally many passes.
-        Every pass: one all-gather of logits over the tensor group of the last stage, one broadcast of the drawn
-        tokens over that group and one over each pipeline group.
+        Every pass has one all-gather of logits over the tensor group of the last pipeline stage,
+        one broadcast of the drawn tokens over that group and one over each pipeline group. Where
+        model copies share experts, the call is collective over all of them, and they make equally
+        many passes. Raises ConfigError if the KV cache does not fit into the device's memory.
         """
-        with forward_only(self._model):
+        with forward_only(self._policy.model):
             groups = self._generate(prompts, sampling, seed, progress) if prompts else []
-            accompany(self._model, self._topology)
+            run_idle_passes(self._policy)
         return groups
 
     def _generate(
@@ -71,8 +70,8 @@ class NativeEngine:
         while (work := scheduler.next_pass()) is not None:
             layout = self._lay_out(cache, work)
             announce_pass(self._topology)
-            hidden = run_stage(self._model, layout, self._topology)
-            tokens, logprobs = self._draw(hidden, layout, work, sampling, numbers)
+            hidden = pipeline_forward(self._policy, layout)
+            tokens, logprobs = self._draw(hidden, work, sampling, numbers)
             completed = scheduler.accept(tokens, logprobs)
             for candidate in completed:
                 results[candidate.prompt.index][candidate.number] = GeneratedCandidate(
@@ -89,15 +88,15 @@ class NativeEngine:
         candidate_slots = min(sampling.max_active_candidates, sampling.candidates * len(prompts))
         try:
             return KvCache(
-                layer_numbers=[layer.layer_number for layer in self._model.decoder.layers],
+                layer_numbers=[layer.layer_number for layer in self._policy.model.decoder.layers],
                 prompt_slots=prompt_slots,
                 prompt_length=max(len(prompt.ids) for prompt in prompts),
                 candidate_slots=candidate_slots,
                 # The last token of a candidate is never fed.
                 candidate_length=sampling.max_new_tokens - 1,
-                kv_heads=self._spec.kv_heads // self._topology.tensor_size,
-                head_dim=self._spec.head_dim,
-                dtype=self._model.config.params_dtype,
+                kv_heads=self._policy.spec.kv_heads // self._topology.tensor_size,
+                head_dim=self._policy.spec.head_dim,
+                dtype=self._policy.model.config.params_dtype,
                 device=self._topology.device,
             )
         except torch.OutOfMemoryError:
@@ -117,31 +116,31 @@ class NativeEngine:
             active=[(c.tokens[-1], c.prompt.slot, len(c.tokens) - 1) for c in work.active],
             prompt_lengths=[len(prompt.tokens) for prompt in work.prompts],
             admitted=[(prompt.slot, prompt.tokens) for prompt in work.admitted],
-            multiple=self._topology.row_multiple,
+            multiple=self._topology.token_multiple,
             device=self._topology.device,
         )
 
     def _draw(
         self,
         hidden: Tensor | None,
-        layout: DecodeLayout,
         work: Pass,
         sampling: SamplingConfig,
         numbers: _UniformNumbers,
     ) -> tuple[list[int], list[float]]:
-        """Tokens and log-probs of `work.draws`, drawn by tensor rank 0 of the last stage, on every rank."""
+        """Draw tokens and log-probs of `work.draws`, equal on every rank.
+
+        Tensor rank 0 of the last pipeline stage draws; one broadcast over its tensor group and one
+        over each pipeline group.
+        """
         topology = self._topology
         drawn = torch.empty((2, len(work.draws)), dtype=torch.float64, device=topology.device)
         if hidden is not None:
-            predicting = hidden[layout.predict_rows, 0]
-            logits = gathered_logits(predicting, self._model.output_weight(), self._spec, topology)
+            logits = gathered_logits(hidden, self._policy.model.output_weight(), self._policy.spec, topology)
             if topology.tensor_rank == 0:
-                rows = torch.tensor([row for _, row in work.draws]).to(topology.device, non_blocking=True)
+                places = torch.tensor([place for _, place in work.draws]).to(topology.device, non_blocking=True)
                 uniform = torch.from_numpy(numbers.of(work.draws)).to(topology.device, non_blocking=True)
                 # A token id is exact in fp64.
-                drawn[0], drawn[1] = draw_tokens(
-                    logits, rows, uniform, temperature=sampling.temperature, top_p=sampling.top_p
-                )
+                drawn[0], drawn[1] = draw_tokens(logits, places, uniform, sampling)
             if topology.tensor_size > 1:
                 source = dist.get_process_group_ranks(topology.tensor_group)[0]
                 dist.broadcast(drawn, src=source, group=topology.tensor_group)
@@ -152,7 +151,7 @@ class NativeEngine:
 
 
 class _UniformNumbers:
-    """The uniform numbers of the prompts that are being decoded."""
+    """The uniform numbers in [0, 1) of the prompts that are being decoded."""
 
     def __init__(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> None:
         self._prompts = prompts
@@ -161,7 +160,7 @@ class _UniformNumbers:
         self._tables: dict[int, npt.NDArray[np.float64]] = {}
 
     def of(self, draws: Sequence[tuple[ActiveCandidate, int]]) -> npt.NDArray[np.float64]:
-        """One number per draw: that of the candidate's next step."""
+        """Return one number per draw: that of the candidate's next step."""
         return np.array([self._table(c.prompt.index)[c.number, len(c.tokens)] for c, _ in draws])
 
     def forget(self, completed: Sequence[ActiveCandidate]) -> None:
@@ -182,7 +181,7 @@ class _UniformNumbers:
 
 
 class _Meter:
-    """Reports completed candidates and the mean rate of tokens of this model copy."""
+    """Meter that reports completed candidates and the mean rate of tokens of this model copy."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress

@@ -1,9 +1,10 @@
-"""Continuous batching: which candidates and prompts go through the model in each pass. Pure Python.
+"""Continuous batching: choice of the candidates and prompts that go through the model in each pass.
 
-A prompt is admitted when candidate slots are free: its tokens are prefilled once, and the last row's logits give
-the first token of all its K candidates. They take candidate slots as these become free (all at once, unless K is
-larger than the limit), feed one token a pass, and leave at the end of sequence or at the length limit. Every rank of
-a model-parallel group runs its own scheduler on the same draws and so arrives at the same passes.
+Pure Python. A prompt is admitted when candidate slots are free: its tokens are prefilled once, and
+the logits of its last token give the first token of all its K candidates. They take candidate slots
+as these become free (all at once, unless K is larger than the limit), feed one token a pass, and
+leave at the end of sequence or at the length limit. Every rank of a model-parallel group runs its
+own scheduler on the same draws and so computes the same passes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 PROMPT_SLOT_FACTOR = 2
-"""Prompt slots per max_active / K: a prompt stays while its slowest candidate runs, when others have left."""
+"""Prompt slots per max_active / K: a prompt stays until its slowest candidate is complete."""
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class ActivePrompt:
-    """A prompt in the cache. index: place in the caller's list."""
+    """A prompt in the cache.
+
+    index: its place in the caller's list. unfinished: number of its incomplete candidates.
+    """
 
     index: int
     tokens: tuple[int, ...]
@@ -31,7 +35,7 @@ class ActivePrompt:
 
 @dataclass(eq=False)
 class ActiveCandidate:
-    """A candidate that has been begun. tokens: drawn so far; logprob: their sum in nats."""
+    """A started candidate: the tokens drawn so far, and the sum of their log-probs in nats."""
 
     prompt: ActivePrompt
     number: int
@@ -42,11 +46,15 @@ class ActiveCandidate:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass does, in this order: move cache slots, run the rows, draw one token for each of `draws`.
+    """One pass, in this order: move cache slots, run the model, draw one token for each of `draws`.
 
-    active: candidates in the order of their slots 0..m-1. prompts: all prompts in the cache in the order of their
-    slots, `admitted` among them. draws: candidate and row it is drawn from (0..m-1 the active ones, then one row
-    per admitted prompt), row by row.
+    Attributes:
+        candidate_moves, prompt_moves: (source, destination) slots.
+        active: candidates in the order of their slots 0..m-1.
+        prompts: all prompts in the cache in the order of their slots, `admitted` among them.
+        admitted: prompts to prefill in this pass.
+        draws: candidate and the place of the logits that it is drawn from (0..m-1 the active ones,
+            then one per admitted prompt), place by place.
     """
 
     candidate_moves: tuple[tuple[int, int], ...]
@@ -58,7 +66,10 @@ class Pass:
 
 
 class Scheduler:
-    """Call `next_pass`, then `accept` with the drawn tokens, until `next_pass` returns None."""
+    """Scheduler of the passes of generation.
+
+    Call `next_pass`, then `accept` with the drawn tokens, until `next_pass` returns None.
+    """
 
     def __init__(
         self,
@@ -70,11 +81,19 @@ class Scheduler:
         max_prefill_tokens: int,
         eos_id: int,
     ) -> None:
-        """prompts: token ids. candidates: K. max_active: candidate slots. max_prefill_tokens: prompt tokens that
-        one pass admits (a longer prompt is admitted alone).
+        """Queue all prompts, the longest first.
+
+        Args:
+            prompts: token ids.
+            candidates: K.
+            max_new_tokens: tokens of a candidate at most.
+            max_active: candidate slots.
+            max_prefill_tokens: prompt tokens that one pass admits (a longer prompt is admitted
+                alone).
+            eos_id: token that ends a candidate.
         """
-        # Longest first: prompts in the cache at the same time are then about equally long, and attention reads
-        # every prompt slot up to the longest one.
+        # Longest first: prompts in the cache at the same time are then about equally long, and
+        # attention reads every prompt slot up to the longest one.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self._waiting = deque(ActivePrompt(index, prompts[index], unfinished=candidates) for index in order)
         self._ready: deque[ActiveCandidate] = deque()
@@ -89,7 +108,7 @@ class Scheduler:
         self.prompt_slots = min(len(prompts), PROMPT_SLOT_FACTOR * -(-max_active // candidates))
 
     def next_pass(self) -> Pass | None:
-        """The next pass, or None when every candidate is complete."""
+        """Plan the next pass; None when every candidate is complete."""
         running = sum(candidate is not None for candidate in self._active)
         newcomers = [self._ready.popleft() for _ in range(min(len(self._ready), self._max_active - running))]
         active, candidate_moves = _fill_slots(self._active, newcomers)
@@ -99,9 +118,9 @@ class Scheduler:
             prompt.slot = slot
         self._active, self._resident = list(active), list(prompts)
 
-        draws = [(candidate, row) for row, candidate in enumerate(active)]
-        for row, prompt in enumerate(admitted, start=len(active)):
-            draws.extend((ActiveCandidate(prompt, number), row) for number in range(self._candidates))
+        draws = [(candidate, place) for place, candidate in enumerate(active)]
+        for place, prompt in enumerate(admitted, start=len(active)):
+            draws.extend((ActiveCandidate(prompt, number), place) for number in range(self._candidates))
         self._draws = tuple(draws)
         if not draws:
             return None
@@ -115,17 +134,17 @@ class Scheduler:
         )
 
     def accept(self, tokens: Sequence[int], logprobs: Sequence[float]) -> list[ActiveCandidate]:
-        """Record the drawn token and its log-prob for each draw of the last pass; returns the completed candidates."""
+        """Record token and log-prob of each draw of the last pass; return completed candidates."""
         completed: list[ActiveCandidate] = []
         held = len(self._active)
-        for (candidate, row), token, logprob in zip(self._draws, tokens, logprobs, strict=True):
+        for (candidate, place), token, logprob in zip(self._draws, tokens, logprobs, strict=True):
             candidate.tokens.append(token)
             candidate.logprob += logprob
             candidate.finished = token == self._eos_id
             if candidate.finished or len(candidate.tokens) == self._max_new_tokens:
                 completed.append(candidate)
-                self._release(candidate, row if row < held else None)
-            elif row >= held:
+                self._release(candidate, place if place < held else None)
+            elif place >= held:
                 self._ready.append(candidate)
         return completed
 
@@ -137,7 +156,7 @@ class Scheduler:
             self._resident[candidate.prompt.slot] = None
 
     def _admit(self, free: int) -> list[ActivePrompt]:
-        """Take waiting prompts while `free` candidate slots, prompt slots and the prefill limit allow."""
+        """Take waiting prompts while candidate slots, prompt slots and prefill limit allow."""
         admitted: list[ActivePrompt] = []
         free_prompts = self.prompt_slots - sum(prompt is not None for prompt in self._resident)
         budget = self._max_prefill_tokens
@@ -151,9 +170,10 @@ class Scheduler:
 
 
 def _fill_slots(slots: Sequence[T | None], newcomers: Sequence[T]) -> tuple[list[T], list[tuple[int, int]]]:
-    """Put newcomers into empty slots, then close the gaps by moving the last ones in: (slots in use, moves).
+    """Put newcomers into empty slots, then close the gaps by moving the last ones in.
 
-    Only old occupants move: newcomers have nothing in the cache yet.
+    Returns the slots in use and the moves (source, destination). Only old occupants move: newcomers
+    have nothing in the cache yet.
     """
     filled = list(slots)
     holes = deque(index for index, occupant in enumerate(slots) if occupant is None)

@@ -1,64 +1,152 @@
-"""What a micro-batch is trained on: SFT or alignment, as a sum over units and the number of units.
+"""The objective of a micro-batch, SFT or alignment, as a sum over units and the number of units.
 
-The step divides the gradient by the global number of units (groups or tokens), so value and gradient do not depend
-on how groups were spread over ranks and micro-batches.
+The step divides the gradient by the global number of units (groups or tokens), so value and
+gradient do not depend on how groups were spread over ranks and micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from exo_megatron.config.sections import LossConfig
+from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import MicroBatch
-from exo_megatron.logprobs.sequence import sequence_logprobs
-from exo_megatron.losses.objective import group_objective
-from exo_megatron.losses.sft import sft_loss_sum
-from exo_megatron.models.layout import GroupLayout
-
-ALIGN_STATISTICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "exo/p_best",
-    "exo/entropy_policy",
-    "exo/entropy_reward",
-    "exo/kl",
-    "exo/dead_zone",
-)
+from exo_megatron.execution.policy import Policy
+from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
+from exo_megatron.losses.objective import Loss, TokenLogps, find_loss, group_objective, statistic_names
+from exo_megatron.losses.paper import sft_loss_sum
+from exo_megatron.models.layouts.groups import GroupLayout
 
 
 @dataclass(frozen=True)
-class RowBatch:
-    """One micro-batch on this rank's device. rewards and reference_logps: [C] fp64 where the objective needs them."""
+class BestCandidates:
+    """The tokens of each group's best candidate: the one with the highest reward, or the first of a
+    pair.
+
+    Attributes:
+        index: [m] int64, the hidden states that predict these tokens, among the predicting ones of
+            the layout.
+        token_predictor, token_target: [n] int64 as in GroupLayout, but predictors are counted among
+            these m.
+        group: [n] int64, the group that each token belongs to.
+        lengths: [G] fp64, tokens of each best candidate.
+    """
+
+    index: Tensor
+    token_predictor: Tensor
+    token_target: Tensor
+    group: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, best: Sequence[tuple[int, int]], layout: GroupLayout, device: torch.device) -> BestCandidates:
+        """Find the tokens of the best candidates.
+
+        Args:
+            best: number in the layout, ascending, and length of each best candidate.
+            layout: the layout of the micro-batch, on the CPU.
+            device: device of the result.
+        """
+        numbers = torch.tensor([number for number, _ in best], dtype=torch.int64)
+        places = torch.isin(layout.token_candidate, numbers).nonzero()[:, 0]
+        index, predictor = torch.unique(layout.token_predictor[places], return_inverse=True)
+        group = torch.searchsorted(numbers, layout.token_candidate[places])
+        lengths = torch.tensor([length for _, length in best], dtype=torch.float64)
+        tensors = (index, predictor, layout.token_target[places], group, lengths)
+        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def nll(self, hidden: Tensor, policy: Policy) -> Tensor:
+        """Compute -log pi(y|x) per token, at temperature 1, of each best candidate: [G] fp64, nats.
+
+        hidden [M, H]: output of the last pipeline stage. One all-gather over the tensor group.
+        """
+        logps = policy.token_logprobs(hidden[self.index], self, temperature=1.0).double()
+        return logps.new_zeros(self.lengths.shape).index_add(0, self.group, -logps) / self.lengths
+
+
+def best_candidate(group: Group) -> int:
+    """Return the number of the candidate with the highest reward (the first of equals), or 0,
+    the chosen one of a pair.
+    """
+    return 0 if group.rewards is None else group.rewards.index(max(group.rewards))
+
+
+def _list_best(groups: Sequence[Group]) -> list[tuple[int, int]]:
+    """List the best candidates' numbers in the micro-batch, and their lengths."""
+    found, before = [], 0
+    for group in groups:
+        best = best_candidate(group)
+        found.append((before + best, len(group.candidates[best])))
+        before += len(group.candidates)
+    return found
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """One micro-batch on this rank's device. Floats are fp64, and None where the data have none.
+
+    Attributes:
+        layout: index tensors of the micro-batch.
+        rewards, reference_logps, log_weights: [C].
+        reference_tokens, behaviour_tokens: [N], in the layout's token order.
+        best: the best candidates, for loss.nll_weight.
+    """
 
     layout: GroupLayout
     rewards: Tensor | None
     reference_logps: Tensor | None
+    log_weights: Tensor | None
+    reference_tokens: Tensor | None
+    behaviour_tokens: Tensor | None
+    best: BestCandidates | None
 
     @classmethod
-    def of(cls, batch: MicroBatch, device: torch.device) -> RowBatch:
-        """Move a packed micro-batch to the device."""
-        rewards = [reward for group in batch.groups for reward in group.rewards or ()]
-        reference = [logp for group in batch.groups for logp in group.reference_logprobs or ()]
-        return cls(batch.layout.to(device), vector(rewards, device), vector(reference, device))
+    def of(cls, batch: MicroBatch, device: torch.device, *, with_best: bool = False) -> DeviceBatch:
+        """Move a micro-batch to the device. with_best: also find the best candidates."""
+        groups, order = batch.groups, batch.layout.token_order
+        return cls(
+            layout=batch.layout.to(device),
+            rewards=vector(chain.from_iterable(group.rewards or () for group in groups), device),
+            reference_logps=vector(chain.from_iterable(group.reference_logprobs or () for group in groups), device),
+            log_weights=vector(chain.from_iterable(group.log_weights or () for group in groups), device),
+            reference_tokens=_token_vector((group.reference_token_logprobs for group in groups), order, device),
+            behaviour_tokens=_token_vector((group.behaviour_token_logprobs for group in groups), order, device),
+            best=BestCandidates.of(_list_best(groups), batch.layout, device) if with_best and groups else None,
+        )
 
 
-def vector(values: Sequence[float], device: torch.device) -> Tensor | None:
-    """[n] fp64 on the device; None for no values."""
-    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True) if values else None
+def vector(values: Iterable[float], device: torch.device) -> Tensor | None:
+    """Make a tensor [n] fp64 on the device; None for no values."""
+    listed = list(values)
+    return torch.tensor(listed, dtype=torch.float64).to(device, non_blocking=True) if listed else None
+
+
+def _token_vector(
+    groups: Iterable[tuple[tuple[float, ...], ...] | None], order: Tensor, device: torch.device
+) -> Tensor | None:
+    """Make a tensor [N] fp64 of per-token values of groups, in the layout's token order.
+
+    The values are given candidate after candidate; None for no values.
+    """
+    values = [value for group in groups for candidate in group or () for value in candidate]
+    return torch.tensor(values, dtype=torch.float64)[order].to(device, non_blocking=True) if values else None
 
 
 @dataclass(frozen=True)
 class UnitSum:
-    """total: fp64 scalar, the loss summed over units, differentiable; count: units; statistics: sums over units."""
+    """Sums over the units (groups or tokens) of a micro-batch.
+
+    Attributes:
+        total: fp64 scalar, the loss summed over units, differentiable.
+        count: number of units.
+        statistics: name -> sum over units, detached.
+    """
 
     total: Tensor
     count: int
@@ -66,58 +154,102 @@ class UnitSum:
 
 
 class MicroBatchObjective(Protocol):
-    """Pure function of one micro-batch's token log-probs."""
-
-    @property
-    def temperature(self) -> float:
-        """Logits are divided by it."""
-        ...
+    """A function of one micro-batch's log-probs."""
 
     @property
     def statistic_names(self) -> tuple[str, ...]:
-        """Names of the statistics that every call returns, in the order they are reduced."""
+        """Names of the statistics that every call returns, in the order of their reduction."""
         ...
 
-    def __call__(self, token_logps: Tensor, batch: RowBatch) -> UnitSum:
-        """token_logps [N] fp32 in the layout's token order."""
+    @property
+    def needs_best(self) -> bool:
+        """True if micro-batches must know the best candidates of their groups."""
+        ...
+
+    def __call__(self, hidden: Tensor, batch: DeviceBatch, policy: Policy) -> UnitSum:
+        """Compute the loss from hidden [M, H], the output of the last pipeline stage."""
         ...
 
 
 @dataclass(frozen=True)
 class SftObjective:
-    """Mean negative log-likelihood per response token."""
+    """Mean negative log-likelihood per candidate token, at temperature 1."""
 
-    temperature: float = 1.0
     statistic_names: tuple[str, ...] = ()
+    needs_best: bool = False
 
-    def __call__(self, token_logps: Tensor, batch: RowBatch) -> UnitSum:
+    def __call__(self, hidden: Tensor, batch: DeviceBatch, policy: Policy) -> UnitSum:
         """See MicroBatchObjective; the unit is the token."""
+        token_logps = policy.token_logprobs(hidden, batch.layout, temperature=1.0)
         return UnitSum(sft_loss_sum(token_logps), token_logps.shape[0], {})
 
 
 @dataclass(frozen=True)
 class AlignObjective:
-    """Mean EXO or DPO loss per group."""
+    """Mean loss per group, with the log-probs at the paper's temperature tau."""
 
-    loss: LossConfig
-    statistic_names: tuple[str, ...] = ALIGN_STATISTICS
+    config: LossConfig
+    loss: Loss
+
+    @classmethod
+    def of(cls, config: LossConfig) -> AlignObjective:
+        """Find the loss that a configuration names."""
+        return cls(config, find_loss(config))
 
     @property
-    def temperature(self) -> float:
-        """tau of the paper."""
-        return self.loss.temperature
+    def statistic_names(self) -> tuple[str, ...]:
+        """See MicroBatchObjective."""
+        return statistic_names(self.config)
 
-    def __call__(self, token_logps: Tensor, batch: RowBatch) -> UnitSum:
+    @property
+    def needs_best(self) -> bool:
+        """See MicroBatchObjective."""
+        return self.config.nll_weight > 0
+
+    def __call__(self, hidden: Tensor, batch: DeviceBatch, policy: Policy) -> UnitSum:
         """See MicroBatchObjective; the unit is the group."""
+        token_logps = policy.token_logprobs(hidden, batch.layout, temperature=self.config.temperature)
         if batch.reference_logps is None:  # a rank's idle micro-batch: no group, but it takes part in the schedule
             zero = token_logps.double().sum()
             return UnitSum(zero, 0, {name: zero.detach() for name in self.statistic_names})
-        logps = sequence_logprobs(token_logps, batch.layout)
-        return self.of_candidates(logps, batch.reference_logps, batch.rewards, batch.layout.group_sizes)
+        tokens = None
+        if self.loss.row.token_logps:
+            candidate = batch.layout.token_candidate
+            tokens = TokenLogps(candidate, token_logps, batch.reference_tokens, batch.behaviour_tokens)
+        return self.of_candidates(
+            sequence_logprobs(token_logps, batch.layout),
+            batch.reference_logps,
+            batch.rewards,
+            batch.layout.group_sizes,
+            log_weights=batch.log_weights,
+            tokens=tokens,
+            best_nll=None if batch.best is None else batch.best.nll(hidden, policy),
+        )
 
     def of_candidates(
-        self, logps: Tensor, reference_logps: Tensor, rewards: Tensor | None, group_sizes: Sequence[int]
+        self,
+        logps: Tensor,
+        reference_logps: Tensor,
+        rewards: Tensor | None,
+        group_sizes: Sequence[int],
+        *,
+        log_weights: Tensor | None = None,
+        tokens: TokenLogps | None = None,
+        best_nll: Tensor | None = None,
     ) -> UnitSum:
-        """The same from the log-probs [C] fp64 of the candidates of whole groups. See `group_objective`."""
-        result = group_objective(logps, reference_logps, rewards, group_sizes, self.loss)
+        """Compute the same from log-probs [C] fp64 of the candidates of whole groups.
+
+        See `group_objective`.
+        """
+        result = group_objective(
+            logps,
+            reference_logps,
+            rewards,
+            group_sizes,
+            self.config,
+            loss=self.loss,
+            log_weights=log_weights,
+            tokens=tokens,
+            best_nll=best_nll,
+        )
         return UnitSum(result.losses.sum(), result.losses.shape[0], result.statistics)

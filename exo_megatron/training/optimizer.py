@@ -1,4 +1,4 @@
-"""Data parallelism and Adam: megatron-core's DistributedDataParallel and distributed optimizer."""
+"""Data parallelism, Adam (megatron-core's distributed optimizer) and the learning rate."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
-from exo_megatron.models.build import DTYPES
-from exo_megatron.models.linear import add_gradients_in_place
-from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
-from exo_megatron.parallel.topology import Topology
+from exo_megatron.execution.policy import Policy
+from exo_megatron.models.layers import add_gradients_in_place
+from exo_megatron.models.policy import DTYPES
 
-# The only optimizer-state format of megatron-core that loads at another TP, PP or DP. Of a model copy's ranks only data
-# rank 0, which writes it, gathers it to be saved: 12 bytes a parameter in the memory of the host.
+# The only optimizer-state format of megatron-core that can be loaded at another topology. Of a
+# model copy's ranks only data rank 0, which writes it, gathers it to be saved: 12 bytes per
+# parameter in the memory of the host.
 STATE_METADATA: dict[str, object] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -30,35 +29,33 @@ STATE_METADATA: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Trainee:
-    """A policy under training: this rank's model in its data-parallel wrapper, and its share of the optimizer."""
+    """A policy under training: its data-parallel wrapper, and this rank's part of the optimizer."""
 
-    policy: PolicyModel
+    policy: Policy
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
-    spec: ModelSpec
-    topology: Topology
-    compute: ComputeConfig
     weight_decay: float
 
     @property
     def uses_torch_adam(self) -> bool:
-        """Whether Adam is torch's: neither Transformer Engine nor apex is installed."""
+        """True if Adam is torch's, because neither Transformer Engine nor apex is installed."""
         return all(isinstance(part.optimizer, torch.optim.Adam) for part in _parts(self.optimizer))
 
     def set_learning_rate(self, lr: float) -> None:
-        """Give every parameter group this learning rate, and weight decay where megatron-core marked it for decay."""
+        """Set the learning rate of every parameter group, and weight decay where marked."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Weights and optimizer state as megatron-core sharded tensors.
+        """Return weights and optimizer state as megatron-core sharded tensors.
 
-        Saving gathers the optimizer's on data rank 0 in fp32: over the data group, by gloo, a gather per bucket and
-        kind of state. The state of all parts of the optimizer is in one form, so that it loads where there are others:
-        with parallel.expert 1 the experts belong to the part of all weights, else to one of their own.
+        Saving gathers the optimizer state on data rank 0 in fp32: over the data group, by gloo, one
+        gather per bucket and kind of state. The state of all parts of the optimizer is in one form,
+        so that it can be loaded with other parts: with parallel.expert 1 the experts belong to the
+        part of all weights, else to one of their own.
         """
-        state: dict[str, Any] = self.policy.sharded_state_dict()
+        state: dict[str, Any] = self.policy.model.sharded_state_dict()
         parts = _parts(self.optimizer)
         if loading and self.uses_torch_adam:
             for part in parts:
@@ -69,50 +66,52 @@ class Trainee:
         return state
 
     def load_state(self, state: dict[str, Any], where: str) -> None:
-        """Take over what `load_sharded` filled into `sharded_state(loading=True)`; `where` names it in errors."""
-        load_module(self.policy, {key: value for key, value in state.items() if key != "optimizer"}, where)
+        """Load the filled `sharded_state(loading=True)`; `where` names it in errors."""
+        load_module(self.policy.model, {key: value for key, value in state.items() if key != "optimizer"}, where)
         stored = state["optimizer"]
         for index, part in enumerate(_parts(self.optimizer)):
-            own = {**_with_step_of(part, stored), "param_state": stored["param_state"][index]}
+            part_state = {**_with_step_of(part, stored), "param_state": stored["param_state"][index]}
             if self.uses_torch_adam:
-                _load_torch_adam(part, own)
+                _load_torch_adam(part, part_state)
             else:
-                part.load_state_dict(own)
+                part.load_state_dict(part_state)
 
 
-def make_trainee(
-    policy: PolicyModel, spec: ModelSpec, topology: Topology, compute: ComputeConfig, config: OptimizerConfig
-) -> Trainee:
+def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     """Wrap a loaded policy for training.
 
-    Gradients accumulate and are reduced in fp32 over the data-parallel group (reduce-scatter), as sums: the
-    division by the global count happens once, in finalize_model_grads. Weight decay spares biases and norms.
+    Gradients accumulate in fp32 and are reduced as sums over the data-parallel group
+    (reduce-scatter): the division by the global count happens once, in finalize_model_grads. Biases
+    and norms have no weight decay.
     """
-    policy.train()
-    on_cuda = topology.device.type == "cuda"
+    module = policy.model
+    settings = _megatron_config(config, policy.compute)
+    module.train()
+    on_cuda = policy.topology.device.type == "cuda"
     model = DistributedDataParallel(
-        policy.config,
+        module.config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=on_cuda
         ),
-        policy,
+        module,
     )
     _keep_padding_between_buckets(model)
-    add_gradients_in_place(policy)
-    optimizer = get_megatron_optimizer(_megatron_config(config, compute), [model])
+    optimizer = get_megatron_optimizer(settings, [model])
     _fuse_torch_adam(optimizer)
-    policy.config.grad_scale_func = optimizer.scale_loss
-    policy.config.finalize_model_grads_func = finalize_model_grads
-    policy.config.no_sync_func = model.no_sync
-    return Trainee(policy, model, optimizer, spec, topology, compute, config.weight_decay)
+    add_gradients_in_place(module)
+    module.config.grad_scale_func = optimizer.scale_loss
+    module.config.finalize_model_grads_func = finalize_model_grads
+    module.config.no_sync_func = model.no_sync
+    return Trainee(policy, model, optimizer, config.weight_decay)
 
 
 def _keep_padding_between_buckets(model: DistributedDataParallel) -> None:
-    """Let megatron-core gather optimizer state for a checkpoint with the padding between gradient buckets.
+    """Make megatron-core gather optimizer state with the padding between gradient buckets.
 
-    It leaves the padding out, and then takes every parameter from its place with the padding: those behind the first
-    bucket would be stored shifted (Megatron-LM, pull request 5077). Buckets are several with overlapped reduction, and
-    with tied embeddings on several pipeline stages. Files hold no padding either way. Before the optimizer is made.
+    Without this it leaves the padding out, but takes every parameter from its place with the
+    padding: parameters behind the first bucket would be stored shifted (Megatron-LM, pull request
+    5077). There are several buckets with overlapped reduction, and with tied embeddings on several
+    pipeline stages. Files hold no padding either way. Call it before the optimizer is made.
     """
     for buffer in (*model.buffers, *model.expert_parallel_buffers):
         for bucket in buffer.buckets[:-1]:
@@ -121,12 +120,12 @@ def _keep_padding_between_buckets(model: DistributedDataParallel) -> None:
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers of which megatron-core's chained optimizer consists."""
+    """List the distributed optimizers of which megatron-core's chained optimizer consists."""
     return list(optimizer.chained_optimizers)
 
 
 def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Where Adam is torch's, let one kernel update a parameter; its default makes a dozen passes over memory."""
+    """Make torch's Adam update a parameter with one kernel instead of a dozen passes."""
     for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
@@ -134,15 +133,17 @@ def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
 
 
 def _with_step_of(part: DistributedOptimizer, stored: dict[str, Any]) -> dict[str, Any]:
-    """What is not sharded of a part's state: its own parameter groups, at the stored number of steps.
+    """Return a part's unsharded state: its own parameter groups, at the stored number of steps.
 
-    All else in a group is configuration, which the caller compares, and is set anew before every step.
+    All other values of a group are configuration, which the caller compares, and are set again
+    before every step.
     """
-    # An integer: fused Adams take no other, and torch's, whose checkpoint this may be, counts in a float.
+    # As an integer, which fused Adams require; torch's Adam, whose checkpoint this may be, stores a
+    # float.
     step = int(stored["optimizer"]["param_groups"][0]["step"])
-    own: dict[str, Any] = part.state_dict()
-    groups = [{**group, "step": step} for group in own["optimizer"]["param_groups"]]
-    return {**stored, "optimizer": {**own["optimizer"], "param_groups": groups}}
+    unsharded: dict[str, Any] = part.state_dict()
+    groups = [{**group, "step": step} for group in unsharded["optimizer"]["param_groups"]]
+    return {**stored, "optimizer": {**unsharded["optimizer"], "param_groups": groups}}
 
 
 def _allocate_torch_adam(part: DistributedOptimizer) -> None:
@@ -161,10 +162,11 @@ def _allocate_torch_adam(part: DistributedOptimizer) -> None:
 
 
 def _load_torch_adam(part: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """Load the state of torch's Adam: groups and step count first, then the moments without the step count.
+    """Load the state of torch's Adam: groups and step count first, then the moments alone.
 
-    megatron-core 0.16 looks for a step count of every parameter among the moments and fails. And it gives all
-    parameters one shared step tensor, which a step would then advance once for each of them.
+    megatron-core 0.16 looks for a step count of every parameter among the moments and fails. And it
+    gives all parameters one shared step tensor, which a step would then advance once for each of
+    them.
     """
     part.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
     steps = {parameter: moments.pop("step") for parameter, moments in part.optimizer.state.items()}
@@ -189,3 +191,18 @@ def _megatron_config(config: OptimizerConfig, compute: ComputeConfig) -> Megatro
         # Infinity: nothing is clipped, but the norm is still computed and reported.
         clip_grad=config.clip_grad or math.inf,
     )
+
+
+def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Compute the learning rate of optimizer step `step` (0-based) of `total_steps`.
+
+    It rises linearly over `warmup_steps` (the first step already has a rate above 0), then falls to
+    lr * min_lr_ratio, which it would reach at step `total_steps`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)

@@ -1,61 +1,58 @@
-"""Reference log-probs: those of the data, computed once and stored next to the run, or live before every step."""
+"""Reference log-probs: from the data, computed once and stored, or live before every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from exo_megatron.config.sections import ComputeConfig
-from exo_megatron.data.groups import Group
+from exo_megatron.data.groups import Group, data_digest
 from exo_megatron.data.logprob_source import LogprobSource
-from exo_megatron.models.policy import PolicyModel
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.execution.forward import candidate_logprobs
+from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.parallel.topology import Topology
-from exo_megatron.rollout.scoring import candidate_logprobs
-from exo_megatron.training.identity import data_digest
 from exo_megatron.utils.files import read_json, write_json
 from exo_megatron.utils.progress import Progress
 
-FILE = "reference_logprobs.json"
+REFERENCE_FILE = "reference_logprobs.json"
 
 
-@dataclass(frozen=True)
-class ReferenceModel:
-    """A policy that is only read: its log-probs of candidates, at one temperature."""
+CompleteGroups = Callable[[Sequence[Group], Progress], Sequence[Group]]
+"""Function that gives groups reference log-probs; the progress counts groups.
 
-    model: PolicyModel
-    spec: ModelSpec
-    topology: Topology
-    compute: ComputeConfig
-    temperature: float
+Collective over the world.
+"""
 
-    def complete(self, groups: Sequence[Group], progress: Progress | None = None) -> list[Group]:
-        """The groups with `reference_logprobs`. Collective over the world; every rank gets all."""
-        logps = candidate_logprobs(
-            self.model,
-            self.spec,
-            self.topology,
-            groups,
-            self.compute,
-            temperature=self.temperature,
-            progress=progress,
-        )
-        return [replace(group, reference_logprobs=row) for group, row in zip(groups, logps, strict=True)]
+
+def add_logprobs(
+    policy: Policy, groups: Sequence[Group], progress: Progress | None = None, *, temperature: float
+) -> list[Group]:
+    """Return groups with the reference log-probs that a policy computes.
+
+    Collective over the world; every rank passes all groups and gets all of them.
+    """
+    logps = candidate_logprobs(policy, groups, temperature=temperature, progress=progress)
+    return [replace(group, reference_logprobs=values) for group, values in zip(groups, logps, strict=True)]
 
 
 def complete_groups(
     groups: Sequence[Group],
     output: Path,
     source: LogprobSource,
-    load: Callable[[], ReferenceModel],
+    load: Callable[[], CompleteGroups],
     runtime: Runtime,
 ) -> list[Group]:
-    """All groups with reference log-probs; those that have none get them. Collective over the world.
+    """Give reference log-probs to the groups that have none. Collective over the world.
 
-    Computed ones are kept in `output` and found there by a run that goes on. load: called if some are to be computed.
-    Rank 0 says in a line where they come from.
+    Rank 0 prints a line that says where they come from.
+
+    Args:
+        groups: all groups of the run.
+        output: directory in which computed log-probs are kept and from which a resumed run reads
+            them.
+        source: the reference, temperature and precision that the log-probs belong to.
+        load: called if some are to be computed; returns the function that computes them.
+        runtime: the world.
     """
     missing = [group for group in groups if group.reference_logprobs is None]
     origins = {"stored with the data": len(groups) - len(missing)}
@@ -72,31 +69,37 @@ def complete_groups(
 
 
 def read_stored(directory: Path, source: LogprobSource, groups: Sequence[Group]) -> list[Group] | None:
-    """Groups with the log-probs stored in `directory`; None where there are none of this source for these groups."""
-    path = directory / FILE
+    """Read the log-probs stored in `directory`; None if none are of this source and groups."""
+    path = directory / REFERENCE_FILE
     if not path.exists():
         return None
     stored = read_json(path)
     if stored["key"] != _key(source, groups):
         return None
-    return [replace(group, reference_logprobs=tuple(row)) for group, row in zip(groups, stored["logps"], strict=True)]
+    return [
+        replace(group, reference_logprobs=tuple(values)) for group, values in zip(groups, stored["logps"], strict=True)
+    ]
 
 
 def store_logprobs(
-    directory: Path, source: LogprobSource, reference: ReferenceModel, groups: Sequence[Group], runtime: Runtime
-) -> list[Group]:
-    """Compute the groups' reference log-probs and store them (rank 0 writes). Collective over the world."""
+    directory: Path, source: LogprobSource, complete: CompleteGroups, groups: Sequence[Group], runtime: Runtime
+) -> Sequence[Group]:
+    """Compute the groups' reference log-probs and store them (rank 0 writes).
+
+    Collective over the world.
+    """
     progress = Progress("reference log-probs", len(groups), "groups", enabled=runtime.is_main)
-    completed = reference.complete(groups, progress)
+    completed = complete(groups, progress)
     progress.close()
     if runtime.is_main:
         write_json(
-            directory / FILE, {"key": _key(source, groups), "logps": [group.reference_logprobs for group in completed]}
+            directory / REFERENCE_FILE,
+            {"key": _key(source, groups), "logps": [group.reference_logprobs for group in completed]},
         )
     runtime.barrier()
     return completed
 
 
 def _key(source: LogprobSource, groups: Sequence[Group]) -> dict[str, str | float]:
-    """What stored log-probs belong to."""
+    """Describe what stored log-probs belong to."""
     return {**vars(source), "data": data_digest(groups)}

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over the micro-batches of the 1F1B schedule, reduction, Adam."""
+"""One optimizer step: micro-batches, the 1F1B schedule forward and backward, reduction, Adam."""
 
 from __future__ import annotations
 
@@ -13,15 +13,75 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from exo_megatron.training.forward import row_logprobs, stage_output
-from exo_megatron.training.objectives import MicroBatchObjective, RowBatch, UnitSum
+from exo_megatron.data.groups import Group
+from exo_megatron.data.oversized import plan_oversized
+from exo_megatron.data.packing import make_microbatch, microbatch_capacity, plan_microbatches
+from exo_megatron.execution.forward import stage_output
+from exo_megatron.training.objectives import DeviceBatch, MicroBatchObjective, UnitSum
 from exo_megatron.training.optimizer import Trainee
 from exo_megatron.training.oversized import OversizedGroups, oversized_gradients
 
 
 @dataclass(frozen=True)
+class StepBatches:
+    """The work of one step on this rank.
+
+    Attributes:
+        microbatches: those of this data-parallel rank, at least one.
+        oversized: work on groups that exceed a micro-batch; None if there are none.
+    """
+
+    microbatches: list[DeviceBatch]
+    oversized: OversizedGroups | None
+
+
+def plan_step(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchObjective) -> StepBatches:
+    """Plan one step; every rank passes all groups.
+
+    Raises DataError for a group that cannot be fitted.
+    """
+    topology, max_tokens = trainee.policy.topology, trainee.policy.compute.max_tokens_per_microbatch
+    multiple, hidden_size = topology.token_multiple, trainee.policy.spec.hidden_size
+    ordinary: Sequence[Group] = groups
+    loads: Sequence[float] | None = None
+    oversized: OversizedGroups | None = None
+    if any(group.num_tokens > microbatch_capacity(max_tokens, multiple) for group in groups):
+        large = plan_oversized(
+            groups,
+            data_size=topology.data_size,
+            max_tokens=max_tokens,
+            multiple=multiple,
+            hidden_size=hidden_size,
+            equal_passes=topology.shares_experts,
+        )
+        ordinary, loads = [groups[i] for i in large.ordinary], large.loads
+        oversized = OversizedGroups(groups, large.rounds)
+    plan = plan_microbatches(
+        ordinary,
+        data_size=topology.data_size,
+        max_tokens=max_tokens,
+        multiple=multiple,
+        hidden_size=hidden_size,
+        loads=loads,
+    )
+    microbatches = [
+        DeviceBatch.of(
+            make_microbatch([ordinary[i] for i in indices], multiple=multiple),
+            topology.device,
+            with_best=objective.needs_best,
+        )
+        for indices in plan[topology.data_rank]
+    ]
+    return StepBatches(microbatches, oversized)
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """What one step did, equal on every rank: means over the global units, and whether some rank asked to stop."""
+    """The result of one step, equal on every rank.
+
+    loss and statistics are means over the global units; stop_requested is true if any rank was
+    asked to stop.
+    """
 
     loss: float
     grad_norm: float
@@ -32,7 +92,7 @@ class StepResult:
 
 def train_step(
     trainee: Trainee,
-    batches: Sequence[RowBatch],
+    batches: Sequence[DeviceBatch],
     objective: MicroBatchObjective,
     *,
     learning_rate: float,
@@ -41,11 +101,20 @@ def train_step(
 ) -> StepResult:
     """Train on one global batch.
 
-    batches: this data-parallel rank's micro-batches, at least one. oversized: the work on groups that fit into none.
+    Collectives: the schedule's point-to-point transfers over the pipeline group, one all-gather of
+    log-probs per micro-batch over the tensor group, reduce-scatter of gradients and all-gather of
+    weights over the data group, one all-reduce of the statistics over the world.
 
-    Collectives: the schedule's point-to-point transfers over the pipeline group, one all-gather of log-probs per
-    micro-batch over the tensor group, reduce-scatter of gradients and all-gather of weights over the data group,
-    one all-reduce of the statistics over the world.
+    Args:
+        trainee: the policy under training.
+        batches: this data-parallel rank's micro-batches, at least one.
+        objective: the loss of a micro-batch.
+        learning_rate: of this step.
+        oversized: the work on groups that exceed a micro-batch.
+        stop_requested: whether this rank has been asked to stop.
+
+    Returns:
+        Means over the global units, equal on every rank.
     """
     reports = forward_gradients(trainee, batches, objective, oversized)
     trainee.set_learning_rate(learning_rate)
@@ -55,14 +124,14 @@ def train_step(
 
 def forward_gradients(
     trainee: Trainee,
-    batches: Sequence[RowBatch],
+    batches: Sequence[DeviceBatch],
     objective: MicroBatchObjective,
     oversized: OversizedGroups | None = None,
 ) -> list[UnitSum]:
-    """Leave the gradient of the global mean loss in the model's gradient buffers, reduced over all groups.
+    """Compute the reduced gradient of the global mean loss into the model's gradient buffers.
 
-    Returns the detached sums of each micro-batch, and of each oversized group that this rank counts, on the last
-    pipeline stage, nothing on the others.
+    Returns the detached sums of each micro-batch, and of each oversized group that this rank
+    counts, on the last pipeline stage; an empty list on the others.
     """
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
@@ -72,11 +141,12 @@ def forward_gradients(
     run_schedule = get_forward_backward_func()
     run_schedule(
         forward_step_func=partial(_forward_step, trainee=trainee, objective=objective, reports=reports),
-        # The units counted already go to the schedule, which divides by all units, with the first micro-batch.
+        # The units counted already go to the schedule, which divides by all units, with the first
+        # micro-batch.
         data_iterator=iter(zip(batches, chain((counted,), repeat(0)), strict=False)),
         model=[trainee.model],
         num_microbatches=len(batches),
-        seq_length=1,  # not read: rows differ in length (variable_seq_lengths)
+        seq_length=1,  # not read: micro-batches differ in length (variable_seq_lengths)
         micro_batch_size=1,
         forward_only=False,
     )
@@ -84,33 +154,32 @@ def forward_gradients(
 
 
 def _forward_step(
-    data_iterator: Iterator[tuple[RowBatch, int]],
+    data_iterator: Iterator[tuple[DeviceBatch, int]],
     model: torch.nn.Module,
     *,
     trainee: Trainee,
     objective: MicroBatchObjective,
     reports: list[UnitSum],
 ) -> tuple[Tensor, Any]:
-    """megatron-core's forward_step_func: hidden states, or the last stage's token log-probs and their loss."""
+    """Run a step of megatron-core's schedule.
+
+    Returns hidden states, or the loss on the last pipeline stage.
+    """
     batch, counted = next(data_iterator)
     output = stage_output(model, batch.layout)
-    if not trainee.topology.is_last_stage:
+    if not trainee.policy.topology.is_last_stage:
         return output, None
-    token_logps = row_logprobs(trainee, output, batch.layout, objective.temperature)
-    return token_logps, partial(_loss, batch=batch, counted=counted, objective=objective, reports=reports)
-
-
-def _loss(
-    token_logps: Tensor, *, batch: RowBatch, counted: int, objective: MicroBatchObjective, reports: list[UnitSum]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """megatron-core's loss_func with three results, which give an exact global mean: sum, integer count, report.
-
-    counted: units whose gradients are in the buffers already.
-    """
-    result = objective(token_logps, batch)
+    result = objective(output, batch, trainee.policy)
     reports.append(UnitSum(result.total.detach(), result.count, result.statistics))
-    count = torch.full((), result.count + counted, dtype=torch.int, device=token_logps.device)
-    return result.total.float(), count, {}
+    return result.total, partial(_loss, count=result.count + counted)
+
+
+def _loss(total: Tensor, *, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the results of megatron-core's loss_func for an exact mean: sum, count, report.
+
+    count: units of the micro-batch, and those whose gradients are in the buffers already.
+    """
+    return total.float(), torch.full((), count, dtype=torch.int, device=total.device), {}
 
 
 def _reduce(
@@ -120,11 +189,14 @@ def _reduce(
     grad_norm: float,
     stop_requested: bool,
 ) -> StepResult:
-    """Sum the reports of all data-parallel ranks; each counts once, from tensor rank 0 of its last stage."""
+    """Sum the reports of all data-parallel ranks by one all-reduce over the world.
+
+    Each report counts once, from tensor rank 0 of the last pipeline stage.
+    """
     names = objective.statistic_names
-    device = trainee.topology.device
+    device = trainee.policy.topology.device
     sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
-    if trainee.topology.is_last_stage and trainee.topology.tensor_rank == 0:
+    if trainee.policy.topology.is_last_stage and trainee.policy.topology.tensor_rank == 0:
         for report in reports:
             values = [report.total, *(report.statistics[name] for name in names)]
             sums[1:-1] += torch.stack([value.double() for value in values])

@@ -1,7 +1,8 @@
-"""The training loop: batches by step, steps, metrics, checkpoints, resume, stop on request."""
+"""The training loop: steps, metrics, checkpoints, resuming, and stopping on request."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,34 +10,56 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from exo_megatron.checkpoint.directory import list_steps, step_directory
-from exo_megatron.checkpoint.integrity import verify_together
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state
+from exo_megatron.checkpoint.safety import verify_together
 from exo_megatron.checkpoint.save import prune, save_checkpoint
 from exo_megatron.config.stages import AlignConfig, SftConfig
-from exo_megatron.data.groups import Group
-from exo_megatron.data.sampling import StepSampler
+from exo_megatron.data.groups import Group, StepSampler
 from exo_megatron.errors import CheckpointError, TrainingDiverged, TryAgainLater
+from exo_megatron.parallel.ending import StopRequest, stop_on_signal
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.training.batches import step_batches
 from exo_megatron.training.objectives import MicroBatchObjective
-from exo_megatron.training.optimizer import Trainee
-from exo_megatron.training.schedule import learning_rate
-from exo_megatron.training.signals import StopRequest, stop_on_signal
-from exo_megatron.training.step import StepResult, train_step
+from exo_megatron.training.optimizer import Trainee, learning_rate
+from exo_megatron.training.step import StepResult, plan_step, train_step
 from exo_megatron.utils.metrics import MetricsWriter
 from exo_megatron.utils.progress import Progress
 
+
+def run_identity(data: str, fingerprint: str, seed: int, precision: str, *sections: BaseModel) -> str:
+    """Compute the SHA-256 (hex) of the data, the starting weights, the seed and the settings that
+    count.
+
+    These are the settings that decide the result. Topology, recomputation and packing are not among
+    them: a run may be resumed with others.
+
+    Args:
+        data: the `data_digest` of the groups.
+        fingerprint: of the starting weights, and of the reference's if there is one.
+        seed: of the run.
+        precision: compute.precision.
+        *sections: the sections of the configuration that decide the result.
+    """
+    settings = [section.model_dump_json() for section in sections]
+    parts = [data, fingerprint, str(seed), precision, *settings]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 GroupsOfStep = Callable[[Sequence[Group]], Sequence[Group]]
-"""Completes the groups of one step just before it runs (a live reference adds its log-probs)."""
+"""Function that completes the groups of one step just before it runs.
+
+A live reference adds its log-probs.
+"""
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything that one training run consists of.
+    """One training run: its model, objective, data and settings.
 
-    identity: a digest of what must not change between an interrupted run and its continuation (data, objective,
-    optimizer, batch); a checkpoint of another identity is refused.
+    identity: digest of everything that must not change between an interrupted run and its
+    continuation (data, objective, optimizer, batch); a checkpoint of another identity is refused.
     """
 
     trainee: Trainee
@@ -50,10 +73,11 @@ class Trainer:
     complete_groups: GroupsOfStep
 
     def run(self) -> None:
-        """Train to the last step, from the newest complete checkpoint in the output directory if there is one.
+        """Train to the last step, from the newest complete checkpoint in the output directory if
+        there is one.
 
-        Collective over the world. Raises TryAgainLater (exit code 75) after saving, when some rank was asked to
-        stop; TrainingDiverged on every rank when loss or gradient norm is not finite.
+        Collective over the world. Raises TryAgainLater (exit code 75) after saving, if some rank
+        was asked to stop; TrainingDiverged on every rank if loss or gradient norm is not finite.
         """
         sampler = StepSampler(
             len(self.groups),
@@ -86,10 +110,10 @@ class Trainer:
         started = time.monotonic()
         groups = self.complete_groups([self.groups[i] for i in sampler.indices(step)])
         lr = learning_rate(step, sampler.total_steps, self.config.optimizer)
-        batches = step_batches(self.trainee, groups)
+        batches = plan_step(self.trainee, groups, self.objective)
         result = train_step(
             self.trainee,
-            batches.rows,
+            batches.microbatches,
             self.objective,
             oversized=batches.oversized,
             learning_rate=lr,
@@ -107,7 +131,7 @@ class Trainer:
         if (step + 1) % self.config.log.interval == 0 or step + 1 == sampler.total_steps:
             values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr, **result.statistics}
             values |= {"epoch": sampler.epoch(step + 1), "tokens_per_second": rate}
-            values["oversized_groups"] = batches.oversized.count
+            values["oversized_groups"] = batches.oversized.count if batches.oversized is not None else 0
             metrics.write(step + 1, values)
         progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{rate:.0f}")
         return result
@@ -121,7 +145,7 @@ class Trainer:
         save_checkpoint(
             step_directory(root, step),
             self.trainee.sharded_state(loading=False),
-            spec=self.trainee.spec,
+            spec=self.trainee.policy.spec,
             hf_files=self.hf_files,
             step=step,
             kind="training",
@@ -133,7 +157,7 @@ class Trainer:
         self.runtime.barrier()
 
     def _resume(self) -> int:
-        """Load the newest complete checkpoint of this run; the number of steps it has done."""
+        """Load the newest complete checkpoint of this run and return its number of steps."""
         steps = list_steps(self.config.output)
         if not steps:
             return 0
@@ -148,4 +172,6 @@ class Trainer:
                 fix="restore them, or choose another output",
             )
         self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)), str(path))
+        if self.runtime.is_main:
+            print(f"{self.label}: goes on after step {step}, from {path}", flush=True)
         return step

@@ -1,1 +1,4 @@
-"""Small things without any knowledge of models: files, stage markers, progress, metrics. Imports no torch."""
+"""Helpers that know nothing of models: files, tables, progress, metrics, the user's functions.
+
+No module here imports torch, except for TensorBoard events when they are written.
+"""

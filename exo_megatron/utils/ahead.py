@@ -1,4 +1,4 @@
-"""Making the next item of a sequence while the present one is used."""
+"""Preparation of the next item of a sequence, in a thread, while the present one is used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LARGE = 256 * 2**20
-"""Bytes. An item above it is made only when all before it have been used, so that two of them are never in memory."""
+"""Bytes. A larger item is made only after all earlier ones are used, to hold one at a time."""
 
 
 def made_ahead(makers: Iterable[tuple[int, Callable[[], T]]]) -> Iterator[T]:
-    """The results of the makers, in order; a thread makes one ahead of the one that is asked for.
+    """Yield the results of the makers in order; a thread makes one item ahead of the present one.
 
-    makers: bytes of the item and what makes it, called in a thread of its own. What it raises is raised here, in the
-    item's place. Use the result without keeping it: `use(next(items))`.
+    `makers` holds the bytes of each item and the function that makes it, called in the thread. Its
+    exceptions are raised here, at the item's turn. Do not keep a result while asking for the next
+    one: `use(next(items))`.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         waiting: deque[Future[T]] = deque()

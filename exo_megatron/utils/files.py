@@ -18,10 +18,11 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @contextmanager
 def atomic_open(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Open a file that appears under `path` only when the block ends without an exception.
+    """Open a file that appears under `path` only if the block ends without an exception.
 
-    The content goes to a hidden file in the same directory (made where missing), is flushed to the disk, and is
-    renamed over `path`. Text is UTF-8 with `\\n` line ends. After an exception the old file, if any, is untouched.
+    The content goes to a hidden file in the same directory (made where missing), is flushed to the
+    disk, and is renamed to `path`. Text is UTF-8 with `\\n` line ends. After an exception the old
+    file, if any, is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -54,12 +55,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write one JSON value atomically, indented; NaN and infinities are a ValueError."""
+    """Write one JSON value atomically, indented. Raises ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON value; a missing, unreadable or malformed file is a DataError."""
+    """Read one JSON value. Raises DataError for a missing, unreadable or malformed file."""
     data = _read_bytes(path)
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -70,22 +71,26 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, records: Iterable[object]) -> None:
-    """Write one JSON value per line atomically; NaN and infinities are a ValueError."""
+    """Write one JSON value per line atomically. Raises ValueError for NaN and infinities."""
     with atomic_open(path) as file:
         for record in records:
             file.write(json_line(record))
 
 
 def json_line(record: object) -> str:
-    """One record of a JSON-lines file, with its line end."""
+    """Write one record as a line of a JSON-lines file, with its line end.
+
+    Raises ValueError for NaN and infinities.
+    """
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The non-empty lines of a UTF-8 file as (number from 1, text without line end), read as they are asked for.
+    """Read the non-empty lines of a UTF-8 file one at a time, each with its number from 1.
 
-    Lines end at a line feed only, so that the other separators of Unicode may stand inside JSON strings.
-    A missing or unreadable file and invalid UTF-8 are DataErrors; the latter names the line.
+    The text of a line has no line end. Lines end at a line feed only, so that the other separators
+    of Unicode may stand inside JSON strings. Raises DataError for a missing or unreadable file, and
+    with the line number for invalid UTF-8.
     """
     try:
         with open(path, "rb") as file:
@@ -99,13 +104,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file as (line number, object); a malformed line is a DataError naming it."""
+    """Read the objects of a JSON-lines file, each with its line number.
+
+    Raises DataError, which names the line, for a malformed one.
+    """
     for number, line in read_lines(path):
         yield number, parse_json_object(line, f"{path}:{number}")
 
 
 def parse_json_object(line: str, where: str) -> dict[str, Any]:
-    """One JSON object; anything else is a DataError at `where`."""
+    """Parse one JSON object. Raises DataError at `where` for anything else."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -123,7 +131,10 @@ def parse_json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def sha256_file(path: Path, stop: Event | None = None) -> str:
-    """SHA-256 of a file's content, in hexadecimal; of its beginning once `stop` is set."""
+    """Compute the SHA-256 of a file's content, in hexadecimal.
+
+    Once `stop` is set, reading ends and the result covers only the part that was read.
+    """
     digest = hashlib.sha256()
     view = memoryview(bytearray(2**20))
     with open(path, "rb", buffering=0) as file:

@@ -18,12 +18,16 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and, where asked for, to TensorBoard events under `tensorboard/`.
+    """A writer of `metrics.jsonl` and, if asked for, of TensorBoard events under `tensorboard/`.
 
-    Nothing is opened before the first record. That record's step is where the run starts or resumes: what an earlier,
-    interrupted run wrote for this step and later ones is dropped, so that every step stands in the file once.
+    Nothing is opened before the first record. The step of that record is the step at which the run
+    starts or resumes: records of this step and later ones, from an earlier interrupted run, are
+    dropped, so that every step occurs once in the file.
 
-    directory: the stage's output. tensorboard: also write events. enabled: False on all ranks but one.
+    Args:
+        directory: the stage's output.
+        tensorboard: whether events are written, too.
+        enabled: False on all ranks but one.
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool, enabled: bool) -> None:
@@ -34,7 +38,7 @@ class MetricsWriter:
         self._events: SummaryWriter | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step. NaN and infinities become null in the JSON, which knows neither."""
+        """Record the metrics of one step. NaN and infinities become null in the JSON."""
         if not self._enabled:
             return
         file = self._file if self._file is not None else self._open(step)
@@ -47,7 +51,7 @@ class MetricsWriter:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out and close both."""
+        """Write the remaining events to disk and close both files."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -70,7 +74,7 @@ class MetricsWriter:
 
 
 def drop_records(path: Path, first_step: int) -> None:
-    """Remove the records with step >= `first_step` and lines that were cut short by a crash."""
+    """Remove the records with step >= `first_step`, and lines that a crash cut short."""
     with open(path, encoding="utf-8", errors="replace") as file:
         kept = [line for line in file if _step(line) < first_step]
     with atomic_open(path) as file:
@@ -78,7 +82,7 @@ def drop_records(path: Path, first_step: int) -> None:
 
 
 def _step(line: str) -> float:
-    """Step of a stored record; infinity for a line that is not a whole record."""
+    """Return the step of a stored record; infinity for a line that is not a complete record."""
     try:
         record: Any = json.loads(line)
     except ValueError:

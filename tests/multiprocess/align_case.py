@@ -47,6 +47,7 @@ class Case:
     clip_grad: float = 1.0
     groups_per_step: int = 5  # of 9: steps of 5, 4, 5
     max_tokens: int = MAX_TOKENS
+    nll_weight: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -62,12 +63,77 @@ class Case:
         parts += [f"clip{self.clip_grad}"] if self.clip_grad != 1.0 else []
         parts += [f"groups{self.groups_per_step}"] if self.groups_per_step != 5 else []
         parts += [f"tokens{self.max_tokens}"] if self.max_tokens != MAX_TOKENS else []
+        parts += [f"nll{self.nll_weight}"] if self.nll_weight else []
         return "_".join(parts)
 
 
-def objective(kind: LossKind) -> Objective:
+CASES = [
+    Case(1, 1, 1),
+    Case(1, 1, 1, tied=True, recompute="full", reference="live"),
+    Case(2, 1, 1, recompute="selective"),
+    Case(2, 1, 1, tied=True, sequence=False, reference="live"),
+    Case(1, 2, 1, recompute="full", reference="live"),
+    Case(1, 2, 1, tied=True),
+    Case(1, 1, 2),
+    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1),  # one rank has nothing to do
+    Case(2, 2, 1),
+    Case(2, 2, 1, tied=True, recompute="full"),
+    Case(2, 1, 2),
+    Case(2, 1, 2, reference="live", weight_decay=0.1),
+    Case(2, 1, 2, "exo_pref", recompute="selective"),
+    Case(2, 1, 2, "dpo_rw"),
+    Case(2, 1, 2, "dpo_pref", tied=True),
+    Case(1, 1, 1, "ipo_pref"),
+    Case(2, 1, 1, "ipo_pref", recompute="full"),
+    Case(1, 2, 1, "ipo_pref", tied=True),
+    Case(2, 1, 2, "ipo_pref", reference="live"),
+    Case(1, 2, 2, "ipo_pref", nll_weight=0.5),
+    Case(1, 1, 1, nll_weight=0.5),
+    Case(2, 1, 1, sequence=False, nll_weight=0.5),
+    Case(2, 2, 1, tied=True, nll_weight=0.5),
+    Case(2, 1, 2, nll_weight=0.5),
+    Case(1, 1, 2, groups_per_step=1, nll_weight=0.5),  # one rank has nothing to do
+    Case(1, 2, 2, "dpo_pref", nll_weight=0.5),
+    Case(1, 2, 2, recompute="selective"),
+    Case(1, 2, 2, tied=True, reference="live"),
+    Case(1, 2, 2, groups_per_step=1),
+    Case(2, 1, 2, "sft"),
+    Case(1, 2, 2, "sft", tied=True),
+    Case(2, 2, 1, "sft", recompute="selective"),
+]
+OVERSIZED = [
+    Case(1, 1, 1, max_tokens=FEWEST_TOKENS),
+    Case(1, 1, 1, tied=True, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 1, recompute="selective", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 1, tied=True, sequence=False, reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 1, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 1, tied=True, max_tokens=25),
+    Case(1, 1, 2, max_tokens=FEWEST_TOKENS),
+    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1, max_tokens=FEWEST_TOKENS),  # a wave of one group, or none
+    Case(2, 2, 1, max_tokens=FEWEST_TOKENS),
+    Case(2, 2, 1, tied=True, recompute="full", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, reference="live", weight_decay=0.1, max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, "exo_pref", recompute="selective", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, "dpo_rw", max_tokens=FEWEST_TOKENS),
+    Case(2, 1, 2, "ipo_pref", reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 2, "ipo_pref", max_tokens=FEWEST_TOKENS, nll_weight=0.5),
+    Case(1, 1, 1, max_tokens=FEWEST_TOKENS, nll_weight=0.5),
+    Case(2, 1, 1, sequence=False, max_tokens=FEWEST_TOKENS, nll_weight=0.5),
+    Case(2, 2, 1, tied=True, max_tokens=FEWEST_TOKENS, nll_weight=0.5),
+    Case(2, 1, 2, max_tokens=FEWEST_TOKENS, nll_weight=0.5),
+    Case(1, 1, 2, groups_per_step=1, max_tokens=FEWEST_TOKENS, nll_weight=0.5),
+    Case(1, 2, 2, recompute="selective", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 2, tied=True, reference="live", max_tokens=FEWEST_TOKENS),
+    Case(1, 2, 2, groups_per_step=1, max_tokens=FEWEST_TOKENS),
+]
+CASES += OVERSIZED
+ROUGH_CASES = [Case(2, 1, 2, precision="bf16"), Case(1, 2, 2, tied=True, recompute="full", precision="bf16")]
+EXPORTED = [Case(2, 2, 1), Case(1, 2, 1, tied=True)]
+
+
+def objective(kind: LossKind, nll_weight: float = 0.0) -> Objective:
     """Constants that keep p_theta and p_r away from 0 and 1, so that every term of the loss counts."""
-    return Objective(kind=kind, beta_pi=0.3, beta_r=0.7, label_smoothing=0.1, temperature=0.8)
+    return Objective(kind, beta_pi=0.3, beta_r=0.7, label_smoothing=0.1, temperature=0.8, nll_weight=nll_weight)
 
 
 def reward_groups(*, seed: int = 0) -> list[ReferenceGroup]:

@@ -13,15 +13,16 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from exo_megatron.cli.convert import run_export, run_import
 from exo_megatron.config.sections import ModelConfig
 from exo_megatron.config.stages import AlignConfig, ExportConfig, ImportConfig, SftConfig
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.stages.align import run_align
+from exo_megatron.stages.export_hf import run_export
+from exo_megatron.stages.import_hf import run_import
+from exo_megatron.stages.sft import run_sft
 from exo_megatron.training import step as step_module
-from exo_megatron.training.align import run_align
-from exo_megatron.training.objectives import RowBatch, UnitSum
+from exo_megatron.training.objectives import DeviceBatch, UnitSum
 from exo_megatron.training.optimizer import Trainee
-from exo_megatron.training.sft import run_sft
 from tests.reference.hf_names import local_tensors
 
 
@@ -68,7 +69,7 @@ def _watched(output: Path, run: Callable[[], None]) -> RankRecord:
     watcher = _Watcher()
     original = step_module.forward_gradients
 
-    def watched(trainee: Trainee, batches: list[RowBatch], *rest: Any) -> list[UnitSum]:
+    def watched(trainee: Trainee, batches: list[DeviceBatch], *rest: Any) -> list[UnitSum]:
         reports = original(trainee, batches, *rest)
         watcher.look(trainee, batches)
         return reports
@@ -86,15 +87,15 @@ class _Watcher:
         self.gradients: list[dict[str, Tensor]] = []
         self.groups: list[list[tuple[int, ...]]] = []
 
-    def look(self, trainee: Trainee, batches: list[RowBatch]) -> None:
+    def look(self, trainee: Trainee, batches: list[DeviceBatch]) -> None:
         self.trainee = trainee
         self.groups.append([batch.layout.group_sizes for batch in batches])
         complete = complete_gradients(trainee)
-        if trainee.topology.data_rank == 0:
-            self.gradients.append(local_tensors(trainee.policy, lambda parameter: complete[parameter]))
+        if trainee.policy.topology.data_rank == 0:
+            self.gradients.append(local_tensors(trainee.policy.model, lambda parameter: complete[parameter]))
 
     def record(self, output: Path) -> RankRecord:
-        topology = self.trainee.topology
+        topology = self.trainee.policy.topology
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return RankRecord(
             topology.tensor_rank,
@@ -102,14 +103,14 @@ class _Watcher:
             topology.data_rank,
             self.gradients,
             self.groups,
-            local_tensors(self.trainee.policy, lambda parameter: parameter),
+            local_tensors(self.trainee.policy.model, lambda parameter: parameter),
             [json.loads(line) for line in lines],
         )
 
 
 def complete_gradients(trainee: Trainee) -> dict[torch.nn.Parameter, Tensor]:
     """Each rank of the data-parallel group holds its reduced shard of every bucket: put copies of them together."""
-    topology = trainee.topology
+    topology = trainee.policy.topology
     model: DistributedDataParallel = trainee.model
     gradients: dict[torch.nn.Parameter, Tensor] = {}
     for buffer in model.buffers:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exo_megatron.cli.stages import STAGE_FUNCTIONS, load_function
 from exo_megatron.config.load import load_stage_config
 from exo_megatron.errors import ExoError
-from exo_megatron.models import build
+from exo_megatron.models import policy as policy_module
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.stages.run import STAGE_FUNCTIONS, load_function
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Told:
 def run_badly(runtime: Runtime, *, stage: str, overrides: Sequence[str]) -> Told:
     """What the command line does with a stage, up to the error."""
     builds: list[object] = []
-    original = build.PolicyModel
+    original = policy_module.PolicyModel
 
     def counted(*args: object, **kwargs: object) -> object:
         builds.append(args)
         return original(*args, **kwargs)
 
-    vars(build)["PolicyModel"] = counted
+    vars(policy_module)["PolicyModel"] = counted
     try:
         load_function(STAGE_FUNCTIONS[stage])(load_stage_config(stage, None, list(overrides)), runtime)
     except ExoError as error:
         return Told(str(error), error.exit_code, bool(builds))
     finally:
-        vars(build)["PolicyModel"] = original
+        vars(policy_module)["PolicyModel"] = original
     return Told("", 0, bool(builds))

@@ -10,19 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from exo_megatron.checkpoint import save as saving
-from exo_megatron.checkpoint.collective import together
 from exo_megatron.checkpoint.directory import resolve_checkpoint, tokenizer_path, weights_path
-from exo_megatron.checkpoint.integrity import verify_together
-from exo_megatron.checkpoint.policy import load_policy
 from exo_megatron.checkpoint.publish import staging_path
+from exo_megatron.checkpoint.safety import verify_together
 from exo_megatron.checkpoint.save import save_checkpoint
-from exo_megatron.cli.convert import run_export, run_import
 from exo_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig
 from exo_megatron.config.stages import ExportConfig, ImportConfig
 from exo_megatron.conversion.importing import ImportPlan
 from exo_megatron.errors import CheckpointError, ExoError
+from exo_megatron.execution.policy import find_policy, load_policy
+from exo_megatron.parallel.ending import failing_together
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.stages.export_hf import run_export
+from exo_megatron.stages.import_hf import run_import
 
 
 def convert(runtime: Runtime, *, hf: Path, checkpoint: Path, exported: Path) -> None:
@@ -34,19 +35,20 @@ def load_and_save(
     runtime: Runtime, *, source: Path, target: Path, tensor: int, pipeline: int
 ) -> dict[str, tuple[int, ...]]:
     """Load at a topology and save from it; shapes of this rank's parameters."""
-    with model_parallel(runtime, ParallelConfig(tensor=tensor, pipeline=pipeline), seed=1) as topology:
-        model, spec = load_policy(source, topology, ComputeConfig(precision="fp32"))
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    with model_parallel(runtime, parallel, seed=1) as topology:
+        policy = load_policy(find_policy(source, parallel), topology, ComputeConfig(precision="fp32"))
         save_checkpoint(
             target,
-            model.sharded_state_dict(),
-            spec=spec,
+            policy.model.sharded_state_dict(),
+            spec=policy.spec,
             hf_files=tokenizer_path(resolve_checkpoint(source)),
             step=4,
             kind="training",
             trainer_state={"step": 4},
             runtime=runtime,
         )
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in policy.model.named_parameters()}
 
 
 def words_of(work: Any) -> str:
@@ -60,10 +62,11 @@ def words_of(work: Any) -> str:
 
 def fail_on_last_rank(runtime: Runtime) -> str:
     def work() -> None:
-        if runtime.rank == runtime.world_size - 1:
-            raise CheckpointError("here", "broken", expected="whole", fix="mend")
+        with failing_together():
+            if runtime.rank == runtime.world_size - 1:
+                raise CheckpointError("here", "broken", expected="whole", fix="mend")
 
-    return words_of(lambda: together(work))
+    return words_of(work)
 
 
 def verify(runtime: Runtime, *, checkpoint: Path) -> str:

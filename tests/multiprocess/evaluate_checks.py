@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.cli.convert import run_import
 from exo_megatron.config.stages import EvaluateConfig, ImportConfig
 from exo_megatron.errors import ExoError
-from exo_megatron.evaluation.stage import run_evaluate
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.stages.evaluate import run_evaluate
+from exo_megatron.stages.import_hf import run_import
 
 
 def score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

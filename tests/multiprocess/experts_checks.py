@@ -23,18 +23,17 @@ from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.config.sections import ComputeConfig, LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
-from exo_megatron.models.build import build_policy
-from exo_megatron.models.policy import PolicyModel
+from exo_megatron.execution.forward import candidate_logprobs
+from exo_megatron.execution.policy import Policy
+from exo_megatron.models.policy import PolicyModel, build_policy
 from exo_megatron.models.spec import Experts, ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.native import NativeEngine
-from exo_megatron.rollout.scoring import candidate_logprobs
-from exo_megatron.training.batches import step_batches
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
-from exo_megatron.training.step import StepResult, forward_gradients, train_step
+from exo_megatron.training.step import StepResult, forward_gradients, plan_step, train_step
 
 Place = tuple[str, tuple[slice, ...]]
 """A key of the checkpoint and where in that tensor a rank's part lies, stacked axes included."""
@@ -97,9 +96,9 @@ def whole_tensors(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Ten
     return whole
 
 
-def parts_of(policy: PolicyModel, pick: Callable[[Tensor], Tensor]) -> Iterator[tuple[Place, Tensor]]:
+def parts_of(model: PolicyModel, pick: Callable[[Tensor], Tensor]) -> Iterator[tuple[Place, Tensor]]:
     """Where each part of this rank's parameters lies, and that part of `pick(parameter)` (a view of it)."""
-    for value in nested_values(policy.sharded_state_dict()):
+    for value in nested_values(model.sharded_state_dict()):
         picked = pick(value.data)
         factory = isinstance(value, ShardedTensorFactory)
         own = {"data": picked} if factory else {"data": picked, "dtype": picked.dtype}
@@ -116,21 +115,30 @@ def _place(shard: ShardedTensor) -> Place:
     return shard.key, (*slices, *(slice(at, at + size) for at, size in own))
 
 
-def policy_from_hf(path: Path, topology: Topology, compute: ComputeConfig) -> tuple[PolicyModel, ModelSpec]:
+@dataclass(frozen=True)
+class EosTokenizer:
+    """The id that ends a candidate; all that the engine asks of a tokenizer."""
+
+    eos_id: int
+
+
+def policy_from_hf(
+    path: Path, topology: Topology, compute: ComputeConfig, tokenizer: EosTokenizer | None = None
+) -> Policy:
     """`path`: torch.save of (config, HF state dict). Every stored tensor must be asked for by some rank."""
     config, state = torch.load(path, weights_only=False)
     spec = spec_of(config)
-    policy = build_policy(spec, topology, compute)
+    model = build_policy(spec, topology, compute)
     whole = whole_tensors(state, spec)
     asked = set()
     with torch.no_grad():
-        for (key, place), part in parts_of(policy, lambda parameter: parameter):
+        for (key, place), part in parts_of(model, lambda parameter: parameter):
             part.copy_(whole[key][place].view(part.shape))
             asked.add(key)
     everywhere: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everywhere, asked)
     assert set().union(*everywhere) == whole.keys()
-    return policy, spec
+    return Policy(model, topology, compute, tokenizer=tokenizer)
 
 
 def generate(
@@ -144,10 +152,9 @@ def generate(
 ) -> list[GeneratedGroup]:
     """The prompts of this rank's model copy, `shares[data rank]`: as many and as long as the test likes."""
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        model, spec = policy_from_hf(weights, topology, ComputeConfig(precision="fp32"))
+        policy = policy_from_hf(weights, topology, ComputeConfig(precision="fp32"), EosTokenizer(eos_id))
         prompts = [Prompt(id=name, text="", ids=ids) for name, ids in shares[topology.data_rank]]
-        engine = NativeEngine(model, spec, topology, eos_id)
-        return engine.generate(prompts, SamplingConfig(**sampling), seed=3, progress=None)
+        return NativeEngine(policy).generate(prompts, SamplingConfig(**sampling), seed=3, progress=None)
 
 
 @dataclass(frozen=True)
@@ -177,12 +184,12 @@ def train(
 ) -> Trained:
     """Steps of `align` on groups with reference log-probs. save: after how many steps, and where; resume likewise."""
     settings = ComputeConfig(**compute)
-    objective = AlignObjective(LossConfig(**loss))
+    objective = AlignObjective.of(LossConfig(**loss))
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        policy, spec = policy_from_hf(weights, topology, settings)
-        trainee = make_trainee(policy, spec, topology, settings, OptimizerConfig(**optimizer))
+        policy = policy_from_hf(weights, topology, settings)
+        trainee = make_trainee(policy, OptimizerConfig(**optimizer))
         groups = [group for step in steps for group in step]
-        scores = candidate_logprobs(policy, spec, topology, groups, settings, temperature=objective.temperature)
+        scores = candidate_logprobs(policy, groups, temperature=objective.config.temperature)
         first = 0
         if resume is not None:
             first, path = resume
@@ -190,26 +197,26 @@ def train(
         gradients: list[tuple[Place, Tensor]] = []
         results = []
         for step in range(first, len(steps)):
-            batches = step_batches(trainee, steps[step])
+            batches = plan_step(trainee, steps[step], objective)
             if step == first:
-                forward_gradients(trainee, batches.rows, objective, batches.oversized)
+                forward_gradients(trainee, batches.microbatches, objective, batches.oversized)
                 pick = complete_gradients(trainee).__getitem__
-                gradients = [(place, part.clone()) for place, part in parts_of(policy, pick)]
+                gradients = [(place, part.clone()) for place, part in parts_of(policy.model, pick)]
             work = {"oversized": batches.oversized, "learning_rate": optimizer["lr"]}
-            results.append(train_step(trainee, batches.rows, objective, **work))
+            results.append(train_step(trainee, batches.microbatches, objective, **work))
             if save is not None and step + 1 == save[0]:
                 state = trainee.sharded_state(loading=False)
                 save_checkpoint(
                     save[1],
                     state,
-                    spec=spec,
+                    spec=policy.spec,
                     hf_files=hf,
                     step=None,
                     kind="training",
                     trainer_state={},
                     runtime=runtime,
                 )
-        final = [(place, part.detach().clone()) for place, part in parts_of(policy, lambda p: p)]
+        final = [(place, part.detach().clone()) for place, part in parts_of(policy.model, lambda p: p)]
         return Trained(scores, results, gradients, final)
 
 

@@ -14,20 +14,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from exo_megatron.checkpoint.policy import load_policy
-from exo_megatron.cli.convert import run_export, run_import
+from exo_megatron.checkpoint.directory import resolve_checkpoint
+from exo_megatron.checkpoint.load import load_model
 from exo_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig, SamplingConfig
 from exo_megatron.config.stages import ExportConfig, ImportConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import ExoError
-from exo_megatron.logprobs.sequence import token_logprobs
-from exo_megatron.models.layout import GroupLayout, build_layout
+from exo_megatron.execution.forward import candidate_logprobs, forward_only, pipeline_forward
+from exo_megatron.execution.policy import Policy
+from exo_megatron.models.layouts.groups import GroupLayout, build_layout
+from exo_megatron.parallel.ending import failing_together
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.native import NativeEngine
-from exo_megatron.rollout.pipeline import forward_only, run_stage
-from exo_megatron.rollout.scoring import candidate_logprobs
+from exo_megatron.stages.export_hf import run_export
+from exo_megatron.stages.import_hf import run_import
 from tests.reference.tiny_llama import EOS_ID
 
 T = TypeVar("T")
@@ -94,34 +96,42 @@ def outputs_of_models(
 ) -> dict[str, Outputs | Refused | None]:
     """By name: one packed row through each converted checkpoint, as in training and reference scoring."""
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        layout = build_layout(prompts, candidates, multiple=topology.row_multiple)
+        layout = build_layout(prompts, candidates, multiple=topology.token_multiple)
         return {
             path.name: attempt(lambda path=path: _outputs(path, layout, topology, temperature)) for path in checkpoints
         }
 
 
+@dataclass(frozen=True)
+class EosTokenizer:
+    """The id that ends a candidate; all that the engine asks of a tokenizer."""
+
+    eos_id: int
+
+
+def load_policy(checkpoint: Path, topology: Topology) -> Policy:
+    """The model of any checkpoint, reward models among them."""
+    with failing_together():
+        path = resolve_checkpoint(checkpoint)
+    model = load_model(path, topology, COMPUTE)
+    return Policy(model, topology, COMPUTE, tokenizer=EosTokenizer(EOS_ID))
+
+
 def _outputs(checkpoint: Path, layout: GroupLayout, topology: Topology, temperature: float) -> Outputs | None:
-    model, spec = load_policy(checkpoint, topology, COMPUTE)
-    with forward_only(model):
-        hidden = run_stage(model, layout, topology)
+    policy = load_policy(checkpoint, topology)
+    spec = policy.spec
+    with forward_only(policy.model):
+        hidden = pipeline_forward(policy, layout)
         if hidden is None:
             return None
         if spec.labels is not None:
             return Outputs(topology.data_rank, topology.tensor_rank, hidden.clone(), None)
-        logits = hidden @ model.output_weight().t()
+        logits = hidden @ policy.model.output_weight().t()
         if spec.logit_softcap is not None:
             logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
-        logprobs = token_logprobs(
-            hidden,
-            model.output_weight(),
-            layout,
-            spec=spec,
-            temperature=temperature,
-            memory_mib=COMPUTE.logits_memory_mib,
-            topology=topology,
-        )
+        logprobs = policy.token_logprobs(hidden, layout, temperature=temperature)
     natural = torch.argsort(layout.token_order)
-    logits = logits[layout.token_row[natural]].clone()
+    logits = logits[layout.token_predictor[natural]].clone()
     return Outputs(topology.data_rank, topology.tensor_rank, logits, logprobs[natural].clone())
 
 
@@ -146,13 +156,13 @@ def generate_and_score(
 def _generated(
     checkpoint: Path, topology: Topology, asked: Sequence[Prompt], sampling: SamplingConfig, seed: int
 ) -> list[list[Generated]]:
-    model, spec = load_policy(checkpoint, topology, COMPUTE)
-    drawn = NativeEngine(model, spec, topology, EOS_ID).generate(asked, sampling, seed=seed, progress=None)
+    policy = load_policy(checkpoint, topology)
+    drawn = NativeEngine(policy).generate(asked, sampling, seed=seed, progress=None)
     groups = [
         Group(id=prompt.id, prompt=prompt.ids, candidates=tuple(c.token_ids for c in group.candidates))
         for prompt, group in zip(asked, drawn, strict=True)
     ]
-    scored = candidate_logprobs(model, spec, topology, groups, COMPUTE, temperature=sampling.temperature)
+    scored = candidate_logprobs(policy, groups, temperature=sampling.temperature)
     return [
         [Generated(c.token_ids, c.logprob, value) for c, value in zip(group.candidates, values, strict=True)]
         for group, values in zip(drawn, scored, strict=True)

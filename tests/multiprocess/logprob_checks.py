@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exo_megatron.logprobs.projection import VocabShard
-from exo_megatron.logprobs.tiles import Tiling
+from exo_megatron.logprobs.softmax import Tiling, VocabShard
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.parallel.runtime import Runtime
 
@@ -20,7 +19,7 @@ class Case:
 
     hidden: Tensor
     weight: Tensor
-    token_row: Tensor
+    token_predictor: Tensor
     token_target: Tensor
     upstream: Tensor
     vocab_size: int
@@ -38,7 +37,7 @@ def logprobs_and_gradients(
     logps = sharded_logprobs(
         hidden,
         weight,
-        case.token_row,
+        case.token_predictor,
         case.token_target,
         VocabShard(dist.group.WORLD, runtime.rank, runtime.world_size, case.vocab_size),
         temperature=case.temperature,

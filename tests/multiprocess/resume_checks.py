@@ -9,10 +9,11 @@ from torch import Tensor
 
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.errors import ExoError
+from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.stages.align import run_align
 from exo_megatron.training import trainer as trainer_module
-from exo_megatron.training.align import run_align
-from exo_megatron.training.objectives import AlignObjective, RowBatch, UnitSum
+from exo_megatron.training.objectives import AlignObjective, DeviceBatch, UnitSum
 from exo_megatron.training.optimizer import Trainee
 from exo_megatron.training.step import StepResult
 
@@ -26,10 +27,10 @@ def error_of(runtime: Runtime, *, config: dict[str, Any], nan_step: int | None =
     calls = 0
     original = AlignObjective.__call__
 
-    def poisoned(self: AlignObjective, token_logps: Tensor, batch: RowBatch) -> UnitSum:
+    def poisoned(self: AlignObjective, hidden: Tensor, batch: DeviceBatch, policy: Policy) -> UnitSum:
         nonlocal calls
         calls += 1  # one micro-batch per step
-        result = original(self, token_logps, batch)
+        result = original(self, hidden, batch, policy)
         if calls == nan_step and runtime.rank == runtime.world_size - 1:
             return UnitSum(result.total * float("nan"), result.count, result.statistics)
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,30 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from exo_megatron.cli.convert import run_import
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
 from exo_megatron.config.stages import ImportConfig, RolloutConfig
 from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import ExoError
-from exo_megatron.models.build import build_policy
-from exo_megatron.models.policy import PolicyModel
+from exo_megatron.execution.forward import candidate_logprobs
+from exo_megatron.execution.policy import Policy
+from exo_megatron.models.policy import build_policy
 from exo_megatron.models.spec import ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
-from exo_megatron.rollout.scoring import candidate_logprobs
-from exo_megatron.rollout.stage import run_rollout
+from exo_megatron.stages.import_hf import run_import
+from exo_megatron.stages.rollout import run_rollout
 
 
+@dataclass(frozen=True)
 class NumberTokenizer:
-    """Decodes ids to their numbers; all that generation asks of a tokenizer."""
+    """Decodes ids to their numbers; with the id that ends a candidate, all that generation asks of a tokenizer."""
+
+    eos_id: int
 
     def decode_completion(self, ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in ids)
@@ -53,7 +57,9 @@ def spec_of(config: LlamaConfig) -> ModelSpec:
     )
 
 
-def policy_from_hf(path: Path, topology: Topology, compute: ComputeConfig) -> tuple[PolicyModel, ModelSpec]:
+def policy_from_hf(
+    path: Path, topology: Topology, compute: ComputeConfig, tokenizer: NumberTokenizer | None = None
+) -> Policy:
     """`path`: torch.save of (LlamaConfig, HF state dict)."""
     config, state = torch.load(path, weights_only=False)
     spec = spec_of(config)
@@ -62,7 +68,7 @@ def policy_from_hf(path: Path, topology: Topology, compute: ComputeConfig) -> tu
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_local(name, state, spec, first, topology))
-    return model, spec
+    return Policy(model, topology, compute, tokenizer=tokenizer)
 
 
 def _local(name: str, state: dict[str, Tensor], spec: ModelSpec, first_layer: int, topology: Topology) -> Tensor:
@@ -109,16 +115,14 @@ def generate(
     asked = [Prompt(id=name, text=f"text of {name}", ids=ids) for name, ids in prompts]
     results = []
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        model, spec = policy_from_hf(weights, topology, compute)
-        engine = NativeEngine(model, spec, topology, eos_id)
+        policy = policy_from_hf(weights, topology, compute, NumberTokenizer(eos_id))
+        engine = NativeEngine(policy)
         for settings in samplings:
             sampling = SamplingConfig(**settings)
             groups = engine.generate(asked, sampling, seed=seed, progress=None)
-            records = generate_records(
-                engine, asked, NumberTokenizer(), sampling, seed=seed, topology=topology, runtime=runtime
-            )
+            records = generate_records(engine, asked, sampling, policy, seed=seed, runtime=runtime)
             results.append((groups, records))
-        assert model.training
+        assert policy.model.training
     return results
 
 
@@ -134,8 +138,8 @@ def score(
 ) -> list[tuple[float, ...]]:
     compute = ComputeConfig(precision=precision, max_tokens_per_microbatch=max_tokens, logits_memory_mib=0)
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        model, spec = policy_from_hf(weights, topology, compute)
-        return candidate_logprobs(model, spec, topology, groups, compute, temperature=temperature)
+        policy = policy_from_hf(weights, topology, compute)
+        return candidate_logprobs(policy, groups, temperature=temperature)
 
 
 def run_stage(

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.cli.convert import run_import
 from exo_megatron.config.stages import AlignConfig, ImportConfig, RolloutConfig, ScoreConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import ExoError
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.rewards.stage import run_score
-from exo_megatron.rollout.stage import run_rollout
+from exo_megatron.stages.align import run_align
+from exo_megatron.stages.import_hf import run_import
+from exo_megatron.stages.rollout import run_rollout
+from exo_megatron.stages.score import run_score
 from exo_megatron.training import reference
-from exo_megatron.training.align import run_align
 from exo_megatron.utils.files import read_jsonl, write_jsonl
 
 
@@ -57,10 +57,10 @@ def align(runtime: Runtime, *, config: dict[str, Any]) -> Trained:
     scored = 0
     original = reference.candidate_logprobs
 
-    def counted(model: Any, spec: Any, topology: Any, groups: Sequence[Group], *rest: Any, **named: Any) -> Any:
+    def counted(policy: Any, groups: Sequence[Group], **named: Any) -> Any:
         nonlocal scored
         scored += len(groups)
-        return original(model, spec, topology, groups, *rest, **named)
+        return original(policy, groups, **named)
 
     reference.candidate_logprobs = counted
     try:

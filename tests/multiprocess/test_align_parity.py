@@ -26,11 +26,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from exo_megatron.data.sampling import StepSampler
-from exo_megatron.training.objectives import ALIGN_STATISTICS
+from exo_megatron.data.groups import StepSampler
+from exo_megatron.losses.objective import NLL, STATISTICS
 from tests.multiprocess.align_case import (
-    FEWEST_TOKENS,
+    CASES,
+    EXPORTED,
     MAX_TOKENS,
+    OVERSIZED,
+    ROUGH_CASES,
     SEED,
     STEPS,
     Case,
@@ -50,51 +53,6 @@ from tests.reference.weights import perturbed
 
 LR, WARMUP, MIN_RATIO = 2e-3, 1, 0.1
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4, 2e-3 * LR
-
-CASES = [
-    Case(1, 1, 1),
-    Case(1, 1, 1, tied=True, recompute="full", reference="live"),
-    Case(2, 1, 1, recompute="selective"),
-    Case(2, 1, 1, tied=True, sequence=False, reference="live"),
-    Case(1, 2, 1, recompute="full", reference="live"),
-    Case(1, 2, 1, tied=True),
-    Case(1, 1, 2),
-    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1),  # one rank has nothing to do
-    Case(2, 2, 1),
-    Case(2, 2, 1, tied=True, recompute="full"),
-    Case(2, 1, 2),
-    Case(2, 1, 2, reference="live", weight_decay=0.1),
-    Case(2, 1, 2, "exo_pref", recompute="selective"),
-    Case(2, 1, 2, "dpo_rw"),
-    Case(2, 1, 2, "dpo_pref", tied=True),
-    Case(1, 2, 2, recompute="selective"),
-    Case(1, 2, 2, tied=True, reference="live"),
-    Case(1, 2, 2, groups_per_step=1),
-    Case(2, 1, 2, "sft"),
-    Case(1, 2, 2, "sft", tied=True),
-    Case(2, 2, 1, "sft", recompute="selective"),
-]
-OVERSIZED = [
-    Case(1, 1, 1, max_tokens=FEWEST_TOKENS),
-    Case(1, 1, 1, tied=True, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
-    Case(2, 1, 1, recompute="selective", max_tokens=FEWEST_TOKENS),
-    Case(2, 1, 1, tied=True, sequence=False, reference="live", max_tokens=FEWEST_TOKENS),
-    Case(1, 2, 1, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
-    Case(1, 2, 1, tied=True, max_tokens=25),
-    Case(1, 1, 2, max_tokens=FEWEST_TOKENS),
-    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1, max_tokens=FEWEST_TOKENS),  # a wave of one group, or none
-    Case(2, 2, 1, max_tokens=FEWEST_TOKENS),
-    Case(2, 2, 1, tied=True, recompute="full", max_tokens=FEWEST_TOKENS),
-    Case(2, 1, 2, reference="live", weight_decay=0.1, max_tokens=FEWEST_TOKENS),
-    Case(2, 1, 2, "exo_pref", recompute="selective", max_tokens=FEWEST_TOKENS),
-    Case(2, 1, 2, "dpo_rw", max_tokens=FEWEST_TOKENS),
-    Case(1, 2, 2, recompute="selective", max_tokens=FEWEST_TOKENS),
-    Case(1, 2, 2, tied=True, reference="live", max_tokens=FEWEST_TOKENS),
-    Case(1, 2, 2, groups_per_step=1, max_tokens=FEWEST_TOKENS),
-]
-CASES += OVERSIZED
-ROUGH_CASES = [Case(2, 1, 2, precision="bf16"), Case(1, 2, 2, tied=True, recompute="full", precision="bf16")]
-EXPORTED = [Case(2, 2, 1), Case(1, 2, 1, tied=True)]
 
 
 @dataclass(frozen=True)
@@ -126,14 +84,20 @@ def steps_of(groups: Sequence[ReferenceGroup], groups_per_step: int) -> list[lis
 
 def expected_for(case: Case) -> Expected:
     """Of everything that distinguishes cases, only this decides the result."""
-    return expected(case.kind, case.tied, case.weight_decay, case.clip_grad, case.groups_per_step)
+    return expected(case.kind, case.nll_weight, case.tied, case.weight_decay, case.clip_grad, case.groups_per_step)
 
 
 @cache
 def expected(
-    kind: LossKind | Literal["sft"], tied: bool, weight_decay: float, clip_grad: float, groups_per_step: int
+    kind: LossKind | Literal["sft"],
+    nll_weight: float,
+    tied: bool,
+    weight_decay: float,
+    clip_grad: float,
+    groups_per_step: int,
 ) -> Expected:
     policy, reference = models(tied=tied)
+    chosen = objective("exo_rw" if kind == "sft" else kind, nll_weight)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     adam = Adam(
         warmup_linear_rates(LR, steps=STEPS, warmup=WARMUP, min_ratio=MIN_RATIO),
@@ -145,7 +109,7 @@ def expected(
     )
 
     def batch_loss(model: LlamaForCausalLM, groups: Sequence[ReferenceGroup]) -> Tensor:
-        return sft_loss(model, groups) if kind == "sft" else align_loss(model, reference, groups, objective(kind))
+        return sft_loss(model, groups) if kind == "sft" else align_loss(model, reference, groups, chosen)
 
     steps = train(policy, steps_of(data(kind), groups_per_step), batch_loss, adam)
     return Expected(steps, before, {name: p.detach().clone() for name, p in policy.named_parameters()})
@@ -186,7 +150,7 @@ def stage_config(case: Case, root: Path) -> dict[str, Any]:
         settings |= {
             "reference": {"checkpoint": root / f"reference-{embeddings}"},
             "reference_logprobs": case.reference,
-            "loss": vars(objective(case.kind)),
+            "loss": vars(objective(case.kind, case.nll_weight)),
         }
     return settings
 
@@ -328,7 +292,7 @@ def test_a_group_in_parts_is_the_group_in_one_row(case: Case, worlds: Worlds) ->
     split, unsplit = worlds.records(case), worlds.records(replace(case, max_tokens=MAX_TOKENS))
     ours, theirs = split[0].metrics[0], unsplit[0].metrics[0]
     assert ours.keys() == theirs.keys()
-    for name in {"loss", "grad_norm", *ALIGN_STATISTICS}:
+    for name in {"loss", "grad_norm", *STATISTICS} | ({NLL} if case.nll_weight else set()):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
     for mine, other in zip(split, unsplit, strict=True):
         for name, gradient in (other.gradients or [{}])[0].items():

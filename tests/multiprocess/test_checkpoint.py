@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from exo_megatron.checkpoint.directory import list_steps, resolve_checkpoint, step_directory, weights_path
-from exo_megatron.checkpoint.integrity import verify_checkpoint
 from exo_megatron.checkpoint.load import read_trainer_state
+from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.checkpoint.tensors import StoredTensors
 from tests.multiprocess.harness import Check, Outcome, WorldFailure, run_checks
 from tests.reference.tiny_llama import save_hf, tiny_config, tiny_llama

@@ -20,8 +20,8 @@ DRIVER = """
 import json, os, signal, socket, sys, tempfile, time
 from types import SimpleNamespace
 import torch.distributed as dist
-from exo_megatron.cli.failure import leaving_together
 from exo_megatron.errors import DataError, TryAgainLater
+from exo_megatron.parallel.ending import leaving_together
 
 WORLD = 2
 SECONDS = 60

@@ -48,7 +48,7 @@ CASES = {
     "empty": replace(
         plain(),
         hidden=torch.zeros(0, HIDDEN, dtype=torch.float64),
-        token_row=TOKEN_ROW[:0],
+        token_predictor=TOKEN_ROW[:0],
         token_target=TOKEN_TARGET[:0],
         upstream=UPSTREAM[:0],
     ),
@@ -60,7 +60,7 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     logits = hidden @ weight[:VOCAB].t()
     if case.softcap is not None:
         logits = case.softcap * torch.tanh(logits / case.softcap)
-    logps = torch.log_softmax(logits / case.temperature, dim=-1)[case.token_row, case.token_target]
+    logps = torch.log_softmax(logits / case.temperature, dim=-1)[case.token_predictor, case.token_target]
     return logps.detach(), *torch.autograd.grad(logps, (hidden, weight), case.upstream)
 
 

@@ -223,6 +223,27 @@ def test_killed_and_asked_to_stop_with_two_processes(root: Path, undisturbed: di
     assert_same_run(root / "data-killed", root / "data")
 
 
+def test_ctrl_c_saves_and_a_complete_stage_does_no_work(root: Path, undisturbed: dict[str, Outcome]) -> None:
+    """A terminal sends SIGINT to all processes: all save and end with 75; the next run says where it goes on."""
+    undisturbed["data"].values()
+    first = Launch(root, "interrupted", 2)
+    first.wait_until(lambda: first.steps_logged() >= INTERVAL + 1)
+    for process in first.processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert exit_codes(first.processes) == [TRY_AGAIN, TRY_AGAIN], first.log()
+    assert "Traceback" not in first.log()
+    saved = list_steps(first.output)[-1][0]
+    second = Launch(root, "interrupted", 2)
+    second.finish()
+    assert f"align: goes on after step {saved}, from {first.output}/checkpoints/" in second.log()
+    assert_same_run(root / "interrupted", root / "data")
+    before = {path: path.stat().st_mtime_ns for path in first.output.rglob("*")}
+    third = Launch(root, "interrupted", 2)
+    third.finish()
+    assert f"align: complete already in {first.output} with this configuration, nothing to do" in third.log()
+    assert {path: path.stat().st_mtime_ns for path in first.output.rglob("*")} == before
+
+
 @pytest.mark.parametrize("parallel", ["tensor", "pipeline", "tied"])
 def test_stopped_in_the_middle_of_model_parallel_runs(
     parallel: str, root: Path, undisturbed: dict[str, Outcome]

@@ -278,6 +278,6 @@ def test_stage_writes_candidates_and_how_they_were_drawn(
     assert messages[1].startswith("parallel.tensor: 4 does not divide")
     assert "30" in messages[2]
     # 31 + 14 tokens in rows that tensor parallelism makes even.
-    assert "prompt 'prompt-2'" in messages[3] and "at most 44, one packed row" in messages[3]
+    assert "prompt 'prompt-2'" in messages[3] and "at most 44, one packed micro-batch" in messages[3]
     assert len(messages) == 4
     assert not (output / "failed").exists()

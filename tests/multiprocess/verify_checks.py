@@ -17,17 +17,18 @@ from exo_megatron.checkpoint.directory import read_spec, tokenizer_path, weights
 from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state
 from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.checkpoint.tensors import StoredTensors
-from exo_megatron.cli.convert import run_export, run_import
-from exo_megatron.cli.verification import Check, Verification
-from exo_megatron.cli.verify import run_checks
 from exo_megatron.config.sections import ModelConfig, ParallelConfig
-from exo_megatron.config.stages import ExportConfig, ImportConfig
+from exo_megatron.config.stages import ExportConfig, ImportConfig, VerifyConfig
 from exo_megatron.conversion import families
 from exo_megatron.conversion.importing import ImportPlan
 from exo_megatron.conversion.transforms import Transform
 from exo_megatron.errors import ExoError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.stages.export_hf import run_export
+from exo_megatron.stages.import_hf import run_import
+from exo_megatron.stages.verification import Check
+from exo_megatron.stages.verify import run_checks
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -54,7 +55,8 @@ def find(
     """Verify without the exit code."""
     cut = ParallelConfig(tensor=tensor, pipeline=pipeline)
     try:
-        checks = run_checks(Verification(hf, checkpoint, cut, prompts=prompts), runtime)
+        config = VerifyConfig(hf=hf, checkpoint=checkpoint, parallel=cut, prompts=prompts)
+        checks = run_checks(config, runtime)
     except ExoError as error:
         return Finding({}, str(error))
     return Finding({check.name: check for check in checks})

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.training.batches import step_batches
-from exo_megatron.training.step import forward_gradients
+from exo_megatron.training.step import forward_gradients, plan_step
 from tools.bench.lengths import HH
 from tools.bench.models import Shape, matched_models, random_groups
 from tools.bench.training import OurSteps
@@ -92,7 +91,8 @@ def waits_of_a_step(runtime: Runtime, *, max_tokens: int, logits_memory_mib: flo
     with matched_models(shape, runtime, compute) as matched:
         ours = OurSteps.of(matched, LossConfig(kind="exo_rw"))
         groups = ours.stored(random_groups(HH.draw(6, 3), shape.vocab))
-        batches = step_batches(ours.trainee, groups)
+        batches = plan_step(ours.trainee, groups, ours.objective)
         with Watch() as watch:
-            forward_gradients(ours.trainee, batches.rows, ours.objective, batches.oversized)
-        return [*watch.callers, f"{batches.oversized.count} oversized groups, {len(batches.rows)} rows"]
+            forward_gradients(ours.trainee, batches.microbatches, ours.objective, batches.oversized)
+        oversized = 0 if batches.oversized is None else batches.oversized.count
+        return [*watch.callers, f"{oversized} oversized groups, {len(batches.microbatches)} micro-batches"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-LossKind = Literal["exo_rw", "exo_pref", "dpo_rw", "dpo_pref"]
+LossKind = Literal["exo_rw", "exo_pref", "dpo_rw", "dpo_pref", "ipo_pref"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class ReferenceGroup:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and its constants. `label_smoothing` is epsilon."""
+    """A loss and its constants. label_smoothing: epsilon. nll_weight: lambda, of the best candidate's likelihood."""
 
     kind: LossKind
     beta_pi: float
     beta_r: float
     label_smoothing: float
     temperature: float
+    nll_weight: float = 0.0
 
 
 def token_logprobs(model: LlamaForCausalLM, prompt: Sequence[int], candidate: Sequence[int], tau: float) -> Tensor:
@@ -55,6 +56,9 @@ def candidate_logprobs(model: LlamaForCausalLM, group: ReferenceGroup, tau: floa
 def group_loss(policy: Tensor, reference: Tensor, rewards: Tensor, objective: Objective) -> Tensor:
     """Loss of one group from [K] log-probs of policy and reference and [K] rewards."""
     s = objective.beta_pi * (policy - reference)
+    if objective.kind == "ipo_pref":  # arXiv 2310.12036, Eq. 17
+        log_ratio = policy - reference
+        return (log_ratio[0] - log_ratio[1] - 1 / (2 * objective.beta_pi)) ** 2
     if objective.kind == "dpo_pref":  # Eq. 7
         return -torch.log(torch.sigmoid(s[0] - s[1]))
     log_p = torch.log_softmax(s, dim=0)  # Eq. 13
@@ -67,6 +71,15 @@ def group_loss(policy: Tensor, reference: Tensor, rewards: Tensor, objective: Ob
     return (log_p.exp() * (log_p - target.log())).sum()  # Eq. 15
 
 
+def best_nll(model: LlamaForCausalLM, group: ReferenceGroup) -> Tensor:
+    """Negative log-likelihood per token, at temperature 1, of the candidate with the highest reward.
+
+    For a pair, whose rewards are equal here, that is the first, the chosen one.
+    """
+    best = max(range(len(group.candidates)), key=lambda k: group.rewards[k])
+    return -token_logprobs(model, group.prompt, group.candidates[best], 1.0).mean()
+
+
 def align_loss(
     model: LlamaForCausalLM, reference: LlamaForCausalLM, groups: Sequence[ReferenceGroup], objective: Objective
 ) -> Tensor:
@@ -76,7 +89,8 @@ def align_loss(
         with torch.no_grad():
             ref = candidate_logprobs(reference, group, objective.temperature)
         policy = candidate_logprobs(model, group, objective.temperature)
-        losses.append(group_loss(policy, ref, torch.tensor(group.rewards), objective))
+        loss = group_loss(policy, ref, torch.tensor(group.rewards), objective)
+        losses.append(loss + objective.nll_weight * best_nll(model, group) if objective.nll_weight else loss)
     return torch.stack(losses).mean()
 
 

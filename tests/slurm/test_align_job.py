@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from exo_megatron.checkpoint.directory import list_steps
-from exo_megatron.checkpoint.integrity import verify_checkpoint
+from exo_megatron.checkpoint.safety import verify_checkpoint
 from tests.reference.tiny_llama import FIRST_WORD_ID, VOCAB_SIZE, save_hf, text, tiny_config, tiny_llama
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_job_script import ENDED, SCRIPT, SMALL, log, wait_until

@@ -1,1 +1,4 @@
-"""Benchmarks that anyone can run: `python -m tools.bench NAME`. The figures are in docs/benchmarks.md."""
+"""Benchmarks that anyone can run: `python -m tools.bench NAME`.
+
+The figures are in docs/benchmarks.md.
+"""

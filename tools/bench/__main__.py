@@ -4,9 +4,10 @@
     python -m tools.bench trl-step             one benchmark (or several names)
     python -m tools.bench trl-step --quick     a small version of it, as CI runs it
 
-What is compared runs in turn in one process, and what counts are the ratios. Both sides' results (gradients where
-there are any) are compared first: if they differ, no times are printed and the exit code is 1. Peers (TRL,
-transformers) come with `pip install -e '.[bench]'`. Runs on a CUDA device where there is one.
+The sides of a comparison run in turn in one process; the ratios are the result. Both sides' results
+(gradients if there are any) are compared first: if they differ, no times are printed and the exit
+code is 1. Peers (TRL, transformers) are installed by `pip install -e '.[bench]'`. Benchmarks run on
+a CUDA device if there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks that the arguments name; 0, or 1 if the sides of one do not agree."""
+    """Run the benchmarks that the arguments name, and return 0, or 1 if the sides of one do not
+    agree.
+    """
     names = "\n".join(f"  {name:<12} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
@@ -70,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, options: Options) -> Table | None:
-    """Print and return a benchmark's table; None, and a line on stderr, if its sides do not agree."""
+    """Print and return a benchmark's table; None, and a line on stderr, if its sides do not
+    agree.
+    """
     try:
         table = load(name)(options)
     except Different as difference:
@@ -81,7 +86,9 @@ def run(name: str, options: Options) -> Table | None:
 
 
 def load(name: str) -> Callable[[Options], Table]:
-    """`run` of the module of a benchmark. Imported only then, because each brings much with it."""
+    """Return `run` of the module of a benchmark, which is imported only then, because it loads
+    large packages.
+    """
     run: Callable[[Options], Table] = importlib.import_module(f"tools.bench.{name.replace('-', '_')}").run
     return run
 

@@ -1,15 +1,16 @@
 """Attention over candidate groups, four ways, forward and backward.
 
-- ours: the packed row in two passes that are merged by log-sum-exp;
-- separate rows: every candidate behind its own copy of the prompt, K causal rows in one batch;
-- dense mask: the packed row under a mask [S, S] that says which keys each query sees;
-- FlexAttention: the packed row under a block mask, compiled; on CUDA only, because it has no backward on the CPU.
+- ours: the packed sequence in two passes that are merged by log-sum-exp;
+- separate rows: every candidate behind its own copy of the prompt, K causal sequences in one batch;
+- dense mask: the packed sequence under a mask [S, S] of the keys that each query sees;
+- FlexAttention: the packed sequence under a block mask, compiled; on CUDA only, because it has no
+  backward on the CPU.
 
-All but ours go through torch's `scaled_dot_product_attention` or `flex_attention`. The sides get the same queries,
-keys, values and gradient of the output; their gradients of all three are compared. Of separate rows, the gradients of
-the copies of a prompt are summed, and each copy's output gets its share of the gradient. Masks, layouts and repeated
-inputs are made beforehand, as a model makes them once for all of its layers: they are not in the times, but in the
-memory.
+All but ours use torch's `scaled_dot_product_attention` or `flex_attention`. The sides get the same
+queries, keys, values and gradient of the output; their gradients of all three are compared. For
+separate rows, the gradients of the copies of a prompt are summed, and each copy's output gets its
+share of the gradient. Masks, layouts and repeated inputs are made beforehand, as a model makes them
+once for all of its layers: they are not in the times, but in the memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from exo_megatron.models.attention import group_attention
-from exo_megatron.models.attention_pass import ScoreRule
-from exo_megatron.models.layout import GroupLayout, build_layout
+from exo_megatron.models.attention.passes import ScoreRule
+from exo_megatron.models.layouts.groups import GroupLayout, build_layout
 from tools.bench.memory import peak_bytes
 from tools.bench.options import Options
 from tools.bench.sides import Different, agree
@@ -35,12 +35,12 @@ HEADS, GROUPED_HEADS, HEAD_DIM = 8, 2, 64
 OURS, SEPARATE, DENSE, FLEX = "ours", "separate rows", "dense mask", "FlexAttention"
 NO_FLEX = "no backward on CPU"
 Triple = tuple[Tensor, ...]
-"""Query, key, value, or their gradients."""
+"""Query, key and value, or their gradients."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of equal groups, and the number of key/value heads."""
+    """A packed sequence of equal groups, and the number of key/value heads."""
 
     prompt: int
     response: int
@@ -49,22 +49,22 @@ class Case:
     key_heads: int = HEADS
 
     def layout(self, device: torch.device) -> GroupLayout:
-        """Of the packed row; tokens are not looked at."""
+        """Lay out the packed sequence; the token ids do not matter."""
         responses = [[0] * self.response] * self.candidates
         return build_layout([[0] * self.prompt] * self.groups, [responses] * self.groups).to(device)
 
     @property
-    def row_length(self) -> int:
-        """S."""
+    def num_tokens(self) -> int:
+        """Number S of tokens of the packed sequence."""
         return self.groups * (self.prompt + self.candidates * self.response)
 
     def pairs(self, side: str) -> float:
-        """Query-key pairs for which the side has to compute a score."""
+        """Count the query-key pairs for which the side has to compute a score."""
         text = self.prompt + self.response
         if side == OURS:
             own = self.response * (self.prompt + self.response / 2)
             return self.groups * (self.prompt**2 / 2 + self.candidates * own)
-        return self.groups * self.candidates * text**2 / 2 if side == SEPARATE else self.row_length**2
+        return self.groups * self.candidates * text**2 / 2 if side == SEPARATE else self.num_tokens**2
 
     def __str__(self) -> str:
         return f"{self.prompt}, {self.response}, {self.candidates}" + (f" x{self.groups}" if self.groups > 1 else "")
@@ -77,7 +77,11 @@ QUICK_CASES = [Case(12, 20, 4), Case(40, 5, 3, 2, GROUPED_HEADS)]
 
 @dataclass(frozen=True)
 class Side:
-    """One way. inputs: leaves; attend: inputs to output; packed: an input's gradient to its form in the packed row."""
+    """One way to attend.
+
+    inputs: leaf tensors. attend: function of the inputs that returns the output. packed: function
+    that turns an input's gradient into its form in the packed sequence.
+    """
 
     inputs: Triple
     output_gradient: Tensor
@@ -86,26 +90,26 @@ class Side:
     mask: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """With what the backward needs."""
+        """Compute the output, and keep what the backward needs."""
         return self.attend(*self.inputs)
 
     def both(self) -> Triple:
-        """Gradients of the inputs."""
+        """Run forward and backward, and return the gradients of the inputs."""
         return torch.autograd.grad(self.forward(), self.inputs, self.output_gradient)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of query, key and value of the packed row."""
+        """Compute the gradients of query, key and value of the packed sequence."""
         found = (self.packed(gradient) for gradient in self.both())
         return dict(zip(("query", "key", "value"), found, strict=True))
 
     def memory(self) -> int:
-        """Bytes at the worst moment of forward and backward, with inputs and mask."""
+        """Measure the peak bytes of forward and backward, with inputs and mask."""
         held = [*self.inputs, self.output_gradient, *([] if self.mask is None else [self.mask])]
         return sum(tensor.nbytes for tensor in held) + peak_bytes(self.both)
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, tolerance = (torch.bfloat16, 2e-2) if device.type == "cuda" else (torch.float32, 1e-5)
     rows = []
@@ -143,24 +147,24 @@ def run(options: Options) -> Table:
 
 
 def make_sides(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Side]:
-    """All sides that this device has, on the same random inputs."""
+    """Make all sides that this device supports, on the same random inputs."""
     layout, mask = case.layout(device), visible(case, device)
     generator = torch.Generator().manual_seed(0)
     query, key, value, gradient = (
-        torch.randn(case.row_length, heads, HEAD_DIM, generator=generator).to(device, dtype)
+        torch.randn(case.num_tokens, heads, HEAD_DIM, generator=generator).to(device, dtype)
         for heads in (HEADS, case.key_heads, case.key_heads, HEADS)
     )
     row, rule = (query, key, value), ScoreRule(HEAD_DIM**-0.5)
     copies = separate_rows(case, device)
     share = gradient.clone()
-    share[layout.prompt_rows] /= case.candidates  # as many copies of a prompt's output
+    share[layout.prompt_index] /= case.candidates  # as many copies of a prompt's output
     sides = {
         OURS: Side(_leaves(row), gradient, partial(_ours, layout=layout, rule=rule), _same),
         SEPARATE: Side(
             _leaves(tuple(tensor[copies] for tensor in row)),
             share[copies],
             partial(_fused, is_causal=True),
-            partial(_summed, copies=copies, rows=case.row_length),
+            partial(_summed, copies=copies, rows=case.num_tokens),
         ),
         DENSE: Side(
             _leaves(tuple(tensor[None] for tensor in row)),
@@ -176,14 +180,19 @@ def make_sides(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 def visible(case: Case, device: torch.device) -> Tensor:
-    """[S, S] bool: a query sees the keys of its own prompt and its own candidate, up to itself."""
+    """Compute the mask [S, S] bool: a query sees the keys of its own prompt and its own
+    candidate, up to itself.
+    """
     group, segment = segments(case, device)
     mask = (group[:, None] == group) & ((segment[:, None] == segment) | (segment == 0))
     return mask.logical_and_(torch.ones_like(mask).tril_())
 
 
 def segments(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each token of the packed row [S]: its group, and its candidate counted from 1 over the row; prompts: 0."""
+    """Return group and candidate of each token of the packed sequence, both [S].
+
+    Candidates are counted from 1 over the whole sequence; prompts have 0.
+    """
     lengths = [case.prompt, *[case.response] * case.candidates]
     groups = torch.arange(case.groups, device=device).repeat_interleave(sum(lengths))
     numbers = [[0, *range(g * case.candidates + 1, (g + 1) * case.candidates + 1)] for g in range(case.groups)]
@@ -192,7 +201,9 @@ def segments(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def separate_rows(case: Case, device: torch.device) -> Tensor:
-    """[groups * K, P + R]: which token of the packed row each token of the separate rows is."""
+    """Return the token of the packed sequence for each token of the separate rows, [groups * K,
+    P + R].
+    """
     start = torch.arange(case.groups, device=device)[:, None, None] * (case.prompt + case.candidates * case.response)
     prompt = torch.arange(case.prompt, device=device).expand(case.groups, case.candidates, -1)
     response = case.prompt + torch.arange(case.candidates * case.response, device=device)
@@ -201,7 +212,10 @@ def separate_rows(case: Case, device: torch.device) -> Tensor:
 
 
 def compare(sides: dict[str, Side], tolerance: float) -> float:
-    """The largest difference of any side's gradients from ours; Different names the side that exceeds it."""
+    """Return the largest difference of any side's gradients from ours.
+
+    Raises Different, which names the side, if it exceeds the tolerance.
+    """
     wanted, worst = sides[OURS].gradients(), 0.0
     for name, side in sides.items():
         if name == OURS:
@@ -214,7 +228,10 @@ def compare(sides: dict[str, Side], tolerance: float) -> float:
 
 
 def flex_side(case: Case, row: Triple, gradient: Tensor) -> Side:
-    """FlexAttention under a block mask, compiled once per shape. Not run on CUDA so far: no machine had it."""
+    """Make the side of FlexAttention under a block mask, compiled once per shape.
+
+    It has not been run on CUDA so far, for want of a machine.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     group, segment = segments(case, gradient.device)
@@ -223,7 +240,7 @@ def flex_side(case: Case, row: Triple, gradient: Tensor) -> Side:
         own = segment[query] == segment[key]
         return (query >= key) & (group[query] == group[key]) & (own | (segment[key] == 0))
 
-    mask = create_block_mask(sees, None, None, case.row_length, case.row_length, device=gradient.device.type)
+    mask = create_block_mask(sees, None, None, case.num_tokens, case.num_tokens, device=gradient.device.type)
     torch._dynamo.reset()  # else from the ninth shape on flex_attention is no longer compiled
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -244,6 +261,11 @@ def _leaves(tensors: Triple) -> Triple:
     return tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
 
 
+def group_attention(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, rule: ScoreRule) -> Tensor:
+    """Attend as a layer of the model does. [S, heads, d] -> [S, heads, d]."""
+    return layout.attend(query, key, value, layer_number=1, rule=rule)
+
+
 def _ours(query: Tensor, key: Tensor, value: Tensor, *, layout: GroupLayout, rule: ScoreRule) -> Tensor:
     return group_attention(query, key, value, layout, rule)
 
@@ -251,7 +273,7 @@ def _ours(query: Tensor, key: Tensor, value: Tensor, *, layout: GroupLayout, rul
 def _fused(
     query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """[b, s, h, d] as a layer has them, through torch's fused attention."""
+    """Attend with torch's fused attention, on tensors [b, s, h, d] as a layer has them."""
     output = scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -268,7 +290,7 @@ def _same(gradient: Tensor) -> Tensor:
 
 
 def _summed(gradient: Tensor, *, copies: Tensor, rows: int) -> Tensor:
-    """The gradient of the packed row from that of its copies [b, P + R, h, d]."""
+    """Compute the gradient of the packed sequence from that of its copies [b, P + R, h, d]."""
     packed = gradient.new_zeros(rows, *gradient.shape[2:], dtype=torch.float32)
     return packed.index_add_(0, copies.flatten(), gradient.flatten(0, 1).float())
 

@@ -1,10 +1,11 @@
-"""Makespan of the 1F1B schedule: groups spread by our packer, and at random.
+"""Makespan of the 1F1B schedule with groups spread by our packer, and at random.
 
-Simulated: 4 data-parallel copies of a 7B Llama on 4 pipeline stages each, about 8 micro-batches a copy and step. The
-plan is the packer's own (`plan_microbatches`), the durations are FLOPs of what lies in a micro-batch: linear layers,
-attention over the pairs that exist, and on the last stage the vocabulary projection of the rows that predict. A step
-ends when the last copy has finished. `ideal` is the same work in equal micro-batches through the same schedule, its
-bubble included.
+Simulated are 4 data-parallel copies of a 7B Llama on 4 pipeline stages each, with about 8
+micro-batches per copy and step. The plan is the packer's own (`plan_microbatches`). The durations
+are FLOPs of what lies in a micro-batch: linear layers, attention over the pairs that exist, and on
+the last pipeline stage the vocabulary projection of the predicting tokens. A step ends when the
+last copy has finished. `ideal` is the same work in equal micro-batches through the same schedule,
+its bubble included.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ STAGES, COPIES, MICROBATCHES = 4, 4, 8
 CANDIDATES, STEPS, GROUPS = (2, 4, 8), 20, (64, 256)
 TARGET, TARGET_CANDIDATES = 1.05, 4
 Plan = Sequence[Sequence[Sequence[int]]]
-"""[copy][micro-batch] -> groups."""
+"""Plan of a step: [copy][micro-batch] -> groups."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a Llama whose layers are dealt to the stages in equal numbers."""
+    """Sizes of a Llama whose layers are dealt to the pipeline stages in equal numbers."""
 
     hidden: int = 4096
     layers: int = 32
@@ -39,7 +40,7 @@ class Model:
     vocab: int = 32_000
 
     def durations(self, groups: Sequence[Group]) -> Durations:
-        """Of a micro-batch of these groups, in FLOPs.
+        """Compute the durations of a micro-batch of these groups, in FLOPs.
 
         A backward pass costs twice the forward pass, three times where logits are recomputed.
         """
@@ -54,7 +55,7 @@ class Model:
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     model, steps = Model(), 2 if options.quick else STEPS
     rows = []
     for lengths in (HH, TLDR):
@@ -84,13 +85,13 @@ def _groups(lengths: Sequence[Lengths]) -> list[Group]:
 
 
 def _pairs(group: Group) -> float:
-    """Query-key pairs that are computed."""
+    """Count the query-key pairs that are computed."""
     prompt = len(group.prompt)
     return prompt**2 / 2 + sum(len(each) * (prompt + len(each) / 2) for each in group.candidates)
 
 
 def _measure(model: Model, steps: Sequence[list[Group]], lengths: Distribution, candidates: int) -> tuple[str, ...]:
-    """Cells of one row, from max tokens on."""
+    """Make the cells of one table row, from max tokens on."""
     max_tokens, plans = _tightest(model, steps)
     ours, shuffled = [], []
     for number, (groups, plan) in enumerate(zip(steps, plans, strict=True)):
@@ -110,7 +111,9 @@ def _measure(model: Model, steps: Sequence[list[Group]], lengths: Distribution, 
 
 
 def _tightest(model: Model, steps: Sequence[list[Group]]) -> tuple[int, list[Plan]]:
-    """The shortest row with which no step needs more than MICROBATCHES micro-batches a copy, and the plans with it."""
+    """Find the shortest micro-batch with which no step needs more than MICROBATCHES of them per
+    copy, and the plans.
+    """
     unit = 64
     longest = max(group.num_tokens for groups in steps for group in groups)
     fullest = max(sum(group.num_tokens for group in groups) for groups in steps) // (COPIES * MICROBATCHES)
@@ -126,14 +129,19 @@ def _tightest(model: Model, steps: Sequence[list[Group]]) -> tuple[int, list[Pla
 
 
 def random_plan(groups: int, microbatches: int, generator: random.Random) -> Plan:
-    """Groups shuffled and dealt in equal numbers (they differ by one at most) to that many micro-batches a copy."""
+    """Shuffle groups and deal them in equal numbers (they differ by one at most) to that many
+    micro-batches per copy.
+    """
     order = generator.sample(range(groups), groups)
     rows = [order[start :: COPIES * microbatches] for start in range(COPIES * microbatches)]
     return [rows[copy::COPIES] for copy in range(COPIES)]
 
 
 def step_time(model: Model, plan: Plan, groups: Sequence[Group]) -> float:
-    """When the last copy has finished. Raises Different if the plan is not of each group once."""
+    """Compute the time at which the last copy has finished.
+
+    Raises Different if the plan does not have each group once.
+    """
     planned = sorted(i for copy in plan for row in copy for i in row)
     if planned != list(range(len(groups))):
         raise Different(f"a plan of {len(planned)} groups, some of them not once, for {len(groups)} groups")
@@ -141,7 +149,7 @@ def step_time(model: Model, plan: Plan, groups: Sequence[Group]) -> float:
 
 
 def ideal(model: Model, plan: Plan, groups: Sequence[Group]) -> float:
-    """The same work and number of micro-batches, all of them equal."""
+    """Compute the time of the same work in the same number of micro-batches, all of them equal."""
     count = sum(len(copy) for copy in plan)
     whole = model.durations(groups)
     share = Durations(tuple(f / count for f in whole.forward), tuple(b / count for b in whole.backward))

@@ -1,8 +1,9 @@
-"""How the cost of a training step grows: with K, with the prompt, with the vocabulary, with the number of groups.
+"""Growth of the cost of a training step with K, prompt length, vocabulary and number of groups.
 
-Forward and backward of a weighted likelihood, which a group and the same candidates in separate rows compute exactly
-alike; gradients of both are compared. Time and peak memory beyond weights and gradients; a picture for each of the
-four. `separate rows`: the same code with every candidate a group of its own, its prompt repeated.
+Forward and backward of a weighted likelihood, which is computed exactly alike from a group and from
+the same candidates in separate rows; gradients of both are compared. Measured are time, and peak
+memory beyond weights and gradients; each of the four sweeps has a picture. `separate rows` is the
+same code with every candidate as a group of its own, its prompt repeated.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ class Point:
     max_tokens: int = 8192
 
     def drawn(self) -> list[Group]:
-        """Its groups, with random tokens and weights."""
+        """Draw the groups, with random tokens and weights."""
         return random_groups([Lengths(self.prompt, (self.response,) * self.candidates)] * self.groups, self.shape.vocab)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Steps that differ in one thing. separate: separate rows are timed as well, and not only compared once."""
+    """Steps that differ in one thing. separate: separate rows are timed too, and not only
+    compared once.
+    """
 
     name: str
     x_label: str
@@ -66,14 +69,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a point costs each side, and how far apart their gradients are where both were computed."""
+    """Costs of each side at a point, and the difference of their gradients where both were
+    computed.
+    """
 
     costs: dict[str, Cost]
     difference: float | None
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     rows: list[tuple[str, ...]] = []
     base = Point(Shape(hidden=256, layers=4, vocab=8192))
     sweeps = quick_sweeps() if options.quick else full_sweeps(base)
@@ -95,7 +100,7 @@ def run(options: Options) -> Table:
 
 
 def full_sweeps(base: Point) -> list[Sweep]:
-    """What varies, and how far."""
+    """List the sweeps at full size."""
     prompt, candidates = f"prompt of {base.prompt} tokens", f"{base.candidates} candidates of {base.response}"
     vocabularies = (8192, 32_768, 65_536, 131_072)
     two_groups = 2 * (base.prompt + base.candidates * base.response)
@@ -112,7 +117,7 @@ def full_sweeps(base: Point) -> list[Sweep]:
 
 
 def quick_sweeps() -> list[Sweep]:
-    """The same, small."""
+    """List the same sweeps at small sizes."""
     base = Point(Shape(hidden=64, layers=2, vocab=199, head_dim=16), prompt=20, response=8, candidates=3)
     other = replace(base, shape=replace(base.shape, vocab=311))
     return [
@@ -123,7 +128,9 @@ def quick_sweeps() -> list[Sweep]:
 
 
 def measure(sweep: Sweep, runtime: Runtime, options: Options) -> list[Measurement]:
-    """All points in turn that share a model; points in the order of the sweep."""
+    """Measure all points of a sweep, those that share a model in turn; in the order of the
+    sweep.
+    """
     measured: list[Measurement] = []
     points = [point for _, point in sweep.points]
     models = dict.fromkeys((point.shape, point.max_tokens) for point in points)
@@ -160,7 +167,7 @@ def _measure_points(sides: Sides, points: Sequence[Point], separate: bool, round
 
 
 def draw(sweep: Sweep, measured: Sequence[Measurement], options: Options) -> None:
-    """Time and memory, side by side."""
+    """Draw time and memory side by side."""
     x = [value for value, _ in sweep.points]
     sides = list(measured[0].costs)
     seconds = [Line(side, x, [each.costs[side].seconds for each in measured]) for side in sides]

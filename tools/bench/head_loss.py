@@ -1,8 +1,9 @@
-"""Head and loss of one group: ours on its packed row against the straightforward way on separate rows.
+"""Head and loss of one group: ours on its packed sequence against the straightforward way on
+separate rows.
 
-Straightforward, as the authors' released code does it: logits of every position of K rows `[prompt | y_k]`, divided
-by tau, a log-softmax of all of them, the targets picked, response tokens summed, then the loss. Ours projects the
-1 + K (R - 1) rows that predict a response token.
+Straightforward, as in the authors' released code: logits of every position of K sequences `[prompt
+| y_k]`, divided by tau, a log-softmax of all of them, selection of the targets, sums over candidate
+tokens, then the loss. Ours projects the 1 + K (R - 1) positions that predict a candidate token.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ import torch
 from torch import Tensor
 
 from exo_megatron.config.sections import LossConfig
-from exo_megatron.logprobs.projection import VocabShard
-from exo_megatron.logprobs.sequence import sequence_logprobs
-from exo_megatron.logprobs.tiles import plan_tiles
-from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
+from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
+from exo_megatron.logprobs.vocab_parallel import sequence_logprobs, sharded_logprobs
 from exo_megatron.losses.objective import group_objective
-from exo_megatron.models.layout import GroupLayout, build_layout
+from exo_megatron.models.layouts.groups import GroupLayout, build_layout
 from tools.bench.measured import Measured
 from tools.bench.memory import peak_bytes
 from tools.bench.sides import agree
@@ -28,15 +27,18 @@ from tools.bench.timing import alternate
 
 STRAIGHT, KEPT, PARTLY, RECOMPUTED = "straightforward", "ours, kept", "ours, partly kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, PARTLY: 17.0, RECOMPUTED: 1.0}
-"""compute.logits_memory_mib of our sides."""
+"""Values of compute.logits_memory_mib of our sides."""
 TOLERANCE, STRAIGHT_TOLERANCE = 1e-5, 1e-4
-"""Of ours and of the straightforward way against float64. Its fp32 logits of the size of 12 lose more digits: 2e-5."""
+"""Tolerances of ours and of the straightforward way against float64.
+
+The latter's fp32 logits of the size of 12 lose more digits: 2e-5.
+"""
 LOSS = LossConfig()
 
 
 @dataclass(frozen=True)
 class Size:
-    """P, R, K, H, V."""
+    """Sizes P, R, K, H and V."""
 
     prompt: int
     response: int
@@ -49,10 +51,15 @@ class Size:
 
 
 class HeadAndLoss:
-    """One group, with hidden states on both layouts. The gradient of the weight goes to a buffer or to a new tensor."""
+    """One group, with hidden states on both layouts.
+
+    The gradient of the weight goes to a buffer or to a new tensor.
+    """
 
     def __init__(self, size: Size, device: torch.device, *, buffer: bool) -> None:
-        """buffer: there is a gradient buffer before, as in training under megatron-core."""
+        """Draw inputs. buffer: there is a gradient buffer beforehand, as in training under
+        megatron-core.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def ids(count: int) -> list[int]:
@@ -60,10 +67,10 @@ class HeadAndLoss:
 
         prompt, responses = ids(size.prompt), [ids(size.response) for _ in range(size.candidates)]
         self.layout: GroupLayout = build_layout([prompt], [responses]).to(device)
-        row = torch.randn(self.layout.row_length, size.hidden, generator=generator).to(device)
+        row = torch.randn(self.layout.num_tokens, size.hidden, generator=generator).to(device)
         self.size = size
         self.copies = self._rows_of_copies(device)
-        self.packed = row[self.layout.predict_rows].requires_grad_()
+        self.packed = row[self.layout.predict_index].requires_grad_()
         self.separate = row[self.copies].requires_grad_()
         self.ids = torch.tensor([prompt + response for response in responses], device=device)
         weight = torch.randn(size.vocab, size.hidden, generator=generator) * (3 / size.hidden**0.5)
@@ -76,7 +83,9 @@ class HeadAndLoss:
             self.reference = self._packed_logps(MEMORY_MIB[KEPT]) - drift.to(device)
 
     def _rows_of_copies(self, device: torch.device) -> Tensor:
-        """[K, P + R]: packed row of each position of the separate rows."""
+        """Return the place in the packed sequence of each position of the separate rows, [K, P +
+        R].
+        """
         prompt = torch.arange(self.size.prompt, device=device).expand(self.size.candidates, -1)
         responses = torch.arange(self.size.candidates * self.size.response, device=device)
         return torch.cat((prompt, self.size.prompt + responses.view(self.size.candidates, -1)), dim=1)
@@ -86,7 +95,7 @@ class HeadAndLoss:
         tokens = sharded_logprobs(
             self.packed,
             self.weight,
-            self.layout.token_row,
+            self.layout.token_predictor,
             self.layout.token_target,
             VocabShard(None, 0, 1, self.size.vocab),
             temperature=LOSS.temperature,
@@ -95,12 +104,15 @@ class HeadAndLoss:
         return sequence_logprobs(tokens, self.layout)
 
     def ours(self, memory_mib: float) -> Tensor:
-        """The loss, as training computes it."""
+        """Compute the loss as training does."""
         logps = self._packed_logps(memory_mib)
         return group_objective(logps, self.reference, self.rewards, self.layout.group_sizes, LOSS).losses.sum()
 
     def straightforward(self) -> Tensor:
-        """The loss from the formulas (Eq. 15 of the paper). Sums in fp64: in fp32 their rounding alone is 2e-5."""
+        """Compute the loss from the formulas (Eq. 15 of the paper).
+
+        Sums are in fp64: in fp32 their rounding alone is 2e-5.
+        """
         logps = torch.log_softmax((self.separate @ self.weight.t()) / LOSS.temperature, dim=-1)
         tokens = logps[:, :-1].gather(-1, self.ids[:, 1:, None])[..., 0]
         responses = torch.arange(1, self.ids.shape[1], device=self.ids.device) >= self.size.prompt
@@ -111,17 +123,21 @@ class HeadAndLoss:
         return (log_p.exp() * (log_p - torch.log_softmax(self.rewards / LOSS.beta_r, dim=-1))).sum()
 
     def exact(self) -> dict[str, Tensor]:
-        """Gradients by float64 autograd of the formulas, on the rows that predict a response token."""
+        """Compute gradients by float64 autograd of the formulas, on the positions that predict a
+        candidate token.
+        """
         hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (self.packed, self.weight))
         layout = self.layout
         logps = torch.log_softmax(hidden @ weight.t() / LOSS.temperature, dim=-1)
-        tokens = logps[layout.token_row, layout.token_target]
+        tokens = logps[layout.token_predictor, layout.token_target]
         sums = torch.zeros_like(self.reference).index_add(0, layout.token_candidate, tokens)
         d_hidden, d_weight = torch.autograd.grad(self._loss(sums), (hidden, weight))
         return {"hidden": d_hidden, "weight": d_weight}
 
     def step(self, loss: Callable[[], Tensor]) -> None:
-        """Forward and backward; then megatron-core's hook: what is in `grad` is added, unless that has happened."""
+        """Run forward and backward, then megatron-core's hook, which adds `grad` to the buffer
+        unless that has been done.
+        """
         attributes = vars(self.weight)
         if self.buffer is not None:
             attributes |= {"main_grad": self.buffer, "grad_added_to_main_grad": False}
@@ -132,31 +148,35 @@ class HeadAndLoss:
             self.weight.grad = None
 
     def forget(self) -> None:
-        """Gradients of the last step."""
+        """Clear the gradients of the last step."""
         self.packed.grad = self.separate.grad = self.weight.grad = None
 
     def work(self, loss: Callable[[], Tensor]) -> None:
-        """One step from nothing."""
+        """Run one step, after clearing gradients."""
         self.forget()
         self.step(loss)
 
     def gradients(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Of the weight, and of the rows that predict a response token (of the prompt's last one: all copies')."""
+        """Compute the gradients of the weight, and of the hidden states that predict a candidate
+        token.
+
+        That of the prompt's last token is the sum over its copies.
+        """
         if self.buffer is not None:
             self.buffer.zero_()
         self.work(loss)
         gradient = self.packed.grad
         if self.separate.grad is not None:
-            row = torch.zeros(self.layout.row_length, self.size.hidden, device=self.weight.device)
+            row = torch.zeros(self.layout.num_tokens, self.size.hidden, device=self.weight.device)
             row.index_add_(0, self.copies.flatten(), self.separate.grad.flatten(0, 1))
-            gradient = row[self.layout.predict_rows]
+            gradient = row[self.layout.predict_index]
         weight = self.weight.grad if self.buffer is None else self.buffer
         assert gradient is not None and weight is not None
         return {"hidden": gradient.clone(), "weight": weight.clone()}
 
 
 def compare(size: Size, device: torch.device, rounds: int, *, buffer: bool) -> Measured:
-    """Raises Different."""
+    """Compare and measure all sides. Raises Different if the gradients of one differ."""
     sides = HeadAndLoss(size, device, buffer=buffer)
     losses: dict[str, Callable[[], Tensor]] = {
         STRAIGHT: sides.straightforward,

@@ -1,9 +1,10 @@
 """A training step against an HF model with the straightforward EXO_rw loss.
 
-Straightforward, after the paper's formulas: every candidate is a row of its own with the prompt repeated, rows are
-padded to the longest of their micro-batch (8 rows, whole groups), the model gives the logits of all positions, all are
-divided by tau, log_softmax runs over all of them, and the response tokens' values are gathered and summed. The
-reference runs the same way without gradients. Both sides take one AdamW step.
+Straightforward, after the paper's formulas: every candidate is a sequence of its own with the
+prompt repeated, sequences are padded to the longest of their micro-batch (8 sequences, whole
+groups), the model gives the logits of all positions, all are divided by tau, log_softmax runs over
+all of them, and the values of the candidate tokens are gathered and summed. The reference runs the
+same way without gradients. Both sides take one AdamW step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TARGETS = {8: {"live": 7.6, "stored": 10.0}}
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     shape, rows_per_step = (QUICK_SHAPE, 16) if options.quick else (SHAPE, 32)
     rows: list[tuple[str, ...]] = []
     with world() as runtime:
@@ -53,14 +54,14 @@ def run(options: Options) -> Table:
 
 
 class StraightforwardLoss:
-    """EXO_rw with transformers and autograd, and nothing clever. See Peer."""
+    """EXO_rw by transformers and autograd, without optimisations. See Peer."""
 
     def __init__(self, matched: Matched) -> None:
         self.model = copy.deepcopy(matched.hf).train()
         self.reference = copy.deepcopy(matched.hf).eval()
 
     def backward(self, groups: Sequence[Group]) -> None:
-        """In micro-batches of whole groups."""
+        """Run backward in micro-batches of whole groups. See Peer."""
         candidates = len(groups[0].candidates)
         size = max(1, ROWS_PER_MICROBATCH // candidates)
         for start in range(0, len(groups), size):
@@ -79,7 +80,9 @@ class StraightforwardLoss:
 
 
 def sequence_logprobs(model: LlamaForCausalLM, groups: Sequence[Group]) -> Tensor:
-    """log pi(y_k | x) at temperature tau, [groups, K], from one padded row per candidate."""
+    """Compute log pi(y_k | x) at temperature tau, [groups, K], from one padded sequence per
+    candidate.
+    """
     rows = [([*group.prompt, *candidate], len(candidate)) for group in groups for candidate in group.candidates]
     longest = max(len(ids) for ids, _ in rows)
     input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows], device=model.device)

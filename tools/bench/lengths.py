@@ -1,9 +1,10 @@
-"""Lengths of prompts and responses that benchmarks use: part of what they measure.
+"""Lengths of prompts and candidates that benchmarks use, in tokens.
 
-Lengths of real texts spread about log-normally. HH-like: short questions and long answers, mean 47 and 230 tokens.
-TL;DR-like: posts and their summaries, mean 400 and 50. The standard deviation of the logarithm is 0.8 for prompts and
-0.6 for answers of HH (0.86 and 0.89 were measured on HH-RLHF's harmless dialogues), 0.35 and 0.4 for TL;DR, whose
-posts and summaries are more alike. Prompts and responses are cut at 512 tokens each, the defaults of `data`.
+Lengths of real texts are about log-normal. HH-like: short questions and long answers, mean 47 and
+230 tokens. TL;DR-like: posts and their summaries, mean 400 and 50. The standard deviation of the
+logarithm is 0.8 for prompts and 0.6 for answers of HH (0.86 and 0.89 were measured on HH-RLHF's
+harmless dialogues), 0.35 and 0.4 for TL;DR, whose posts and summaries are more alike. Prompts and
+candidates are cut at 512 tokens each, the defaults of `data`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LONGEST = 512
 
 @dataclass(frozen=True)
 class Lengths:
-    """Prompt and responses of one group, in tokens."""
+    """Lengths of prompt and candidates of one group, in tokens."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -25,14 +26,16 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Mean tokens and standard deviation of the logarithm, of prompts and of responses."""
+    """Mean length in tokens and standard deviation of its logarithm, of prompts and of
+    candidates.
+    """
 
     name: str
     prompt: tuple[float, float]
     response: tuple[float, float]
 
     def draw(self, groups: int, candidates: int, *, seed: int = 0) -> list[Lengths]:
-        """The same list every time for the same arguments."""
+        """Draw lengths; the same list for the same arguments."""
         generator = random.Random(f"{self.name} {candidates} {seed}")
         drawn = []
         for _ in range(groups):

@@ -1,4 +1,6 @@
-"""An objective that separate rows compute exactly as groups do: the candidates' log-probs, each times a number."""
+"""An objective that separate rows compute exactly as groups do: the sum of weighted log-probs of
+candidates.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +10,29 @@ from dataclasses import replace
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
-from exo_megatron.logprobs.sequence import sequence_logprobs
-from exo_megatron.training.objectives import RowBatch, UnitSum
+from exo_megatron.execution.policy import Policy
+from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
+from exo_megatron.training.objectives import DeviceBatch, UnitSum
 
 
 class WeightedLikelihood:
-    """sum_k r_k log pi(y_k|x), the rewards r_k taken as weights. See MicroBatchObjective; the unit is the candidate."""
+    """The objective sum_k r_k log pi(y_k|x), with the rewards r_k as weights.
 
-    temperature = 1.0
+    The unit is the candidate. See MicroBatchObjective.
+    """
+
     statistic_names: tuple[str, ...] = ()
+    needs_best = False
 
-    def __call__(self, token_logps: Tensor, batch: RowBatch) -> UnitSum:
+    def __call__(self, hidden: Tensor, batch: DeviceBatch, policy: Policy) -> UnitSum:
         """See MicroBatchObjective."""
-        logps = sequence_logprobs(token_logps, batch.layout)
+        logps = sequence_logprobs(policy.token_logprobs(hidden, batch.layout, temperature=1.0), batch.layout)
         weights = logps if batch.rewards is None else batch.rewards
         return UnitSum((logps * weights).sum(), logps.shape[0], {})
 
 
 def unshared(groups: Sequence[Group]) -> list[Group]:
-    """Every candidate as a group of its own, with its own copy of the prompt."""
+    """Return every candidate as a group of its own, with its own copy of the prompt."""
     return [
         replace(group, id=f"{group.id}-{k}", candidates=(candidate,), rewards=(group.rewards or ())[k : k + 1])
         for group in groups

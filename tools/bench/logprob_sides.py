@@ -1,6 +1,7 @@
-"""Sides of the comparison of log-probs at equal rows: hidden states -> log-probs of targets, vocabulary cut over TP.
+"""Sides of the comparison of log-probs at equal positions: hidden states to log-probs of targets.
 
-Every side returns each rank's own gradient of the hidden states; the all-reduce of it that follows is left out.
+The vocabulary is cut over the tensor group. Every side returns each rank's own gradient of the
+hidden states; the all-reduce of it that follows is left out.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from exo_megatron.config.sections import ParallelConfig
-from exo_megatron.logprobs.projection import VocabShard
-from exo_megatron.logprobs.tiles import plan_tiles
+from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
@@ -26,13 +26,13 @@ from tools.bench.timing import alternate
 
 NAIVE, MEGATRON, KEPT, RECOMPUTED = "naive", "megatron-core", "ours, kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, RECOMPUTED: 4.0}
-"""compute.logits_memory_mib of our sides: the default, and one tile of 512 columns."""
+"""Values of compute.logits_memory_mib of our sides: the default, and one tile of 512 columns."""
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Size:
-    """N rows, each with one target; H; V."""
+    """Sizes: N positions, each with one target; H; V."""
 
     rows: int
     hidden: int
@@ -44,7 +44,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden [N, H]; this rank's weight [V/t, H]; targets [N]; the gradient of the log-probs [N]."""
+    """Inputs of all sides on this rank.
+
+    Hidden states [N, H], this rank's weight [V/t, H], targets [N] and the gradient of the log-probs
+    [N].
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -55,7 +59,10 @@ class Problem:
 
     @classmethod
     def random(cls, size: Size, topology: Topology) -> Problem:
-        """The same on every rank but for the shard. Logits have a standard deviation of 3."""
+        """Draw a problem, the same on every rank except for the shard.
+
+        Logits have a standard deviation of 3.
+        """
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(size.rows, size.hidden, generator=generator)
         weight = torch.randn(size.vocab, size.hidden, generator=generator) * (3 / size.hidden**0.5)
@@ -67,20 +74,22 @@ class Problem:
         return cls(hidden, own, targets.to(device), upstream.to(device), topology, size.vocab)
 
     def gradients(self, side: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
-        """Log-probs of one forward pass, and both gradients of its backward."""
+        """Compute the log-probs of one forward pass, and both gradients of its backward."""
         logps = side(self)
         d_hidden, d_weight = torch.autograd.grad(logps, (self.hidden, self.weight), self.upstream)
         return {"log-probs": logps.detach(), "hidden": d_hidden, "weight": d_weight}
 
     def work(self, side: Callable[[Problem], Tensor], runtime: Runtime) -> None:
-        """Forward and backward, until every rank is done."""
+        """Run forward and backward, until every rank has finished."""
         self.gradients(side)
         if runtime.world_size > 1:
             runtime.barrier()
 
 
 def naive(problem: Problem) -> Tensor:
-    """The logits of the whole vocabulary on every rank, kept, and torch's log-softmax."""
+    """Compute the logits of the whole vocabulary on every rank, keep them, and take torch's
+    log-softmax.
+    """
     logits = problem.hidden @ problem.weight.t()
     if problem.topology.tensor_size > 1:
         logits = gather_from_tensor_model_parallel_region(logits)
@@ -88,20 +97,20 @@ def naive(problem: Problem) -> Tensor:
 
 
 def megatron(problem: Problem) -> Tensor:
-    """The output layer's product and the loss function of megatron-core's GPTModel."""
+    """Compute the output layer's product and the loss function of megatron-core's GPTModel."""
     logits = problem.hidden @ problem.weight.t()
     loss: Tensor = vocab_parallel_cross_entropy(logits[:, None], problem.targets[:, None])
     return -loss[:, 0]
 
 
 def ours(problem: Problem, memory_mib: float) -> Tensor:
-    """As `token_logprobs` calls it."""
+    """Compute log-probs as `Policy.token_logprobs` does."""
     topology, rows = problem.topology, problem.hidden.shape[0]
     shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, problem.vocab)
     tiling = plan_tiles(rows, shard.valid(problem.weight.shape[0]), problem.weight, memory_mib=memory_mib)
-    token_row = torch.arange(rows, device=problem.hidden.device)
+    token_predictor = torch.arange(rows, device=problem.hidden.device)
     return sharded_logprobs(
-        problem.hidden, problem.weight, token_row, problem.targets, shard, temperature=1.0, tiling=tiling
+        problem.hidden, problem.weight, token_predictor, problem.targets, shard, temperature=1.0, tiling=tiling
     )
 
 
@@ -114,7 +123,10 @@ SIDES: dict[str, Callable[[Problem], Tensor]] = {
 
 
 def measure(size: Size, rounds: int, tolerance: float) -> Measured:
-    """In every process of a world whose ranks are one tensor group. Raises Different."""
+    """Measure all sides, in every process of a world whose ranks are one tensor group.
+
+    Collective over the world. Raises Different if the results of a side differ.
+    """
     with (
         distributed_runtime() as runtime,
         model_parallel(runtime, ParallelConfig(tensor=runtime.world_size), seed=0) as topology,

@@ -1,8 +1,10 @@
-"""Hidden states to log-probs: ours, the naive way, and megatron-core's cross entropy; and head and loss of a group.
+"""Hidden states to log-probs: ours, the naive way, and megatron-core's cross entropy; and head and
+loss of a group.
 
-Forward and backward, fp32. At equal rows (tools/bench/logprob_sides.py) on one and on two processes, each with a
-thread of its own; head and loss (tools/bench/head_loss.py) in one. Peaks are bytes allocated above the start, on one
-rank, gradients included unless a buffer for them is there before.
+Forward and backward, fp32. Log-probs at equal positions (tools/bench/logprob_sides.py) run on one
+and on two processes, each with a thread of its own; head and loss (tools/bench/head_loss.py) in
+one. Peaks are bytes allocated above the start, on one rank, gradients included unless a buffer for
+them exists beforehand.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ TARGETS = {
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     rows: list[tuple[str, ...]] = []
     size = QUICK_SIZE if options.quick else SIZE
     for ranks in (1, 2):
@@ -87,7 +89,10 @@ def _cells(measured: Measured, other: str, ours: str) -> tuple[str, ...]:
 def measure_in_world(
     ranks: int, size: logprob_sides.Size, rounds: int, tolerance: float = logprob_sides.TOLERANCE
 ) -> Measured:
-    """Rank 0's measurements of a world of so many processes. Raises Different; nothing is left running."""
+    """Return rank 0's measurements of a world of so many processes, which have ended then.
+
+    Raises Different.
+    """
     with TemporaryDirectory(prefix="exo-bench-") as place:
         arguments = (ranks, _free_port(), size, rounds, tolerance, torch.get_num_threads(), Path(place))
         group: ProcessContext = start_processes(_rank, arguments, nprocs=ranks, join=False, start_method="spawn")

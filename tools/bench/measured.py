@@ -1,4 +1,4 @@
-"""What is measured of sides that compute the same."""
+"""Measurements of sides that compute the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from tools.bench.timing import Timings
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds and peak bytes of each side, and the largest difference of its gradients from the exact or naive ones."""
+    """Seconds and peak bytes of each side, and the largest difference of its gradients from the
+    exact or naive ones.
+    """
 
     timings: Timings
     peaks: dict[str, int]

@@ -1,4 +1,4 @@
-"""How much memory a piece of work allocates at its worst moment, beyond what was there before."""
+"""Peak memory that a piece of work allocates, beyond what was there before."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Peak of the bytes in tensors allocated by `work` and not yet freed.
+    """Measure the peak of the bytes in tensors allocated by `work` and not yet freed.
 
-    On the CPU torch's allocator is watched through its profiler (buffers inside of a kernel that bypass it, a few
-    hundred KiB, are not seen); on CUDA the caching allocator's own count is read.
+    On the CPU torch's allocator is watched through its profiler, which does not see buffers inside
+    of a kernel that bypass it (a few hundred KiB); on CUDA the caching allocator's own count is
+    read.
     """
     gc.collect()
     if torch.cuda.is_available():

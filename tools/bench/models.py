@@ -1,4 +1,4 @@
-"""The same random model on both sides: an HF Llama, and what our own import makes of it."""
+"""The same random model on both sides: an HF Llama, and its import by our own code."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from exo_megatron.checkpoint.directory import tokenizer_path
-from exo_megatron.checkpoint.policy import load_policy
-from exo_megatron.cli.convert import run_import
+from exo_megatron.checkpoint.load import load_model
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.config.stages import ImportConfig
 from exo_megatron.conversion.importing import hf_spec
 from exo_megatron.data.groups import Group
-from exo_megatron.models.policy import PolicyModel
+from exo_megatron.execution.policy import Policy
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
+from exo_megatron.stages.import_hf import run_import
 from exo_megatron.training.optimizer import Trainee
 from tools.bench.lengths import Lengths
 
@@ -51,11 +51,13 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the decoder's matrices, without embeddings and head."""
+        """Number of weights of the decoder's matrices, without embeddings and head."""
         return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn)
 
     def config(self) -> LlamaConfig:
-        """As many key/value heads as query heads, embeddings and output layer apart."""
+        """Return the HF config: as many key/value heads as query heads, embeddings and output
+        layer untied.
+        """
         return LlamaConfig(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
@@ -76,7 +78,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Matched:
-    """The two sides. `load()` gives another copy of our policy, for a live reference or a fresh start."""
+    """The two sides.
+
+    `load()` gives another copy of our policy, for a live reference or another start.
+    """
 
     hf: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
@@ -85,14 +90,17 @@ class Matched:
     topology: Topology
     compute: ComputeConfig
 
-    def load(self) -> PolicyModel:
-        """Our policy with the weights of `hf`."""
-        return load_policy(self.checkpoint, self.topology, self.compute)[0]
+    def load(self) -> Policy:
+        """Load our policy with the weights of `hf`."""
+        return Policy(load_model(self.checkpoint, self.topology, self.compute), self.topology, self.compute)
 
 
 @contextlib.contextmanager
 def world() -> Iterator[Runtime]:
-    """This process as a world of one, for all models of a benchmark. It ends however the benchmark ends."""
+    """Join a world of this process alone, for all models of a benchmark.
+
+    It is left in any case at the end.
+    """
     try:
         with distributed_runtime() as runtime:
             yield runtime
@@ -104,7 +112,7 @@ def world() -> Iterator[Runtime]:
 
 @contextlib.contextmanager
 def matched_models(shape: Shape, runtime: Runtime, compute: ComputeConfig) -> Iterator[Matched]:
-    """A random HF model and its import, in a temporary directory."""
+    """Make a random HF model and import it, in a temporary directory."""
     torch.manual_seed(0)
     dtype = torch.float32 if compute.precision == "fp32" else torch.bfloat16
     hf = LlamaForCausalLM._from_config(shape.config(), dtype=dtype)
@@ -123,7 +131,7 @@ def matched_models(shape: Shape, runtime: Runtime, compute: ComputeConfig) -> It
 
 
 def words(vocab: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose every id is a word."""
+    """Make a tokenizer whose every id is a word."""
     vocabulary = {word: i for i, word in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), vocab)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -133,7 +141,9 @@ def words(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def random_groups(lengths: Sequence[Lengths], vocab: int, *, seed: int = 0) -> list[Group]:
-    """Groups of these lengths with random tokens, and normal rewards that fall from candidate to candidate."""
+    """Make groups of these lengths with random tokens, and normal rewards that decrease from
+    candidate to candidate.
+    """
     generator = random.Random(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -151,9 +161,12 @@ def random_groups(lengths: Sequence[Lengths], vocab: int, *, seed: int = 0) -> l
 
 
 def hf_gradients(trainee: Trainee, matched: Matched) -> dict[str, Tensor]:
-    """Copies of the gradient in megatron-core's fp32 buffers, under HF's names. The model is whole in this process."""
+    """Copy the gradient in megatron-core's fp32 buffers, under HF's names.
+
+    The model is whole in this process.
+    """
     family, spec = hf_spec(tokenizer_path(matched.checkpoint))
-    own = {name: vars(parameter)["main_grad"] for name, parameter in trainee.policy.named_parameters()}
+    own = {name: vars(parameter)["main_grad"] for name, parameter in trainee.policy.model.named_parameters()}
     gradients: dict[str, Tensor] = {}
     for rule in family.tensors(spec):
         for entry in rule.entries():

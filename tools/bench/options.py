@@ -1,4 +1,4 @@
-"""What every benchmark is told."""
+"""Options that every benchmark gets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """quick: small sizes. rounds: how often each side is timed. pictures: directory for pictures."""
+    """Options of a benchmark.
+
+    quick: small sizes. rounds: how often each side is timed. pictures: directory for pictures.
+    """
 
     quick: bool
     rounds: int

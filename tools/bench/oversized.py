@@ -1,11 +1,13 @@
-"""A group in parts against the same group in one row: time of forward and backward, and activations in memory.
+"""A group in parts against the same group in one micro-batch: time of forward and backward, and
+activation memory.
 
-Split: `compute.max_tokens_per_microbatch` leaves room for the prompt and n candidates, so each part has n of them
-(exo_megatron/training/oversized.py). A forward costs 1 and a backward 2, so with P + K R tokens in one row the passes
-cost 3 (P + K R) and those of the parts R (K - n) more: at most 4/3 of it. The prompt and one part are in memory:
-(P + n R) / (P + K R) of the activations. What autograd keeps is counted, and beside it the peak of all that is
-allocated, with gradients of weights and passing buffers. A step has several groups where they are small, one after
-another on both sides.
+Split: `compute.max_tokens_per_microbatch` leaves room for the prompt and n candidates, so each part
+has n of them (exo_megatron/training/oversized.py). A forward costs 1 and a backward 2, so with P +
+K R tokens in one micro-batch the passes cost 3 (P + K R) and those of the parts R (K - n) more: at
+most 4/3 of it. In memory are the prompt and one part: (P + n R) / (P + K R) of the activations.
+Counted is what autograd keeps, and besides it the peak of all allocations, with gradients of
+weights and temporary buffers. A step has several groups where they are small, one after another on
+both sides.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.training.batches import step_batches
 from exo_megatron.training.optimizer import Trainee
+from exo_megatron.training.step import plan_step
 from tools.bench.lengths import Lengths
 from tools.bench.memory import peak_bytes
 from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
@@ -34,14 +36,14 @@ SHAPES = ((512, 128, 8, 1), (400, 50, 8, 1), (400, 50, 8, 4), (256, 256, 16, 1),
 QUICK_SHAPES = ((24, 8, 4, 1), (5, 12, 4, 2))
 SHAPE, QUICK_SHAPE = Shape(hidden=512, layers=4, vocab=512), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
 TOKENS = 4096
-"""About as many tokens a step as this; at least one group."""
+"""Approximate tokens of a step; at least one group."""
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.1, beta_r=1.0, temperature=0.8)
 TOLERANCE = 1e-5
 TIME_TARGET, MEMORY_TARGET = 1.36, 1.10
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     shape = QUICK_SHAPE if options.quick else SHAPE
     rows = []
     whole = ComputeConfig(precision="fp32", max_tokens_per_microbatch=8192)
@@ -71,24 +73,26 @@ def run(options: Options) -> Table:
 
 @dataclass(frozen=True)
 class Side:
-    """One group trained on by `trainee`, whose limit decides whether it is split."""
+    """Steps on the groups by `trainee`, whose limit decides whether a group is split."""
 
     trainee: Trainee
     ours: OurSteps
     groups: Sequence[Group]
 
     def step(self) -> None:
-        """Forward and backward of one step, planning included."""
+        """Run forward and backward of one step, planning included."""
         backward(self.trainee, self.groups, self.ours.objective)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradient of the loss, by HF's names."""
+        """Compute the gradient of the loss, by HF's names."""
         self.step()
         return hf_gradients(self.trainee, self.ours.matched)
 
 
-def _with_rows_of(compute: ComputeConfig, tokens: int) -> ComputeConfig:
-    return compute.model_copy(update={"max_tokens_per_microbatch": tokens})
+def _with_limit(trainee: Trainee, tokens: int) -> Trainee:
+    """Return the trainee with another compute.max_tokens_per_microbatch."""
+    compute = trainee.policy.compute.model_copy(update={"max_tokens_per_microbatch": tokens})
+    return replace(trainee, policy=replace(trainee.policy, compute=compute))
 
 
 def _row(
@@ -97,15 +101,14 @@ def _row(
     tokens, room = prompt + candidates * response, prompt + together * response
     lengths = [Lengths(prompt, (response,) * candidates)] * max(1, TOKENS // tokens)
     groups = ours.stored(random_groups(lengths, matched.spec.vocab_size))
-    unsplit, split = (
-        Side(replace(ours.trainee, compute=_with_rows_of(matched.compute, size)), ours, groups)
-        for size in (tokens, room)
-    )
-    parts = [share.parts for wave in step_batches(split.trainee, groups).oversized.waves for share in wave.shares]
+    unsplit, split = (Side(_with_limit(ours.trainee, size), ours, groups) for size in (tokens, room))
+    planned = plan_step(split.trainee, groups, ours.objective).oversized
+    assert planned is not None
+    parts = [assignment.parts for round_ in planned.rounds for assignment in round_.assignments]
     assert [{len(part) for part in each} for each in parts] == [{together}] * len(groups)
     difference = agree(split.gradients(), unsplit.gradients(), tolerance=TOLERANCE)
     timings = alternate({"split": split.step, "unsplit": unsplit.step}, rounds=rounds)
-    saved = partial(saved_bytes, without=list(ours.trainee.policy.parameters()))
+    saved = partial(saved_bytes, without=list(ours.trainee.policy.model.parameters()))
     kept = saved(split.step) / saved(unsplit.step)
     peak = peak_bytes(split.step) / peak_bytes(unsplit.step)
     formula = room / tokens

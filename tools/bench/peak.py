@@ -1,11 +1,12 @@
 """Share of the machine's own matrix-multiply peak that a training step reaches.
 
-Peak: square matrix products in the precision of the step, repeated for four seconds and more in turn with it, of the
-size that is fastest over all rounds. (A single product is over before the machine's other programs get in its way, as
-they get in that of a step.) The step is a whole one (packing, forward, backward, reduction, Adam) on groups of the
-HH-like and TL;DR-like lengths with stored reference log-probs. Its FLOPs are those of the model on the packed row: 6
-per weight of a decoder matrix and token, 6 per weight of the head and predicting row, 12 H per layer and visible
-query-key pair. Nothing that is recomputed counts, nor norms, activations, softmax and Adam.
+Peak: square matrix products in the precision of the step, repeated for four seconds and more in
+turn with it, of the size that is fastest over all rounds. (A single product is too short to be
+slowed down by the machine's other programs, which do slow down a step.) The step is a whole one
+(packing, forward, backward, reduction, Adam) on groups of the HH-like and TL;DR-like lengths with
+stored reference log-probs. Its FLOPs are those of the model on the packed sequence: 6 per weight of
+a decoder matrix and token, 6 per weight of the head and predicting token, 12 H per layer and
+visible query-key pair. Recomputation is not counted, nor norms, activations, softmax and Adam.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CUDA_SHAPES = (Shape(hidden=4096, layers=8, vocab=32_000, head_dim=128),)
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     shapes = CUDA_SHAPES if torch.cuda.is_available() else CPU_SHAPES
     rows: list[tuple[str, ...]] = []
     precision: Literal["bf16", "fp32"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -60,7 +61,7 @@ def run(options: Options) -> Table:
 
 
 def draw(lengths: Distribution, tokens: int) -> list[Lengths]:
-    """Groups of about so many tokens."""
+    """Draw lengths of groups of about so many tokens."""
     drawn: list[Lengths] = []
     count = 0
     for each in lengths.draw(tokens // 100, CANDIDATES):
@@ -72,7 +73,7 @@ def draw(lengths: Distribution, tokens: int) -> list[Lengths]:
 
 
 def step_flops(shape: Shape, groups: Sequence[Group]) -> float:
-    """See the module."""
+    """Count the FLOPs of a step. See the module."""
     tokens = sum(group.num_tokens for group in groups)
     predicting = sum(1 + sum(len(each) - 1 for each in group.candidates) for group in groups)
     pairs = sum(
@@ -92,7 +93,7 @@ class SquareProducts:
 
     @classmethod
     def of(cls, size: int, dtype: torch.dtype, device: torch.device, *, seconds: float) -> SquareProducts:
-        """As many as take about so long."""
+        """Make as many products as take about so many seconds."""
         left, right, result = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
         one = cls((left, right, result), 1)
         one()
@@ -100,7 +101,7 @@ class SquareProducts:
 
     @property
     def flops(self) -> float:
-        """Of all of them."""
+        """FLOPs of all products."""
         return 2.0 * self.matrices[0].shape[0] ** 3 * self.times
 
     def __call__(self) -> None:

@@ -1,4 +1,6 @@
-"""Training steps of somebody else's loss on an HF model: clipping and torch's AdamW, with our settings."""
+"""Training steps of another library's loss on an HF model: clipping and torch's AdamW, with our
+settings.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,14 @@ from tools.bench.training import ADAM, LEARNING_RATE
 
 
 class Peer(Protocol):
-    """A model and its loss. Groups without reference log-probs get them from its live reference, within `backward`."""
+    """A model and its loss.
+
+    Groups without reference log-probs get them from its live reference, in `backward`.
+    """
 
     @property
     def model(self) -> torch.nn.Module:
-        """Under training."""
+        """The model under training."""
         ...
 
     def backward(self, groups: Sequence[Group]) -> None:
@@ -26,7 +31,7 @@ class Peer(Protocol):
 
 
 class PeerSteps:
-    """What `OurSteps` does, by the peer."""
+    """Counterpart of `OurSteps` for a peer."""
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -34,14 +39,14 @@ class PeerSteps:
         self.optimizer = torch.optim.AdamW(peer.model.parameters(), lr=LEARNING_RATE, betas=betas, weight_decay=0.0)
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over the groups, by HF's names."""
+        """Compute the gradient of the mean loss over the groups, by HF's names."""
         self.peer.backward(groups)
         found = {name: p.grad.clone() for name, p in self.peer.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
 
     def step(self, groups: Sequence[Group]) -> None:
-        """One optimizer step."""
+        """Run one optimizer step."""
         self.peer.backward(groups)
         torch.nn.utils.clip_grad_norm_(self.peer.model.parameters(), ADAM.clip_grad)
         self.optimizer.step()

@@ -32,7 +32,10 @@ class Panel:
 
 
 def draw_panels(path: Path, title: str, x_label: str, panels: Sequence[Panel]) -> None:
-    """Write a PNG, made to be read at the width of a README. Axes begin at 0: a straight line through it is a ratio."""
+    """Write a PNG to be read at the width of a README.
+
+    Axes begin at 0, so that a straight line through the origin is a constant ratio.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

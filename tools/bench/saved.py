@@ -1,4 +1,6 @@
-"""How much autograd keeps for the backward pass: the activations, without weights and passing buffers."""
+"""Memory that autograd keeps for the backward pass: the activations, without weights and
+temporary buffers.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def saved_bytes(work: Callable[[], object], *, without: Iterable[Tensor]) -> int:
-    """Peak, while `work` runs, of the bytes of distinct storages that graphs hold. without: weights.
+    """Measure the peak, while `work` runs, of the bytes of distinct storages that graphs hold.
+    without: weights.
 
-    Every tensor that an operation saves is seen (`save_for_backward` of our own functions, too). A storage counts
-    whole and once, however many operations save it, from the first that does until the last has run backward.
+    Every tensor that an operation saves is seen (`save_for_backward` of our own functions, too). A
+    storage counts whole and once, however many operations save it, from the first that does until
+    the last has run backward.
     """
     ledger = _Ledger({tensor.untyped_storage().data_ptr() for tensor in without})
     with saved_tensors_hooks(lambda tensor: _Entry(tensor, ledger), lambda entry: entry.tensor):
@@ -29,7 +33,7 @@ class _Ledger:
 
 
 class _Entry:
-    """A saved tensor; books its storage for as long as a graph holds the entry."""
+    """A saved tensor, which counts its storage for as long as a graph holds the entry."""
 
     def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
         self.tensor = tensor.detach()

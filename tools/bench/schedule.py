@@ -1,4 +1,6 @@
-"""How long a pipeline takes for micro-batches of given durations: the 1F1B schedule, event by event."""
+"""Simulated duration of a pipeline step for micro-batches of given durations: the 1F1B schedule,
+event by event.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Durations:
-    """One micro-batch: seconds (any unit) of its forward and of its backward pass on each stage."""
+    """Durations (in any unit) of the forward and backward pass of one micro-batch on each
+    pipeline stage.
+    """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
@@ -23,10 +27,11 @@ class _Pass:
 
 
 def makespan(batches: Sequence[Durations]) -> float:
-    """When the last stage to finish has finished all micro-batches, in the order given.
+    """Compute the time at which the last pipeline stage has finished all micro-batches, in the
+    order given.
 
-    Each stage does its passes in the order of `_order`; a forward pass waits for the stage before, a backward pass for
-    the stage after. Transfers take no time and never hold up the sender.
+    Each pipeline stage does its passes in the order of `_order`; a forward pass waits for the stage
+    before, a backward pass for the stage after. Transfers take no time and never block the sender.
     """
     stages = len(batches[0].forward)
     orders = [_order(stage, stages, len(batches)) for stage in range(stages)]
@@ -48,7 +53,11 @@ def makespan(batches: Sequence[Durations]) -> float:
 
 
 def _order(stage: int, stages: int, count: int) -> list[_Pass]:
-    """1F1B: as many forward passes as there are stages behind, then one forward and one backward in turn, the rest."""
+    """List the passes of a pipeline stage under 1F1B.
+
+    First as many forward passes as there are stages behind it, then one forward and one backward in
+    turn, then the rest.
+    """
     ahead = min(stages - 1 - stage, count)
     order = [_Pass(True, i) for i in range(ahead)]
     for i in range(count - ahead):

@@ -1,14 +1,16 @@
 """Prompt sharing on and off, against the formula of what it saves.
 
-On: a group is `[prompt | y_1 | ... | y_K]`. Off: the same code with every candidate a group of its own, its prompt
-repeated. The objective is a weighted likelihood, which both compute exactly; forward and backward are timed. With `a`
-linear FLOPs of a token and `b` FLOPs of a query-key pair the work differs by the factor
+On: a group is `[prompt | y_1 | ... | y_K]`. Off: the same code with every candidate a group of its
+own, its prompt repeated. The objective is a weighted likelihood, which both compute exactly;
+forward and backward are timed. With `a` linear FLOPs of a token and `b` FLOPs of a query-key pair
+the work differs by the factor
 
     [ a K (P+R) + b K (P+R)^2 / 2 ] / [ a (P + K R) + b ( P^2/2 + K (P R + R^2/2) ) ]
 
-The vocabulary is small, because the formula leaves the head out: it sees the same rows on both sides. The model is wide
-and has one layer: the formula counts FLOPs, of which attention on a CPU needs several times as long as matrix products,
-and the wider a model, the less it has of them. (A 7B Llama is twice as wide, with heads of the same 128.)
+The vocabulary is small, because the formula leaves the head out, which has the same positions on
+both sides. The model is wide and has one layer: the formula counts FLOPs, of which attention on a
+CPU needs several times as long as matrix products, and the wider a model, the smaller the share of
+attention. (A 7B Llama is twice as wide, with heads of the same 128.)
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ QUICK_SHAPES = ((12, 20, 4), (40, 5, 8))
 SHAPE = Shape(hidden=2048, layers=1, vocab=512, head_dim=128)
 QUICK_SHAPE = Shape(hidden=64, layers=2, vocab=199, head_dim=16)
 TOKENS = 4096
-"""About as many tokens a step as this, prompts shared; at least one group."""
+"""Approximate tokens of a step, prompts shared; at least one group."""
 TOLERANCE = 1e-5
 TARGET = 0.98
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     shape = QUICK_SHAPE if options.quick else SHAPE
     rows: list[tuple[str, ...]] = []
     compute = ComputeConfig(precision="fp32", max_tokens_per_microbatch=8192)
@@ -66,7 +68,7 @@ def run(options: Options) -> Table:
 
 
 def formula(shape: Shape, prompt: int, response: int, candidates: int) -> float:
-    """Work without sharing over work with it, by FLOPs."""
+    """Compute the ratio of the work without sharing to the work with it, in FLOPs."""
     linear = 2 * shape.linear_parameters
     pair = 4 * shape.hidden * shape.layers
     row = prompt + response
@@ -76,17 +78,17 @@ def formula(shape: Shape, prompt: int, response: int, candidates: int) -> float:
 
 
 class Sides:
-    """The policy under a weighted likelihood."""
+    """Training steps of the policy under a weighted likelihood."""
 
     def __init__(self, matched: Matched) -> None:
         self.matched = matched
         self.ours = OurSteps.of(matched, LossConfig())
 
     def step(self, groups: Sequence[Group]) -> None:
-        """Forward and backward of one step."""
+        """Run forward and backward of one step."""
         backward(self.ours.trainee, groups, WeightedLikelihood())
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Gradient of the weighted likelihood, by HF's names."""
+        """Compute the gradient of the weighted likelihood, by HF's names."""
         self.step(groups)
         return hf_gradients(self.ours.trainee, self.matched)

@@ -1,4 +1,4 @@
-"""Comparing what two sides computed, before anybody looks at their times."""
+"""Comparison of what two sides computed, before their times are measured."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from torch import Tensor
 
 
 class Different(Exception):
-    """The sides of a benchmark do not compute the same."""
+    """Error: the sides of a benchmark do not compute the same."""
 
 
 def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """Largest |difference| of any tensor relative to the largest |entry| of that tensor on their side."""
+    """Compute the largest |difference| of any tensor relative to the largest |entry| of that
+    tensor on their side.
+    """
     if ours.keys() != theirs.keys():
         raise Different(f"tensors {sorted(ours.keys() ^ theirs.keys())[:3]} are on one side only")
     worst = 0.0
@@ -26,7 +28,9 @@ def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor])
 
 
 def agree(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, tolerance: float) -> float:
-    """`largest_difference`; raises Different where it exceeds the tolerance or is not a number."""
+    """Return `largest_difference`. Raises Different if it exceeds the tolerance or is not a
+    number.
+    """
     worst = largest_difference(ours, theirs)
     if not worst <= tolerance:
         raise Different(f"relative difference {worst:.1e}, tolerance {tolerance:.0e}")

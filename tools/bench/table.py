@@ -12,7 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Table:
-    """rows: as many cells as there are columns. notes: lines below: what was compared, how, what the words mean."""
+    """Table of a benchmark.
+
+    rows: as many cells as there are columns. notes: lines below the table: what was compared, how,
+    and what the words mean.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -20,7 +24,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def markdown(self) -> str:
-        """GitHub's Markdown, columns aligned."""
+        """Format the table as GitHub's Markdown, columns aligned."""
         lines = [self.columns, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         shown = [
@@ -30,13 +34,13 @@ class Table:
         return "\n".join([f"{self.title}", "", *shown, "", *self.notes, f"Machine: {machine()}."])
 
     def as_json(self) -> dict[str, object]:
-        """The same for programs."""
+        """Return the table as a dict for JSON."""
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
         return {"title": self.title, "rows": rows, "notes": list(self.notes), "machine": machine()}
 
 
 def machine() -> str:
-    """Device, threads and versions, in a few words."""
+    """Describe device, threads and versions in a few words."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     threads = f"{torch.get_num_threads()} thread" + ("s" if torch.get_num_threads() > 1 else "")
     return f"{device}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,4 +1,4 @@
-"""Timing sides in turn, so that what the machine does besides hits all of them alike."""
+"""Timing of sides in turn, so that other load of the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ class Timings:
     seconds: Mapping[str, tuple[float, ...]]
 
     def median(self, side: str) -> float:
-        """Seconds."""
+        """Return the median of a side, in seconds."""
         return statistics.median(self.seconds[side])
 
     def ratios(self, slow: str, fast: str) -> list[float]:
-        """How many times as long `slow` takes as `fast`, round by round."""
+        """Compute how many times as long `slow` takes as `fast`, round by round."""
         return [a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True)]
 
     def ratio(self, slow: str, fast: str) -> float:
-        """Median of `ratios`."""
+        """Return the median of `ratios`."""
         return statistics.median(self.ratios(slow, fast))
 
     def shown(self, slow: str, fast: str) -> str:
-        """Median and range of `ratios`, as tables show them."""
+        """Format median and range of `ratios` for tables."""
         ratios = self.ratios(slow, fast)
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> Timings:
-    """Run the sides in turn, `warmup` times unseen and then `rounds` times, each timed by itself.
+    """Run the sides in turn, `warmup` times untimed and then `rounds` times, each timed by itself.
 
-    Garbage is collected before each run and not during it. On CUDA a run ends when the device has finished.
+    Garbage is collected before each run and not during it. On CUDA a run ends when the device has
+    finished.
     """
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(warmup + rounds):
@@ -50,7 +51,7 @@ def alternate(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of one run."""
+    """Measure the seconds of one run."""
     gc.collect()
     gc.disable()
     try:

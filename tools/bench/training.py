@@ -9,11 +9,11 @@ from torch import Tensor
 
 from exo_megatron.config.sections import LossConfig, OptimizerConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.training.batches import step_batches
+from exo_megatron.execution.policy import Policy
 from exo_megatron.training.objectives import AlignObjective, MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
-from exo_megatron.training.reference import ReferenceModel
-from exo_megatron.training.step import forward_gradients, train_step
+from exo_megatron.training.reference import add_logprobs
+from exo_megatron.training.step import forward_gradients, plan_step, train_step
 from tools.bench.models import Matched, hf_gradients
 
 LEARNING_RATE = 1e-6
@@ -26,34 +26,39 @@ class OurSteps:
 
     matched: Matched
     trainee: Trainee
-    reference: ReferenceModel
+    reference: Policy
     objective: AlignObjective
 
     @classmethod
     def of(cls, matched: Matched, loss: LossConfig) -> OurSteps:
-        """Two copies of the matched model."""
-        policy, compute, spec, topology = matched.load(), matched.compute, matched.spec, matched.topology
-        trainee = make_trainee(policy, spec, topology, compute, ADAM)
-        reference = ReferenceModel(matched.load(), spec, topology, compute, loss.temperature)
-        return cls(matched, trainee, reference, AlignObjective(loss))
+        """Load two copies of the matched model: the policy and the reference."""
+        return cls(matched, make_trainee(matched.load(), ADAM), matched.load(), AlignObjective.of(loss))
 
     def stored(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their reference log-probs."""
-        return self.reference.complete(groups)
+        """Return the groups with their reference log-probs."""
+        return add_logprobs(self.reference, groups, temperature=self.objective.config.temperature)
 
     def step(self, groups: Sequence[Group]) -> None:
-        """One optimizer step; groups without reference log-probs get them first, from the live reference."""
+        """Run one optimizer step; groups without reference log-probs get them first, from the
+        live reference.
+        """
         live = groups[0].reference_logprobs is None
-        batches = step_batches(self.trainee, self.stored(groups) if live else groups)
-        train_step(self.trainee, batches.rows, self.objective, oversized=batches.oversized, learning_rate=LEARNING_RATE)
+        batches = plan_step(self.trainee, self.stored(groups) if live else groups, self.objective)
+        train_step(
+            self.trainee,
+            batches.microbatches,
+            self.objective,
+            oversized=batches.oversized,
+            learning_rate=LEARNING_RATE,
+        )
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over the groups, by HF's names."""
+        """Compute the gradient of the mean loss over the groups, by HF's names."""
         backward(self.trainee, self.stored(groups), self.objective)
         return hf_gradients(self.trainee, self.matched)
 
 
 def backward(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchObjective) -> None:
-    """What a step does before Adam: packing, forward and backward, reduction."""
-    batches = step_batches(trainee, groups)
-    forward_gradients(trainee, batches.rows, objective, batches.oversized)
+    """Run the part of a step before Adam: packing, forward and backward, reduction."""
+    batches = plan_step(trainee, groups, objective)
+    forward_gradients(trainee, batches.microbatches, objective, batches.oversized)

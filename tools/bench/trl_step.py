@@ -1,9 +1,9 @@
 """A training step against TRL's `DPOTrainer(loss_type="exo_pair")` on preference pairs.
 
-Both sides start from the same weights and take the same pairs through one optimizer step: TRL with its own collator,
-`training_step` and AdamW, in micro-batches of 8 pairs (the default of its Trainer), without gradient checkpointing and
-in fp32; ours with packing included. The reference is live (its forward pass is part of the step) or its log-probs are
-given.
+Both sides start from the same weights and take the same pairs through one optimizer step: TRL with
+its own collator, `training_step` and AdamW, in micro-batches of 8 pairs (the default of its
+Trainer), without gradient checkpointing and in fp32; ours with packing included. The reference is
+live (its forward pass is part of the step) or its log-probs are given.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TARGETS = {HH.name: {"live": 6.0, "stored": 7.8}, TLDR.name: {"live": 4.4, "stor
 
 
 def run(options: Options) -> Table:
-    """See the module."""
+    """Run the benchmark. See the module."""
     shape, pairs = (QUICK_SHAPE, 4) if options.quick else (SHAPE, 4 * PAIRS_PER_MICROBATCH)
     rows: list[tuple[str, ...]] = []
     with world() as runtime:
@@ -84,7 +84,7 @@ class TrlTrainer:
         self.model.train()
 
     def backward(self, groups: Sequence[Group]) -> None:
-        """TRL's own micro-batches, each with its own loss."""
+        """Run TRL's own micro-batches, each with its own loss. See Peer."""
         self.trainer.precompute_ref_logps = groups[0].reference_logprobs is not None
         starts = range(0, len(groups), PAIRS_PER_MICROBATCH)
         self.trainer.current_gradient_accumulation_steps = len(starts)
@@ -94,7 +94,7 @@ class TrlTrainer:
 
 
 def _example(group: Group) -> dict[str, Any]:
-    """A pair as TRL's collator takes it."""
+    """Return a pair in the form that TRL's collator accepts."""
     chosen, rejected = group.candidates
     example: dict[str, Any] = {"prompt_ids": [*group.prompt], "chosen_ids": [*chosen], "rejected_ids": [*rejected]}
     if group.reference_logprobs is not None:

@@ -1,4 +1,6 @@
-"""A training step of ours against somebody else's: gradients first, then times with live and stored references."""
+"""A training step of ours against another library's: gradients first, then times with live and
+stored references.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,23 @@ from tools.bench.training import OurSteps
 
 TOLERANCE = 1e-4
 COMPARED = 16
-"""Groups whose gradients are compared: two micro-batches of the other side."""
+"""Number of groups whose gradients are compared: two micro-batches of the other side."""
 NOTE = "stored: ours reads reference log-probs, theirs computes them; both stored: neither computes them."
 
 
 @dataclass(frozen=True)
 class Versus:
-    """Times of both sides, and how far their gradients are apart."""
+    """Times of both sides, and the difference of their gradients."""
 
     timings: Timings
     difference: float
 
     @classmethod
     def measure(cls, ours: OurSteps, peer: Peer, groups: Sequence[Group], rounds: int) -> Versus:
-        """Raises Different where the gradients of the first groups are not the same."""
+        """Compare gradients and time both sides.
+
+        Raises Different if the gradients of the first groups differ.
+        """
         theirs = PeerSteps(peer)
         compared = groups[:COMPARED]
         difference = agree(ours.gradients(compared), theirs.gradients(compared), tolerance=TOLERANCE)
@@ -40,7 +45,9 @@ class Versus:
         return cls(alternate(sides, rounds=rounds, warmup=0), difference)  # the gradients were the warm-up
 
     def rows(self, what: str, targets: Mapping[str, float]) -> list[tuple[str, ...]]:
-        """What, reference, our seconds, ratio, target (by reference), gradient difference."""
+        """Make table rows: what, reference, our seconds, ratio, target (by reference), gradient
+        difference.
+        """
         rows: list[tuple[str, ...]] = []
         for reference, ours, theirs in (
             ("live", "ours live", "theirs live"),

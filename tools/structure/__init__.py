@@ -1,1 +1,1 @@
-"""Counts of what a newcomer to the code meets. `python -m tools.structure --help` tells how to use them."""
+"""Counts of obstacles for a newcomer to the code. See `python -m tools.structure --help`."""

@@ -1,9 +1,11 @@
-"""Count what a newcomer to the code meets: files on the way to the loss, words with two meanings, docstrings.
+"""Count obstacles for a newcomer: files on the way to the loss, words with two meanings,
+docstrings.
 
     python -m tools.structure [--root CHECKOUT] [--json FILE] [--details]
 
-Counts in any checkout (default: this one), so that two commits can be held side by side. What has to be run is run
-with that checkout's code in this Python: `import` and one step of `align` of a tiny random Llama.
+Counts in any checkout (default: this one), so that two commits can be compared. Parts that have to
+be run use that checkout's code in this Python: `import` and one step of `align` of a tiny random
+Llama.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ COUNTS = {
 
 
 def main() -> int:
-    """Print the counts of a checkout, and write them to a file where one is named."""
+    """Print the counts of a checkout, and write them to a file if one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2], help="checkout to count in")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")

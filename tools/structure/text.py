@@ -1,4 +1,4 @@
-"""Counts of what stands in the source text: imports, words, names and docstrings."""
+"""Counts in the source text: imports, words, names and docstrings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from tools.structure.sources import FUNCTIONS, PACKAGE, module_name, parse, sour
 WH_WORDS = frozenset({"what", "which", "who", "whose", "where", "when", "why", "how", "whether", "if"})
 PREPOSITIONS = frozenset((Path(__file__).parent / "prepositions.txt").read_text(encoding="utf-8").split())
 VERBS = frozenset((Path(__file__).parent / "verbs.txt").read_text(encoding="utf-8").split())
-"""The docstring of a function begins with one of these. A verb that is missing there counts as none: add it."""
+"""Verbs with which the docstring of a function begins.
+
+A verb that is missing in the list counts as none: add it.
+"""
 
 DOCUMENTED = (*FUNCTIONS, ast.ClassDef, ast.Module)
 SEVERAL_TIMES = frozenset({"main", "FAMILY"})
-"""Names that stand in several modules on purpose: entries of programs, and the one table of each model family."""
+"""Names that are defined in several modules on purpose: entries of programs, and the one table
+of each model family.
+"""
 
 
 def function_level_imports(root: Path) -> Iterator[str]:
@@ -31,7 +36,7 @@ def function_level_imports(root: Path) -> Iterator[str]:
 
 
 def rows(root: Path) -> Iterator[str]:
-    """Find identifiers with the word "row", each as often as it stands there."""
+    """Find identifiers with the word "row", each as often as it occurs."""
     for path in sources(root):
         with tokenize.open(path) as file:
             for token in tokenize.generate_tokens(file.readline):
@@ -57,7 +62,9 @@ def defined_twice(root: Path) -> Iterator[str]:
 
 
 def public_definitions(module: ast.Module) -> Iterator[str]:
-    """List the names that a module defines at its top, without those that begin with an underscore."""
+    """List the names that a module defines at its top, without those that begin with an
+    underscore.
+    """
     for node in module.body:
         names: list[str] = []
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
@@ -82,7 +89,8 @@ def docstrings(root: Path) -> Iterator[tuple[str, ast.AST, str]]:
 def without_a_verb(root: Path) -> Iterator[str]:
     """Find docstrings of functions and methods that do not begin with a verb.
 
-    Properties are described like attributes, by what they are. "See NAME" points to the description.
+    Properties are described like attributes, by what they are. "See NAME" points to the
+    description.
     """
     for place, node, text in docstrings(root):
         if isinstance(node, FUNCTIONS) and not is_property(node) and not begins_with_a_verb(text):
@@ -90,7 +98,9 @@ def without_a_verb(root: Path) -> Iterator[str]:
 
 
 def bare_phrases(root: Path) -> Iterator[str]:
-    """Find docstrings of modules, classes and properties that are a wh-clause or begin with a preposition."""
+    """Find docstrings of modules, classes and properties that are a wh-clause or begin with a
+    preposition.
+    """
     for place, node, text in docstrings(root):
         if not isinstance(node, FUNCTIONS) or is_property(node):
             first = re.match(r"[A-Za-z]+", text)
@@ -99,7 +109,7 @@ def bare_phrases(root: Path) -> Iterator[str]:
 
 
 def is_property(node: ast.AST) -> bool:
-    """Tell whether a function is read like an attribute."""
+    """Tell whether a function is a property, which is read like an attribute."""
     return isinstance(node, FUNCTIONS) and any("property" in ast.unparse(each) for each in node.decorator_list)
 
 
@@ -135,7 +145,7 @@ def imported_modules(path: Path, modules: dict[str, Path]) -> set[str]:
 
 
 def reachable(name: str, imports: dict[str, set[str]]) -> set[str]:
-    """List what a module imports, directly or through others."""
+    """List the modules that a module imports, directly or through others."""
     seen: set[str] = set()
     waiting = list(imports[name])
     while waiting:

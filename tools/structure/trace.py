@@ -1,4 +1,4 @@
-"""Files that a one-process `align` enters on the way to its first loss."""
+"""Trace of the files that a one-process `align` enters before its first loss."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from types import CodeType, FrameType
 LOSS = "exo_loss"
 STEP = "train_step"
 _FUNCTION = 0x1
-"""CO_OPTIMIZED: set for functions, not for the bodies of modules and classes, which run when they are imported."""
+"""CO_OPTIMIZED: set for functions, not for the bodies of modules and classes, which run when
+they are imported.
+"""
 
 
 def trace_align(root: Path) -> dict[str, list[str]]:
     """Trace `align` of the checkout `root` on a tiny model, in a process of its own.
 
     Returns:
-        The files of the package whose functions were called before the first loss, in order, with repetitions:
-        "run" from the start of the program, "step" from the start of the optimizer step.
+        The files of the package whose functions were called before the first loss, in order, with
+            repetitions: "run" from the start of the program, "step" from the start of the optimizer
+            step.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +38,9 @@ def trace_align(root: Path) -> dict[str, list[str]]:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write an HF checkpoint of a tiny random Llama, and eight prompts with two rewarded completions each."""
+    """Write an HF checkpoint of a tiny random Llama, and eight prompts with two rewarded
+    candidates each.
+    """
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -62,7 +67,7 @@ def write_inputs(folder: Path) -> None:
 
 
 class _Trace:
-    """A profile function that notes the files of the package, until the loss is called."""
+    """A profile function that records the files of the package until the loss is called."""
 
     def __init__(self, package: Path, output: Path) -> None:
         self._prefix = f"{package}{os.sep}"

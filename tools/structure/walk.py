@@ -1,4 +1,4 @@
-"""One parameter, walked through the calls that pass it on."""
+"""Walk of one parameter through the calls that pass it on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from tools.structure.sources import FUNCTIONS, module_name, parse, sources
 
 GROUND = frozenset({"utils", "errors"})
-"""Packages that every other stands on; a look at a file or a progress line is no stay of its own."""
+"""Packages that all others use; a call of a file or progress function does not count as a stay."""
 
 
 def climbs(root: Path) -> list[str]:
-    """Walk `config` from `run_align` through the calls that get it or anything made of it, in source order.
+    """Walk `config` from `run_align` through the calls that get it or anything made of it, in
+    source order.
 
-    A climb is a step of the walk from a package to one of a higher layer. Each function is walked once; methods are
-    not followed, as the text does not tell whose they are.
+    A climb is a step of the walk from a package to one of a higher layer. Each function is walked
+    once; methods are not followed, because the text does not tell their class.
     """
     walk = Walk(root)
     walk.enter(walk.find("run_align"), {"config"})
@@ -29,14 +30,16 @@ def climbs(root: Path) -> list[str]:
 
 
 def layer_numbers(root: Path) -> dict[str, int]:
-    """Number the packages by the layer in which the contract of import-linter puts them, from the lowest up."""
+    """Map each package to the number of its layer in the contract of import-linter, from the
+    lowest up.
+    """
     contract = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     layers = next(each["layers"] for each in contract["contracts"] if each["type"] == "layers")
     return {name.strip(): -place for place, names in enumerate(layers) for name in names.split("|")}
 
 
 class Walk:
-    """The stays of a parameter: modules in the order in which calls take it there."""
+    """Walk of a parameter. stays: modules in the order in which calls take it there."""
 
     def __init__(self, root: Path) -> None:
         self.stays: list[str] = []
@@ -60,7 +63,9 @@ class Walk:
         return found
 
     def enter(self, place: tuple[str, ast.FunctionDef], carried: set[str]) -> None:
-        """Enter a function whose parameters `carried` hold the walked value or what was made of it."""
+        """Enter a function whose parameters `carried` hold the walked value or what was made of
+        it.
+        """
         module, function = place
         if not self.stays or self.stays[-1] != module:
             self.stays.append(module)
@@ -77,7 +82,7 @@ class Walk:
             names |= names_made(node, names)
 
     def _resolve(self, module: str, function: ast.expr) -> tuple[str, ast.FunctionDef] | None:
-        """Find the function, or the __init__ of the class, that a plain name stands for."""
+        """Find the function, or the __init__ of the class, that a plain name refers to."""
         if not isinstance(function, ast.Name):
             return None
         target = self._imports[module].get(function.id, (module, function.id))
@@ -89,7 +94,9 @@ class Walk:
 
 
 def imported_names(tree: ast.Module) -> Iterator[tuple[str, tuple[str, str]]]:
-    """List what a module imports by name: the name here, and where it is defined."""
+    """List the names that a module imports: the name in it, and the module and name of its
+    definition.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
@@ -97,13 +104,15 @@ def imported_names(tree: ast.Module) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def in_order(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """List the nodes of a function about as they are evaluated: what a node is made of comes before it."""
+    """List the nodes of a function approximately in the order of evaluation: the parts of a node
+    come before it.
+    """
     for statement in function.body:
         yield from post_order(statement)
 
 
 def post_order(node: ast.AST) -> Iterator[ast.AST]:
-    """List a node behind all that is in it; what a block iterates or enters before the block."""
+    """List a node after all nodes in it; in a block, what it iterates or enters comes first."""
     for name in ("iter", "items", "test"):
         part = vars(node).get(name)
         for each in part if isinstance(part, list) else [part] if isinstance(part, ast.AST) else []:
@@ -119,7 +128,7 @@ def post_order(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def names_made(node: ast.AST, names: set[str]) -> set[str]:
-    """List the names that a node gives to something made of one of `names`."""
+    """List the names that a node assigns to something made of one of `names`."""
     pairs: list[tuple[ast.AST, list[ast.expr]]] = []
     if isinstance(node, ast.Assign):
         pairs = [(node.value, node.targets)]
@@ -138,7 +147,7 @@ def names_made(node: ast.AST, names: set[str]) -> set[str]:
 
 
 def mentions(node: ast.AST, names: set[str]) -> bool:
-    """Tell whether one of the names stands in an expression."""
+    """Tell whether one of the names occurs in an expression."""
     return any(isinstance(each, ast.Name) and each.id in names for each in ast.walk(node))
 
 

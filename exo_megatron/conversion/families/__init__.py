@@ -1,4 +1,4 @@
-"""The model families that can be converted. Another one is a file here and a line in FAMILIES."""
+"""The model families that can be converted. To add one, add a file here and a line in FAMILIES."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 _REFUSED = {"gemma3": "it holds a vision model too; its language model alone is of type gemma3_text"}
-"""Model types that someone may take for a family, and why they are not."""
+"""Model types that could be mistaken for a family, with the reason why they are none."""
 
 
 def find_family(values: Mapping[str, Any], where: str) -> Family:
-    """The family of an HF config. Raises CheckpointError for an unknown `model_type` or architecture.
+    """Find the family of an HF config. `where` is the path of the config.json.
 
-    where: path of the config.json.
+    Raises CheckpointError for an unknown `model_type` or architecture, and for quantised weights.
     """
     config = HfConfig(values, where)
     model_type = values.get("model_type")

@@ -1,7 +1,7 @@
-"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in the layout they are published in, whose HF code is remote.
+"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in their published layout, whose HF code is remote.
 
-RMSNorm, SwiGLU, few key/value heads; half of every head is rotated, in pairs of neighbours. There is no sequence
-classifier: the remote one has biases in its head.
+RMSNorm, SwiGLU, few key/value heads. Half of every head is rotated, in pairs of neighbours. There
+is no sequence classifier: the remote one has biases in its head.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _read(config: HfConfig) -> ModelSpec:
 
 
 def _check(config: HfConfig) -> None:
-    """Raise CheckpointError for what the published code can be set to but no published model of this layout is."""
+    """Raise CheckpointError for options of the published code that no published model uses."""
     if "multi_query_attention" not in config.values:
         raise config.unsupported(
             "multi_query_attention",

@@ -1,4 +1,7 @@
-"""Gemma 2: norms before and after every block that multiply by 1 + weight, soft caps, a window in every other layer."""
+"""Gemma 2: norms before and after every block that multiply by 1 + weight.
+
+Scores and logits have soft caps, and every other layer has a window.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,13 @@ GEMMA_TENSORS: Tensors = decoder_tensors(
 def read_gemma(
     config: HfConfig, defaults: DecoderDefaults, is_sliding: Callable[[int], bool], **rest: Any
 ) -> ModelSpec:
-    """What the configs of Gemma 2 and 3 say alike. is_sliding: which layers have a window when the config does not say
-    it. rest: fields of ModelSpec.
+    """Read the keys that the configs of Gemma 2 and 3 share.
+
+    Args:
+        config: the config.
+        defaults: the family's defaults.
+        is_sliding: tells which layers have a window if the config does not.
+        **rest: fields of ModelSpec.
     """
     forbid_attention_bias(config)
     config.require("use_bidirectional_attention", (False,), "tokens would see later ones")
@@ -46,7 +54,7 @@ def read_gemma(
     )
     sliding = read_layer_types(config, spec.layers, is_sliding)
     window = config.optional_integer("sliding_window", 4096)
-    # A window of all positions stays where layers with windows have a rotary base of their own.
+    # A window of all positions is kept if layers with windows have their own rotary base.
     longest = spec.max_positions + 1 if spec.rotary is not None and spec.rotary.local_base else spec.max_positions
     found = windows(config, sliding, window and min(window, spec.max_positions), longest)
     return spec.model_copy(update={"windows": found})

@@ -1,4 +1,7 @@
-"""Gemma 3, text only: Gemma 2 with norms of query and key heads, and another rotary base where layers have a window."""
+"""Gemma 3, text only: Gemma 2 with norms of query and key heads.
+
+Layers with a window have a rotary base of their own.
+"""
 
 from __future__ import annotations
 

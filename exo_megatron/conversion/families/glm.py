@@ -1,4 +1,4 @@
-"""GLM-4-9B in the layout of transformers: half of every head is rotated, in pairs of neighbours."""
+"""GLM-4-9B in the layout of transformers. Half of every head is rotated, in pairs of neighbours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULTS = DecoderDefaults(
 
 
 def read_glm(config: HfConfig, **rest: Any) -> ModelSpec:
-    """What the configs of GLM and GLM-4-0414 say alike. rest: fields of ModelSpec."""
+    """Read the keys that GLM and GLM-4-0414 share. `rest` holds fields of ModelSpec."""
     return read_decoder(config, _DEFAULTS, qkv_bias=config.flag("attention_bias", True), **rest)
 
 

@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm, learned positions, biases everywhere, matrices stored as [inputs, outputs].
 
-`reorder_and_upcast_attn` chooses the precision of the scores, not another function, and is not read.
+`reorder_and_upcast_attn` is not read: it changes the precision of the scores only.
 """
 
 from __future__ import annotations

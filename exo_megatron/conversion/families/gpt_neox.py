@@ -1,6 +1,6 @@
-"""GPT-NeoX and Pythia: LayerNorm, biases, attention and feed-forward block side by side, part of every head rotated.
+"""GPT-NeoX and Pythia: LayerNorm, biases, attention and feed-forward block in parallel.
 
-The rows of `query_key_value` are already in megatron-core's order.
+Part of every head is rotated. The rows of `query_key_value` are already in megatron-core's order.
 """
 
 from __future__ import annotations

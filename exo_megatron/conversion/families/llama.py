@@ -1,4 +1,4 @@
-"""Llama 1 to 3: RMSNorm, SwiGLU, rotary positions, grouped-query heads, tied or untied embeddings."""
+"""Llama 1 to 3: RMSNorm, SwiGLU, rotary positions, grouped heads, tied or untied embeddings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Phi 3, 3.5 and 4: Llama with fused projections. Long-context versions are converted for their original length
-(4096 tokens), see hf_rope; transformers gives longer texts other frequencies.
+"""Phi 3, 3.5 and 4: Llama with fused projections.
+
+Versions for long texts are converted for their original length (4096 tokens), see hf_rope.
+transformers uses other frequencies for longer texts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Qwen 1.5, 2 and 2.5: Llama's tensors with biases of query, key and value; the upper layers may have a window."""
+"""Qwen 1.5, 2 and 2.5: Llama's tensors with biases of query, key and value.
+
+The upper layers may have a window.
+"""
 
 from __future__ import annotations
 

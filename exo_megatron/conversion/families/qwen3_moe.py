@@ -22,7 +22,8 @@ def _read(config: HfConfig) -> ModelSpec:
     forbid_attention_bias(config)
     config.require("decoder_sparse_step", (1,), _DENSE)
     config.require("mlp_only_layers", ([],), _DENSE)
-    count = "num_experts" if "num_experts" in config.values else "num_local_experts"  # transformers 4 and 5
+    # transformers 4 and 5 use different keys.
+    count = "num_experts" if "num_experts" in config.values else "num_local_experts"
     experts = read_experts(
         config,
         count=config.integer(count, 128),

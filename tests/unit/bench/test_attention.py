@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention_pass import ScoreRule
-from exo_megatron.models.layout import GroupLayout
+from exo_megatron.models.attention.passes import ScoreRule
+from exo_megatron.models.layouts.groups import GroupLayout
 from tools.bench import attention
 from tools.bench.attention import DENSE, OURS, SEPARATE, Case, make_sides, segments, separate_rows, visible
 from tools.bench.options import Options
@@ -60,7 +60,7 @@ def test_prompt_gradients_that_are_not_summed_are_seen(monkeypatch: pytest.Monke
 
 def test_a_mask_that_shows_too_much_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def causal(case: Case, device: torch.device) -> Tensor:
-        return torch.ones(case.row_length, case.row_length, dtype=torch.bool, device=device).tril()
+        return torch.ones(case.num_tokens, case.num_tokens, dtype=torch.bool, device=device).tril()
 
     monkeypatch.setattr(attention, "visible", causal)
     with pytest.raises(Different, match=DENSE):

@@ -36,7 +36,7 @@ def test_quick_run_compares_all_sides() -> None:
 @pytest.mark.parametrize("buffer", [True, False])
 def test_a_wrong_gradient_of_the_weight_is_seen(buffer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of the tokens that share the prompt's last row are lost."""
-    monkeypatch.setattr(WeightGradient, "add_rows", lambda *unused: None)
+    monkeypatch.setattr(WeightGradient, "add_at", lambda *unused: None)
     with pytest.raises(Different, match="relative difference"):
         head_loss.compare(GROUP, CPU, 1, buffer=buffer)
 

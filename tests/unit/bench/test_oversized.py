@@ -1,4 +1,4 @@
-"""The comparison of a group in parts with the group in one row: that it runs, and that it sees wrong gradients."""
+"""The comparison of a group in parts with the group in one micro-batch: that it runs, and sees wrong gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exo_megatron.models.shared_prompt import SharedTensor
+from exo_megatron.models.attention.passes import StoredTensor
 from tools.bench import oversized
 from tools.bench.options import Options
 from tools.bench.saved import saved_bytes
@@ -28,16 +28,16 @@ def test_quick_run() -> None:
 
 
 def test_a_prompt_that_forgets_a_part_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    sum_of_parts = SharedTensor.gradient.fget
-    asked: set[SharedTensor] = set()
+    sum_of_parts = StoredTensor.gradient.fget
+    asked: set[StoredTensor] = set()
 
-    def without_the_first(self: SharedTensor) -> Tensor:
+    def without_the_first(self: StoredTensor) -> Tensor:
         if self in asked:
             return sum_of_parts(self)
         asked.add(self)
         return torch.zeros_like(self.value)  # what the first part adds to it is lost
 
-    monkeypatch.setattr(SharedTensor, "gradient", property(without_the_first))
+    monkeypatch.setattr(StoredTensor, "gradient", property(without_the_first))
     with pytest.raises(Different, match="relative difference"):
         oversized.run(QUICK)
 

@@ -20,9 +20,8 @@ import pytest
 
 from exo_megatron.checkpoint import publish, shard_writer
 from exo_megatron.checkpoint import save as saving
-from exo_megatron.checkpoint.directory import list_steps, resolve_checkpoint
-from exo_megatron.checkpoint.integrity import verify_checkpoint
-from exo_megatron.checkpoint.manifest import STAGING_MARKER
+from exo_megatron.checkpoint.directory import STAGING_MARKER, list_steps, resolve_checkpoint
+from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.errors import CheckpointError, DataError, ExoError
 from exo_megatron.parallel.runtime import Runtime

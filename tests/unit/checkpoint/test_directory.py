@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from exo_megatron.checkpoint.directory import list_steps, read_spec, resolve_checkpoint, step_directory
-from exo_megatron.checkpoint.manifest import (
+from exo_megatron.checkpoint.directory import (
     STAGING_MARKER,
     FileRecord,
     Manifest,
+    list_steps,
     make_manifest,
     read_manifest,
+    read_spec,
     record_files,
+    resolve_checkpoint,
+    step_directory,
     write_manifest,
 )
 from exo_megatron.checkpoint.save import prune
@@ -62,7 +65,7 @@ def test_nothing_there(tmp_path: Path, make: object, message: str) -> None:
 def test_hf_checkpoint_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"is an HF checkpoint.*convert_hf_to_megatron"):
+    with pytest.raises(CheckpointError, match=r"is an HF checkpoint.*`exo-megatron import`"):
         resolve_checkpoint(tmp_path)
 
 

@@ -13,8 +13,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from exo_megatron.checkpoint.load import load_sharded
+from exo_megatron.checkpoint.safety import FORCE_UNSAFE
 from exo_megatron.checkpoint.tensors import StoredTensors
-from exo_megatron.checkpoint.unpickling import FORCE_UNSAFE
 from exo_megatron.errors import CheckpointError
 from tests.unit.checkpoint.conftest import Saver
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, read_step, tokenizer_path
-from exo_megatron.checkpoint.integrity import verify_checkpoint, verify_together
+from exo_megatron.checkpoint.directory import list_files, read_fingerprint, read_spec, read_step, tokenizer_path
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state
-from exo_megatron.checkpoint.manifest import list_files
+from exo_megatron.checkpoint.safety import verify_checkpoint, verify_together
 from exo_megatron.checkpoint.tensors import StoredTensors
 from exo_megatron.errors import CheckpointError
 from tests.unit.checkpoint.conftest import SPEC, Saver, sharded

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.serialization import get_crc32_options
 
+from exo_megatron.checkpoint.directory import FileRecord, record_files
 from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state, write_sharded
-from exo_megatron.checkpoint.manifest import FileRecord, record_files
 from exo_megatron.checkpoint.tensors import StoredTensors
 from exo_megatron.parallel.runtime import Runtime
 

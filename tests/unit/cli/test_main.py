@@ -8,10 +8,11 @@ import pytest
 
 from exo_megatron import __version__
 from exo_megatron.cli.main import main
-from exo_megatron.cli.stages import STAGE_FUNCTIONS
-from exo_megatron.config.load import config_digest, load_stage_config
+from exo_megatron.config.document import config_digest
+from exo_megatron.config.load import load_stage_config
 from exo_megatron.config.stages import STAGE_CONFIGS
 from exo_megatron.errors import DataError, TryAgainLater
+from exo_megatron.stages.run import STAGE_FUNCTIONS
 
 SCORE = ["score", "candidates=c", "reward.function=a:b"]
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from exo_megatron.config.load import config_digest, dump_config, load_stage_config
-from exo_megatron.config.stages import AlignConfig, SftConfig
+from exo_megatron.config.describe import NAMES_ELSEWHERE, describe_keys
+from exo_megatron.config.document import config_digest, dump_config
+from exo_megatron.config.load import load_stage_config
+from exo_megatron.config.stages import STAGE_CONFIGS, AlignConfig, SftConfig
 from exo_megatron.errors import ConfigError
 
 ALIGN = """\
@@ -226,3 +228,27 @@ def test_loading_imports_no_torch():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("loss.beta=0.1", "write beta_pi"),
+        ("optimizer.learning_rate=1e-6", "write lr"),
+        ("learning_rate=1e-6", "write optimizer.lr"),
+        ("optimizer.max_grad_norm=1", "write clip_grad"),
+        ("num_train_epochs=1", "write batch.epochs"),
+        ("loss.kindd=exo_rw", "write kind"),
+        ("lr=1e-6", "write optimizer.lr"),
+        ("frobnicate=1", "remove it"),
+    ],
+)
+def test_names_of_other_trainers_are_known(setting: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown key .*; fix: {fix}$"):
+        load_stage_config("align", None, ["output=o", "model.checkpoint=m", "data.path=d", setting])
+
+
+def test_names_of_other_trainers_stand_for_keys_that_exist() -> None:
+    keys = {each.key for section in STAGE_CONFIGS.values() for each in describe_keys(section)}
+    assert set(NAMES_ELSEWHERE.values()) <= keys
+    assert not {key.split(".")[-1] for key in keys} & NAMES_ELSEWHERE.keys()

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exo_megatron.cli.convert import run_export, run_import
 from exo_megatron.config.sections import ModelConfig
 from exo_megatron.config.stages import ExportConfig, ImportConfig
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.stages.export_hf import run_export
+from exo_megatron.stages.import_hf import run_import
 from tests.reference.tiny_llama import save_hf, tiny_config, tiny_llama
 
 Imports = Callable[..., Path]

@@ -20,13 +20,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from exo_megatron.checkpoint.directory import read_spec
-from exo_megatron.checkpoint.manifest import STAGING_MARKER
-from exo_megatron.cli import verify as verifying
-from exo_megatron.cli.verification import EXPORT_MARKER, Verification
+from exo_megatron.checkpoint.directory import STAGING_MARKER, read_spec
 from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.config.stages import VerifyConfig
 from exo_megatron.errors import CheckpointError, TopologyError
-from exo_megatron.models import build
+from exo_megatron.stages import verify as verifying
 from tests.reference.tiny_llama import tiny_tokenizer
 from tests.unit.conversion.conftest import make_hf
 from tools import convert_hf_to_megatron, convert_megatron_to_hf, verify_conversion
@@ -161,7 +159,7 @@ BAD: dict[str, tuple[Damage, str]] = {
         larger_tokenizer,
         r"hf: the tokenizer has 150 entries, the model 101 embedding rows; expected .* no more entries",
     ),
-    "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*python tools/pickle_to_safetensors.py --hf"),
+    "pickle only": (pickle_only, r"pytorch_model.bin: is a pickle.*exo-megatron pickles hf="),
     "no weights": (no_weights, r"holds no weights; expected model.safetensors or"),
     "other pickles only": (
         other_pickles_only,
@@ -262,7 +260,11 @@ def test_output_that_is_not_empty(
     line = the_line(capsys.readouterr().err)
     assert f"{checkpoint}: already holds a complete output (manifest.json); expected an output directory" in line
     assert run(convert_megatron_to_hf.main, checkpoint=checkpoint, output=hf) == 2
-    assert f"{hf}: is not empty (config.json, " in the_line(capsys.readouterr().err)
+    assert f"{hf}: already holds a complete output (config.json); expected" in the_line(capsys.readouterr().err)
+    (hf / "config.json").rename(hf / "notes.json")
+    assert run(convert_megatron_to_hf.main, checkpoint=checkpoint, output=hf) == 2
+    assert f"{hf}: is not empty (generation_config.json, " in the_line(capsys.readouterr().err)
+    (hf / "notes.json").rename(hf / "config.json")
     assert content(checkpoint) | content(hf) == before
     assert {child.name for child in tmp_path.iterdir()} == {"hf", "converted"}
 
@@ -354,10 +356,9 @@ def test_verification_that_breaks_leaves_nothing(
     tool: ModuleType,
     failure: Exception,
 ) -> None:
-    def fail(wanted: Verification, runtime: object) -> None:
+    def fail(wanted: VerifyConfig, runtime: object) -> None:
         made = wanted.checkpoint if tool is convert_hf_to_megatron else wanted.hf
         assert (made / STAGING_MARKER).is_file()
-        assert not (made / EXPORT_MARKER).exists()
         raise failure
 
     monkeypatch.setattr(verifying, "run_checks", fail)
@@ -377,5 +378,5 @@ def test_a_cut_that_cannot_be_checked_is_passed_over(monkeypatch: pytest.MonkeyP
         if cut.tensor > 1:
             raise CheckpointError("a", "b", expected="c", fix="d")
 
-    monkeypatch.setattr(build, "check_topology", check)
+    monkeypatch.setattr(verifying, "check_topology", check)
     assert verifying._fitting_cut(read_spec(checkpoint), 2) == ParallelConfig(pipeline=2)

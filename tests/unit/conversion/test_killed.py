@@ -14,9 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from exo_megatron.checkpoint.directory import read_fingerprint, resolve_checkpoint
-from exo_megatron.checkpoint.integrity import verify_checkpoint
-from exo_megatron.cli.verification import EXPORT_MARKER
+from exo_megatron.checkpoint.directory import STAGING_MARKER, read_fingerprint, resolve_checkpoint
+from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.errors import CheckpointError
 from tests.unit.conversion.conftest import tensors_of
 from tools import convert_hf_to_megatron, convert_megatron_to_hf
@@ -108,7 +107,7 @@ def test_export(tmp_path: Path, hf: Path, checkpoint: Path) -> None:
     assert any(killed)
     if all(killed):
         assert os.listdir(tmp_path) == ["tmp-out"]
-        assert not (tmp_path / "tmp-out" / EXPORT_MARKER).exists()
+        assert (tmp_path / "tmp-out" / STAGING_MARKER).is_file()
         run(convert_megatron_to_hf, checkpoint=checkpoint, output=output)
     assert os.listdir(tmp_path) == ["out"]
     before, after = tensors_of(hf), tensors_of(output)

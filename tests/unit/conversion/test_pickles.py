@@ -41,18 +41,19 @@ def test_the_command_of_the_error(tmp_path: Path, convert: Imports, export: Impo
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin: is a pickle") as raised:
         convert(hf, tmp_path / "checkpoint")
     words = shlex.split(raised.value.fix.partition(": ")[2])
-    assert words[0] == "python"
+    assert words[:2] == ["exo-megatron", "pickles"]
+    (output,) = (Path(value) for name, _, value in (word.partition("=") for word in words) if name == "output")
     subprocess.run(
-        [sys.executable, *words[1:]],
+        [sys.executable, "-m", "exo_megatron", *words[1:]],
         cwd=REPOSITORY,
         check=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    back = export(convert(Path(words[-1]), tmp_path / "checkpoint"), tmp_path / "back")
+    back = export(convert(output, tmp_path / "checkpoint"), tmp_path / "back")
     assert tensors_of(back).keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in tensors_of(back).items())
-    travelled = {path.name for path in Path(words[-1]).iterdir()} - {"model.safetensors"}
+    travelled = {path.name for path in output.iterdir()} - {"model.safetensors"}
     assert travelled == {path.name for path in hf.iterdir()} - {"pytorch_model.bin"}
 
 

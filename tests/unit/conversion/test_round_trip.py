@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from exo_megatron.checkpoint.directory import read_spec, weights_path
+from exo_megatron.checkpoint.directory import (
+    list_files,
+    make_manifest,
+    read_spec,
+    record_files,
+    weights_path,
+    write_manifest,
+)
 from exo_megatron.checkpoint.dist_format import template_shapes
-from exo_megatron.checkpoint.integrity import verify_checkpoint
-from exo_megatron.checkpoint.manifest import list_files, make_manifest, record_files, write_manifest
+from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.checkpoint.tensors import StoredTensors
-from exo_megatron.cli import convert as conversion
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
-from exo_megatron.conversion import hf_writer
+from exo_megatron.config.stages import STAGE_FILES, VerifyConfig
+from exo_megatron.conversion import hf_writer, meter
 from exo_megatron.conversion.verifying import Comparison
 from exo_megatron.errors import CheckpointError
-from exo_megatron.models.build import build_policy
+from exo_megatron.models.policy import build_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.stages.verification import Check
+from exo_megatron.stages.verify import run_checks
 from tests.unit.conversion.conftest import Imports, make_hf, tensors_of
 
 LLAMA3 = {
@@ -128,6 +139,61 @@ def test_every_key_of_the_type_is_set(keys: tuple[str, ...]) -> None:
     assert exported == {"vocab_size": 5, **dict.fromkeys(keys or ("dtype",), "bfloat16")}
 
 
+@pytest.mark.parametrize("name", ["/data/sft", "./sft", "~/sft", "runs/sft/hf"])
+def test_an_export_names_no_path_of_the_original(name: str) -> None:
+    assert "_name_or_path" not in hf_writer.exported_config({"_name_or_path": name}, torch.float32)
+    kept = hf_writer.exported_config({"_name_or_path": "meta-llama/Llama-2-7b-hf"}, torch.float32)
+    assert kept["_name_or_path"] == "meta-llama/Llama-2-7b-hf"
+
+
+def test_an_export_holds_only_what_belongs_on_a_hub(tmp_path: Path, hf: Path, convert: Imports) -> None:
+    """The stage's own files are beside it, and no file of it names a path of this machine."""
+    output = tmp_path / "out"
+    words = ["export", f"model.checkpoint={convert(hf, tmp_path / 'c')}", f"output={output}"]
+
+    def run() -> str:
+        command = [sys.executable, "-m", "exo_megatron", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout
+
+    run()
+    assert {path.name for path in output.iterdir()} == {path.name for path in hf.iterdir()}
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in output.iterdir())
+    assert {path.name for path in (tmp_path / ".out.exo-megatron").iterdir()} == STAGE_FILES
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = f"complete already in {output} with this configuration"
+    assert run() == f"export: {done}, nothing to do; remove it to run it again\n"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    shutil.rmtree(output)
+    run()
+    assert tensors_of(output).keys() == tensors_of(hf).keys()
+
+
+def changed(directory: Path, difference: float) -> None:
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(directory).items()}
+    tensors["model.norm.weight"][3] += difference
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(("imported", "exported"), [("keep", "bf16"), ("bf16", "fp32"), ("bf16", "keep")])
+def test_which_side_was_made_is_found_by_comparing(
+    tmp_path: Path, hf: Path, convert: Imports, export: Imports, runtime: Runtime, imported: str, exported: str
+) -> None:
+    """Nothing in an export says that it is one; types differ, and the rounding of either direction is accepted."""
+    checkpoint = convert(hf, tmp_path / "c", imported)
+    out = export(checkpoint, tmp_path / "out", exported)
+
+    def verdict(directory: Path) -> Check:
+        return run_checks(VerifyConfig(hf=directory, checkpoint=checkpoint, tensors_only=True), runtime)[1]
+
+    for directory in (hf, out):
+        check = verdict(directory)
+        assert check.verdict == "pass"
+        rounded = directory == out and (imported, exported) == ("keep", "bf16")
+        assert ("in the types of HF" in check.compared) == rounded
+        changed(directory, 0.5)
+        assert verdict(directory).verdict == "FAIL"
+
+
 def test_export_loads_in_transformers(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
     exported = export(convert(hf, tmp_path / "c"), tmp_path / "e")
     ids = torch.tensor([[5, 17, 99]])
@@ -169,11 +235,15 @@ def test_verification_of_a_tied_output_layer(tmp_path: Path, convert: Imports, r
     hf = make_hf(tmp_path / "hf", tied=True)
     stored = StoredTensors(weights_path(convert(hf, tmp_path / "c")))
     save_file(tensors_of(hf) | {"lm_head.weight": torch.zeros(rows, 64)}, hf / "model.safetensors", {"format": "pt"})
-    comparison = Comparison(hf, stored.of_model(), "import")
+    comparison = Comparison(hf, stored.of_model())
     wrong = f"lm_head.weight has shape [{rows}, 64] in the HF checkpoint, and [101, 64] by its config.json"
     assert comparison.problems == ([] if differ else [wrong])
-    found = [each.name for entry in comparison.entries for each in comparison.differences(entry, stored.read)]
-    assert found == ["lm_head.weight"] * differ
+    found = [
+        (made, each.name)
+        for entry in comparison.entries
+        for made, each in comparison.differences(entry, stored.read, ["import"])
+    ]
+    assert found == [("import", "lm_head.weight")] * differ
 
 
 def test_index_of_the_single_file(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
@@ -185,7 +255,7 @@ def test_index_of_the_single_file(tmp_path: Path, hf: Path, convert: Imports, ex
 def test_progress_counts_all_bytes(
     tmp_path: Path, hf: Path, convert: Imports, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "_MEGABYTE", 1000)
+    monkeypatch.setattr(meter, "_MEGABYTE", 1000)
     convert(hf, tmp_path / "c")
     padded = sum(tensor.nbytes for tensor in tensors_of(hf).values()) + 2 * 27 * 64 * 4
     total = -(-padded // 1000)

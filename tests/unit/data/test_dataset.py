@@ -277,7 +277,7 @@ def test_a_special_token_that_the_model_lacks_is_refused_where_a_text_spells_it(
 def test_reading_imports_no_heavy_library() -> None:
     """Bad data is told in a second, not after torch and transformers have been loaded."""
     code = (
-        "import sys, exo_megatron.data.dataset, exo_megatron.data.candidates, exo_megatron.data.sampling\n"
+        "import sys, exo_megatron.data.dataset, exo_megatron.data.candidates, exo_megatron.data.groups\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'megatron'} & set(sys.modules)))"
     )
     root = Path(exo_megatron.__file__).parents[1]

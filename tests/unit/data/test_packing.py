@@ -30,11 +30,11 @@ def random_group(rng: random.Random, name: int, longest: int) -> Group:
 
 def check(plan: Plan, groups: list[Group], *, data_size: int, max_tokens: int, multiple: int) -> None:
     assert len(plan) == data_size
-    assert len({len(rows) for rows in plan}) == 1
-    assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(groups)))
-    for row in itertools.chain(*plan):
-        assert row == sorted(row)
-        tokens = sum(groups[i].num_tokens for i in row)
+    assert len({len(batches) for batches in plan}) == 1
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(range(len(groups)))
+    for batch in itertools.chain(*plan):
+        assert batch == sorted(batch)
+        tokens = sum(groups[i].num_tokens for i in batch)
         assert -(-tokens // multiple) * multiple <= max_tokens
 
 
@@ -61,7 +61,7 @@ def test_costs_of_micro_batches_are_within_a_few_percent(count: int, data_size: 
     rng = random.Random(count)
     groups = [random_group(rng, i, 600) for i in range(count)]
     plan = plan_microbatches(groups, data_size=data_size, max_tokens=2048, multiple=1)
-    costs = [sum(group_cost(groups[i]) for i in row) for rows in plan for row in rows]
+    costs = [sum(group_cost(groups[i]) for i in batch) for batches in plan for batch in batches]
     assert len(costs) > 1
     assert max(costs) < 1.04 * sum(costs) / len(costs)
 
@@ -70,18 +70,18 @@ def test_differencing_balances_better_than_longest_first() -> None:
     """Karmarkar and Karp's own example, 8 7 6 5 4: longest-first gives 17 and 13, differencing 16 and 14."""
     groups = [group(n, length - 1, 1) for n, length in enumerate([8, 7, 6, 5, 4])]
     plan = plan_microbatches(groups, data_size=2, max_tokens=100, multiple=1, hidden_size=10**9)
-    assert sorted(sum(groups[i].num_tokens for i in row) for rows in plan for row in rows) == [14, 16]
+    assert sorted(sum(groups[i].num_tokens for i in batch) for batches in plan for batch in batches) == [14, 16]
 
 
 def test_cost_decides_where_lengths_are_equal() -> None:
     """For a narrow model a long prompt costs much more than its tokens, so the two long ones are parted."""
     groups = [group(n, 390, 10) for n in range(2)] + [group(n, 1, *[3] * 133) for n in range(2, 4)]
     plan = plan_microbatches(groups, data_size=2, max_tokens=800, multiple=1, hidden_size=16)
-    assert all({i // 2 for i in row} == {0, 1} for rows in plan for row in rows)
+    assert all({i // 2 for i in batch} == {0, 1} for batches in plan for batch in batches)
 
 
-def test_greedy_balance_where_the_best_balanced_rows_overflow() -> None:
-    """Balanced by cost alone, the costliest group would have a row to itself and the others would not fit in one."""
+def test_greedy_balance_where_the_best_balanced_micro_batches_overflow() -> None:
+    """Balanced by cost alone, the costliest group would be alone and the others would not fit in one."""
     shapes = [(14, 1), (8, 1), (2, 4), (22, 1), (2, 2)]
     groups = [group(n, prompt, *[2] * count) for n, (prompt, count) in enumerate(shapes)]
     plan = plan_microbatches(groups, data_size=1, max_tokens=40, multiple=1, hidden_size=1)
@@ -89,7 +89,7 @@ def test_greedy_balance_where_the_best_balanced_rows_overflow() -> None:
 
 
 def test_best_fit_where_nothing_else_finds_room() -> None:
-    """5 + 5 and 4 + 3 + 3 fill two rows of 10 to the last token."""
+    """5 + 5 and 4 + 3 + 3 fill two micro-batches of 10 to the last token."""
     groups = [group(n, length - 1, 1) for n, length in enumerate([5, 5, 4, 3, 3])]
     plan = plan_microbatches(groups, data_size=1, max_tokens=10, multiple=1)
     assert sorted(plan[0]) == [[0, 1], [2, 3, 4]]
@@ -111,7 +111,7 @@ def test_whole_data_sets_are_planned_in_pieces() -> None:
     assert full > 0.95
 
 
-def test_group_longer_than_a_row() -> None:
+def test_group_longer_than_a_micro_batch() -> None:
     """Callers take such groups out or apart first."""
     groups = [group("fits", 4, 4), group("review-7", 5, 2, 2)]
     with pytest.raises(ValueError, match="review-7"):
@@ -119,7 +119,7 @@ def test_group_longer_than_a_row() -> None:
     plan_microbatches(groups, data_size=1, max_tokens=9, multiple=1)
 
 
-def test_ranks_with_other_work_get_the_cheaper_rows() -> None:
+def test_ranks_with_other_work_get_the_cheaper_micro_batches() -> None:
     groups = [group(n, length - 1, 1) for n, length in enumerate([10, 9, 6, 5])]
     sizes = {"data_size": 2, "max_tokens": 10, "multiple": 1}
     assert plan_microbatches(groups, **sizes) == [[[0], [3]], [[1], [2]]]
@@ -138,4 +138,4 @@ def test_make_microbatch_lays_out_its_groups() -> None:
     assert batch.groups == tuple(groups)
     assert torch.equal(batch.layout.input_ids, torch.tensor([5, 6, 7, 8, 9, 10, 11, 0]))
     assert batch.layout.group_sizes == (2, 1)
-    assert make_microbatch([], multiple=4).layout.row_length == 4
+    assert make_microbatch([], multiple=4).layout.num_tokens == 4

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exo_megatron.logprobs.projection import VocabShard
-from exo_megatron.logprobs.tiles import Tiling
+from exo_megatron.logprobs.softmax import Tiling, VocabShard
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 
 VOCAB, PADDED, HIDDEN = 11, 16, 6

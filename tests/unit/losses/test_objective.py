@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from exo_megatron.config.losses import LOSSES
 from exo_megatron.config.sections import LossConfig
-from exo_megatron.losses.objective import group_objective
+from exo_megatron.losses.objective import group_objective, statistic_names
 
-KINDS = ["exo_rw", "exo_pref", "dpo_rw", "dpo_pref"]
+KINDS = list(LOSSES)
 LN = math.log
 
 
@@ -65,6 +66,33 @@ def test_preference_losses_by_hand() -> None:
     torch.testing.assert_close(losses("dpo_pref", s, None, [2]), f64([-LN(0.75)]), rtol=1e-13, atol=1e-14)
     expected = f64([0.75 * LN(5 / 6) + 0.25 * LN(5 / 2)])
     torch.testing.assert_close(losses("exo_pref", s, None, [2]), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_ipo_pref_by_hand() -> None:
+    """(h - 1 / (2 beta_pi))^2 of log-ratios, h = (s_w - s_l) / beta_pi = 2 ln 3; its derivative in h is 2 (h - 1)."""
+    s = f64([LN(3.0), 0.0, 0.0, LN(3.0)]).requires_grad_()
+    found = losses("ipo_pref", s, None, [2, 2])
+    torch.testing.assert_close(found, f64([(2 * LN(3) - 1) ** 2, (2 * LN(3) + 1) ** 2]), rtol=1e-13, atol=1e-14)
+    (gradient,) = torch.autograd.grad(found.sum(), s)
+    chosen, rejected = 4 * (2 * LN(3) - 1), 4 * (-2 * LN(3) - 1)
+    torch.testing.assert_close(gradient, f64([chosen, -chosen, rejected, -rejected]), rtol=1e-13, atol=1e-14)
+
+
+def test_nll_weight_is_added_to_every_group() -> None:
+    """loss + lambda * nll, with its gradient; the statistic is the sum of nll without lambda."""
+    best_nll = f64([0.25, 3.0]).requires_grad_()
+    reference = torch.full_like(S, -20.0)
+    plain = config("exo_rw")
+    weighted = config("exo_rw", nll_weight=0.5)
+    rewards = R * plain.beta_r
+    alone = group_objective(reference + S / 0.5, reference, rewards, SIZES, plain)
+    found = group_objective(reference + S / 0.5, reference, rewards, SIZES, weighted, best_nll=best_nll)
+    torch.testing.assert_close(found.losses, alone.losses + f64([0.125, 1.5]), rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(found.losses.sum(), best_nll)
+    assert gradient.tolist() == [0.5, 0.5]
+    assert float(found.statistics["nll_loss"]) == 3.25
+    assert set(statistic_names(weighted)) == set(found.statistics)
+    assert set(statistic_names(plain)) == set(alone.statistics)
 
 
 def test_the_second_candidate_is_the_rejected_one() -> None:

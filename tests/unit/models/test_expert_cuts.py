@@ -10,7 +10,7 @@ import torch
 
 from exo_megatron.config.sections import ParallelConfig
 from exo_megatron.errors import ConfigError, TopologyError
-from exo_megatron.models.build import check_topology
+from exo_megatron.models.policy import check_topology
 from exo_megatron.models.spec import Experts, ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel

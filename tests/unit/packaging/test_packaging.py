@@ -41,7 +41,7 @@ def test_requirements(metadata: dict[str, Any]) -> None:
     assert megatron.contains("0.19.2")
     assert not megatron.contains("0.16.0")
     assert not megatron.contains("0.20.0")
-    assert set(metadata["extras_require"]) == {"bench", "cuda", "mpi", "vllm", "dev"}
+    assert set(metadata["extras_require"]) == {"bench", "cuda", "mpi", "dev"}
 
 
 def test_imported_packages_are_required(metadata: dict[str, Any]) -> None:

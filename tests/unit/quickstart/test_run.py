@@ -21,7 +21,7 @@ SUMMARY = {
 
 
 def test_pipeline_is_valid_and_its_stages_fit_each_other() -> None:
-    run = load_run_config(DIRECTORY / "pipeline.yaml", ["output=somewhere", "seed=5", "stages.sft.batch.epochs=6"])
+    run = load_run_config(DIRECTORY / "workflow.yaml", ["output=somewhere", "seed=5", "stages.sft.batch.epochs=6"])
     stages = {stage.name: stage for stage in run.stages}
     sft, rollout, exo, dpo, evaluate = (
         stages[name].config for name in ("sft", "rollout", "align_exo", "align_dpo", "evaluate")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exo_megatron.errors import RewardError, TryAgainLater
-from exo_megatron.rewards.function import FunctionReward, load_function
+from exo_megatron.rewards.function import FunctionReward, load_reward_function
 
 MODULE = """
 def length(prompts, completions):
@@ -35,7 +35,7 @@ def user_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_function_of_a_package_below_the_current_directory(user_directory: Path) -> None:
     (user_directory / "my_rewards").mkdir()
     (user_directory / "my_rewards" / "by_length.py").write_text(MODULE)
-    source = load_function("my_rewards.by_length:length")
+    source = load_reward_function("my_rewards.by_length:length")
     assert source.score(["ab", "a"], ["xyz", ""]) == [2.3, 1.0]
 
 
@@ -86,9 +86,9 @@ def test_missing_module_function_and_broken_module(user_directory: Path) -> None
     (user_directory / "lengths.py").write_text(MODULE)
     (user_directory / "broken.py").write_text("import lengths\n\nlengths.nothing()\n")
     with pytest.raises(RewardError, match="ModuleNotFoundError: No module named 'no_such_module'"):
-        load_function("no_such_module:f")
+        load_reward_function("no_such_module:f")
     for name in ("width", "number"):
         with pytest.raises(RewardError, match=f"lengths.py has no function '{name}'"):
-            load_function(f"lengths:{name}")
+            load_reward_function(f"lengths:{name}")
     with pytest.raises(RewardError, match=r"broken\.py:3"):
-        load_function("broken:f")
+        load_reward_function("broken:f")

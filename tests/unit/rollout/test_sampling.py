@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.rollout import sampling
 from exo_megatron.rollout.sampling import draw_tokens, philox4x32, uniforms
 
@@ -84,22 +85,24 @@ def test_draws_follow_the_definition(temperature: float, top_p: float) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(20, 37, generator=generator) * 3
     before = logits.clone()
-    rows = torch.arange(200) % 20
+    places = torch.arange(200) % 20
     uniform = torch.rand(200, generator=generator, dtype=torch.float64)
-    tokens, logprobs = draw_tokens(logits, rows, uniform, temperature=temperature, top_p=top_p)
+    tokens, logprobs = draw_tokens(logits, places, uniform, SamplingConfig(temperature=temperature, top_p=top_p))
     assert torch.equal(logits, before)
     for draw in range(200):
-        token, logprob = numpy_draw(logits[rows[draw]].numpy(), uniform[draw].item(), temperature, top_p)
+        token, logprob = numpy_draw(logits[places[draw]].numpy(), uniform[draw].item(), temperature, top_p)
         assert tokens[draw].item() == token
         assert logprobs[draw].item() == pytest.approx(logprob, rel=1e-12)
     if top_p == 1e-6:
-        assert torch.equal(tokens, logits[rows].argmax(-1))
+        assert torch.equal(tokens, logits[places].argmax(-1))
 
 
 def test_top_p_keeps_the_smallest_set_of_that_mass() -> None:
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
     uniform = torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64)
-    tokens, logprobs = draw_tokens(logits, torch.zeros(1001, dtype=torch.int64), uniform, temperature=1.0, top_p=0.65)
+    tokens, logprobs = draw_tokens(
+        logits, torch.zeros(1001, dtype=torch.int64), uniform, SamplingConfig(temperature=1.0, top_p=0.65)
+    )
     shares = torch.bincount(tokens, minlength=4) / 1001
     # 0.4 alone is short of 0.65, 0.4 + 0.3 is not: vocabulary order, renormalised to 4/7 and 3/7.
     torch.testing.assert_close(shares, torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=2e-3, rtol=0)
@@ -108,14 +111,16 @@ def test_top_p_keeps_the_smallest_set_of_that_mass() -> None:
 
 def test_ties_at_the_edge_of_top_p_go_to_the_lower_id() -> None:
     uniform = torch.tensor([0.0, 0.5, 0.999999], dtype=torch.float64)
-    tokens, _ = draw_tokens(torch.zeros(1, 4), torch.zeros(3, dtype=torch.int64), uniform, temperature=1.0, top_p=0.5)
+    tokens, _ = draw_tokens(
+        torch.zeros(1, 4), torch.zeros(3, dtype=torch.int64), uniform, SamplingConfig(temperature=1.0, top_p=0.5)
+    )
     assert tokens.tolist() == [0, 1, 1]
 
 
 def test_extreme_uniforms_and_vanishing_tokens() -> None:
     logits = torch.tensor([[-1000.0, 0.0, 1.0, -1000.0]])
     uniform = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    tokens, _ = draw_tokens(logits, torch.tensor([0, 0]), uniform, temperature=1.0, top_p=1.0)
+    tokens, _ = draw_tokens(logits, torch.tensor([0, 0]), uniform, SamplingConfig(temperature=1.0, top_p=1.0))
     assert tokens.tolist() == [1, 2]
 
 
@@ -123,8 +128,8 @@ def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 50, generator=generator)
     uniform = torch.rand(9, generator=generator, dtype=torch.float64)
-    whole = draw_tokens(logits, torch.arange(9), uniform, temperature=0.7, top_p=0.8)
+    whole = draw_tokens(logits, torch.arange(9), uniform, SamplingConfig(temperature=0.7, top_p=0.8))
     monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", 100)
-    chunked = draw_tokens(logits, torch.arange(9), uniform, temperature=0.7, top_p=0.8)
+    chunked = draw_tokens(logits, torch.arange(9), uniform, SamplingConfig(temperature=0.7, top_p=0.8))
     assert torch.equal(whole[0], chunked[0])
     torch.testing.assert_close(whole[1], chunked[1], rtol=1e-14, atol=0)

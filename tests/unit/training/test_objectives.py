@@ -10,7 +10,7 @@ from exo_megatron.config.sections import LossConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import make_microbatch
 from exo_megatron.losses.objective import group_objective
-from exo_megatron.training.objectives import AlignObjective, RowBatch, SftObjective
+from exo_megatron.training.objectives import AlignObjective, DeviceBatch, SftObjective
 
 CPU = torch.device("cpu")
 GROUPS = [
@@ -21,18 +21,29 @@ GROUPS = [
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, beta_r=1.0, temperature=0.7)
 
 
-def row(groups: list[Group]) -> RowBatch:
-    return RowBatch.of(make_microbatch(groups, multiple=4), CPU)
+class KnownPolicy:
+    """A policy whose hidden states are log-probs already; it remembers the temperatures it was asked for."""
+
+    def __init__(self) -> None:
+        self.temperatures: list[float] = []
+
+    def token_logprobs(self, hidden: Tensor, tokens: object, *, temperature: float) -> Tensor:
+        self.temperatures.append(temperature)
+        return hidden
 
 
-def logps_for(batch: RowBatch) -> Tensor:
+def batch_of(groups: list[Group]) -> DeviceBatch:
+    return DeviceBatch.of(make_microbatch(groups, multiple=4), CPU)
+
+
+def logps_for(batch: DeviceBatch) -> Tensor:
     """A log-prob for each token that depends on the token and its position alone, not on the packing."""
-    positions = batch.layout.position_ids[batch.layout.predict_rows[batch.layout.token_row]]
+    positions = batch.layout.position_ids[batch.layout.predict_index[batch.layout.token_predictor]]
     return (-0.1 * batch.layout.token_target - 0.3 * positions).float().requires_grad_()
 
 
-def test_row_batch_keeps_rewards_and_reference_in_candidate_order() -> None:
-    batch = row(GROUPS)
+def test_batch_keeps_rewards_and_reference_in_candidate_order() -> None:
+    batch = batch_of(GROUPS)
     assert batch.rewards is not None and batch.reference_logps is not None
     assert batch.rewards.tolist() == [0.5, -0.5, 1.0, 2.0, 0.0, 0.0, 0.0]
     assert batch.reference_logps.tolist() == [-3.0, -6.0, -4.0, -5.0, -9.0, -5.0, -2.0]
@@ -41,9 +52,10 @@ def test_row_batch_keeps_rewards_and_reference_in_candidate_order() -> None:
 
 def test_align_sums_over_groups() -> None:
     """By definition: sequence sums from the same log-probs, losses of each group from losses/objective.py."""
-    batch = row(GROUPS)
-    objective = AlignObjective(LOSS)
-    result = objective(logps_for(batch), batch)
+    batch = batch_of(GROUPS)
+    objective = AlignObjective.of(LOSS)
+    policy = KnownPolicy()
+    result = objective(logps_for(batch), batch, policy)
     sums = []
     for group in GROUPS:
         for candidate in group.candidates:
@@ -57,26 +69,26 @@ def test_align_sums_over_groups() -> None:
     assert result.statistics.keys() == set(objective.statistic_names)
     for name, value in result.statistics.items():
         assert value.item() == pytest.approx(expected.statistics[name].item(), rel=1e-5), name
-    assert objective.temperature == 0.7
+    assert policy.temperatures == [0.7]
 
 
 def test_splitting_a_batch_changes_nothing() -> None:
-    """Totals, counts and statistics of three rows add up to those of one."""
-    objective = AlignObjective(LOSS)
-    batches = [row(GROUPS), *(row([group]) for group in GROUPS)]
-    whole, *parts = [objective(logps_for(batch), batch) for batch in batches]
+    """Totals, counts and statistics of three micro-batches add up to those of one."""
+    objective = AlignObjective.of(LOSS)
+    batches = [batch_of(GROUPS), *(batch_of([group]) for group in GROUPS)]
+    whole, *parts = [objective(logps_for(batch), batch, KnownPolicy()) for batch in batches]
     assert sum(part.count for part in parts) == whole.count
     assert sum(part.total.item() for part in parts) == pytest.approx(whole.total.item(), rel=1e-12)
     for name, value in whole.statistics.items():
         assert sum(part.statistics[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-12), name
 
 
-def test_row_without_groups_takes_part_in_the_schedule() -> None:
+def test_batch_without_groups_takes_part_in_the_schedule() -> None:
     """No loss, no count, zero statistics, but a graph for the backward pass to run through."""
-    batch = row([])
-    objective = AlignObjective(LOSS)
+    batch = batch_of([])
+    objective = AlignObjective.of(LOSS)
     token_logps = torch.zeros(0, requires_grad=True)
-    result = objective(token_logps, batch)
+    result = objective(token_logps, batch, KnownPolicy())
     assert result.count == 0 and result.total.item() == 0.0
     assert result.statistics.keys() == set(objective.statistic_names)
     assert not any(value.item() for value in result.statistics.values())
@@ -85,8 +97,9 @@ def test_row_without_groups_takes_part_in_the_schedule() -> None:
 
 
 def test_sft_counts_tokens() -> None:
-    batch = row([Group("a", (3, 4), ((5, 6, 2),)), Group("b", (3,), ((2,),))])
+    batch = batch_of([Group("a", (3, 4), ((5, 6, 2),)), Group("b", (3,), ((2,),))])
     token_logps = torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True)
-    result = SftObjective()(token_logps, batch)
+    policy = KnownPolicy()
+    result = SftObjective()(token_logps, batch, policy)
     assert result.total.item() == 10.0 and result.count == 4 and not result.statistics
-    assert SftObjective().temperature == 1.0
+    assert policy.temperatures == [1.0]

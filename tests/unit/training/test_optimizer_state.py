@@ -9,7 +9,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig, ParallelConfig
-from exo_megatron.models.build import build_policy
+from exo_megatron.execution.policy import Policy
+from exo_megatron.models.policy import build_policy
 from exo_megatron.parallel.runtime import distributed_runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.training import optimizer as optimizer_module
@@ -35,13 +36,13 @@ def test_state_of_every_parameter(bucket_size: int | None, monkeypatch: pytest.M
     adam = OptimizerConfig(lr=0.1, beta1=BETA1, beta2=BETA2, clip_grad=0.0)
     with distributed_runtime() as runtime, model_parallel(runtime, ParallelConfig(), seed=0) as topology:
         torch.manual_seed(0)
-        policy = build_policy(TINY_SPEC, topology, compute)
-        for parameter in policy.parameters():
+        model = build_policy(TINY_SPEC, topology, compute)
+        for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
-        trainee = make_trainee(policy, TINY_SPEC, topology, compute, adam)
+        trainee = make_trainee(Policy(model, topology, compute), adam)
         (buffer,) = trainee.model.buffers
         assert (len(buffer.buckets) > 3) == bool(bucket_size)
-        for parameter in policy.parameters():
+        for parameter in model.parameters():
             vars(parameter)["main_grad"].normal_()
         trainee.optimizer.step()
         (stored,) = trainee.sharded_state(loading=False)["optimizer"]["param_state"].values()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -15,8 +18,27 @@ class Clock:
 
 
 class Terminal(io.StringIO):
+    writes = 0
+
     def isatty(self) -> bool:
         return True
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        return super().write(text)
+
+
+@pytest.fixture(autouse=True)
+def screen(monkeypatch):
+    """What rich reads of the terminal that the tests are started in."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def seen(line: str) -> str:
+    """A line without its colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", line)
 
 
 def test_log_gets_a_line_every_ten_seconds_and_a_last_one():
@@ -48,7 +70,7 @@ def test_terminal_rewrites_one_line():
     shown = text.rstrip("\n").split("\r")
     assert shown[0] == ""
     assert len(shown) == 4
-    assert shown[-1].startswith("rollout: 4/4 prompts  100%  1.3 prompts/s  tokens_per_second 12,346")
+    assert seen(shown[-1]).startswith("rollout: ━━━━━━━━━━ 4/4 prompts  100%  1.3 prompts/s  tokens_per_second 12,346")
     assert "ETA" not in shown[-1]
 
 
@@ -60,7 +82,57 @@ def test_a_shorter_line_covers_the_longer_one():
     clock.now += 1
     progress.advance(1, note="b")
     first, second = stream.getvalue().split("\r")[1:]
-    assert len(second) >= len(first.rstrip())
+    assert len(seen(second)) >= len(seen(first).rstrip())
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (
+            110,
+            "align: ━━━           1200/5000 steps  24%  2.0 s/step  ETA 2:06:40  loss 0.6931  tokens_per_second 12345",
+        ),
+        (80, "align: ━━         1200/5000 steps  24%  2.0 s/step  ETA 2:06:40  loss 0.6931"),
+        (59, "align: 1200/5000 steps  24%  2.0 s/step  ETA 2:06:40"),
+        (40, "align: 1200/5000 steps  24%  ETA 2:06:40"),
+        (39, "align: 1200/5000 steps  24%"),
+        (26, "align: 1200/5000 steps"),
+        (12, "align: 1200/"),
+    ],
+)
+def test_a_terminal_gets_what_fits_and_every_line_fills_the_width(monkeypatch, columns, line):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")  # the missing part of the bar is blank then
+    clock, stream = Clock(), Terminal()
+    progress = Progress("align", 5000, "steps", enabled=True, initial=1190, stream=stream, clock=clock)
+    clock.now += 20
+    progress.advance(10, loss="0.6931", tokens_per_second="12345")
+    _, drawn = stream.getvalue().split("\r")
+    assert seen(drawn) == line.ljust(columns)  # what others print begins on the next row
+    assert stream.writes == 1  # nothing to see between two states
+
+
+def test_done_and_missing_differ_where_there_are_sixteen_colours(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    clock, stream = Clock(), Terminal()
+    progress = Progress("x", 2, "steps", enabled=True, stream=stream, clock=clock)
+    clock.now += 1
+    progress.advance(1)
+    clock.now += 1
+    progress.advance(1)
+    half, whole = (re.findall(r"\x1b\[(\d+)m[━╸╺]", line) for line in stream.getvalue().split("\r")[1:])
+    assert half[0] not in half[1:]
+    assert whole == half[:1]
+
+
+def test_a_log_needs_no_rich():
+    program = """
+import io, sys
+from exo_megatron.utils.progress import Progress
+Progress("x", 2, "steps", enabled=True, stream=io.StringIO()).close()
+print(sorted({"rich", "torch"} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_rate_follows_the_last_half_minute():

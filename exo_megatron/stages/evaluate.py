@@ -1,0 +1,108 @@
+"""The `evaluate` stage: reward and KL of checkpoints, as numbers, as a picture and as a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from exo_megatron.config.sections import RewardConfig
+from exo_megatron.config.stages import EvaluateConfig
+from exo_megatron.data.candidates import CandidateRecord, write_candidates
+from exo_megatron.evaluation.estimates import Estimate, estimate
+from exo_megatron.evaluation.picture import draw_frontier
+from exo_megatron.evaluation.report import render_report
+from exo_megatron.evaluation.samples import Compared, Sampler
+from exo_megatron.evaluation.targets import Plan, make_plan
+from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.rewards.build import build_reward
+from exo_megatron.rewards.records import score_records
+from exo_megatron.rewards.source import RewardSource
+from exo_megatron.utils.files import write_json, write_text
+
+EVALUATION_FILE = "evaluation.json"
+PICTURE_FILE = "frontier.png"
+REPORT_FILE = "report.html"
+SAMPLES_DIRECTORY = "samples"
+
+
+def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
+    """Write evaluation.json, frontier.png, report.html and all samples with rewards.
+
+    Collective over the world. Every checkpoint draws sampling.candidates candidates for each
+    prompt. Errors in checkpoints, prompts, sizes and the reward source are raised before the first
+    model is loaded.
+    """
+    plan = make_plan(config)
+    source = build_reward(config.reward, runtime.device)
+    estimates: list[Estimate] = []
+    last: dict[str, Sequence[CandidateRecord]] = {}
+    with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
+        for compared, scored in _score_all(
+            Sampler(config, plan, topology, runtime).run(), source, config.reward, runtime
+        ):
+            target = compared.drawn.target
+            found = estimate(target.name, target.step, scored, compared.drawn.logprobs, compared.reference_logprobs)
+            write_candidates(_samples_file(config.output, found), scored)
+            print(_line(found), flush=True)
+            estimates.append(found)
+            last[target.name] = scored
+    if runtime.is_main:
+        _write_results(config, describe_settings(config, plan), estimates, last)
+
+
+def _score_all(
+    compared: Iterator[Compared], source: RewardSource, reward: RewardConfig, runtime: Runtime
+) -> Iterator[tuple[Compared, list[CandidateRecord]]]:
+    """Yield every checkpoint's samples with rewards: all ranks do the work, rank 0 gets them."""
+    for each in compared:
+        scored = score_records(each.drawn.records, source, runtime, batch_size=reward.batch_size)
+        if scored is not None:
+            yield each, scored
+
+
+def describe_settings(config: EvaluateConfig, plan: Plan) -> dict[str, object]:
+    """Return the settings that another evaluation must share with this one to be comparable."""
+    return {
+        "reference": str(plan.reference.source.path),
+        "data": config.data.path,
+        "prompts": len(plan.prompts),
+        "samples": config.sampling.candidates,
+        "temperature": config.sampling.temperature,
+        "top_p": config.sampling.top_p,
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "seed": config.seed,
+        "reward": config.reward.function or str(config.reward.path),
+    }
+
+
+def _samples_file(output: Path, found: Estimate) -> Path:
+    name = found.name if found.step is None else f"{found.name}-step-{found.step:08d}"
+    return output / SAMPLES_DIRECTORY / f"{name}.jsonl"
+
+
+def _line(found: Estimate) -> str:
+    name = found.name if found.step is None else f"{found.name} step {found.step}"
+    return (
+        f"{name}: reward {found.reward:.4f} ± {found.reward_stderr:.4f}, "
+        f"KL {found.kl:.4f} ± {found.kl_stderr:.4f} nats ({found.prompts} prompts x {found.samples} samples)"
+    )
+
+
+def _write_results(
+    config: EvaluateConfig,
+    settings: Mapping[str, object],
+    estimates: Sequence[Estimate],
+    last: Mapping[str, Sequence[CandidateRecord]],
+) -> None:
+    write_json(config.output / EVALUATION_FILE, {"settings": settings, "checkpoints": [asdict(e) for e in estimates]})
+    draw_frontier(estimates, config.output / PICTURE_FILE)
+    page = render_report(
+        estimates,
+        last,
+        picture=(config.output / PICTURE_FILE).read_bytes(),
+        settings=settings,
+        shown_prompts=config.sample_texts,
+    )
+    write_text(config.output / REPORT_FILE, page)

@@ -1,0 +1,271 @@
+"""Functions that run one stage, or a workflow in one distributed job without complete stages."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from exo_megatron import __version__
+from exo_megatron.config.document import config_digest, render_config
+from exo_megatron.config.stages import (
+    COMPLETE_FILE,
+    CONFIG_FILE,
+    STARTED_FILE,
+    ExportConfig,
+    ImportConfig,
+    StageConfig,
+    status_directory,
+)
+from exo_megatron.config.workflow import PlannedStage, Workflow
+from exo_megatron.errors import ConfigError, DataError
+from exo_megatron.parallel.ending import leaving_together, on_main
+from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.utils.files import read_json, write_json, write_text
+from exo_megatron.utils.progress import show_duration
+
+T = TypeVar("T")
+
+STAGE_FUNCTIONS = {
+    "import": "exo_megatron.stages.import_hf:run_import",
+    "sft": "exo_megatron.stages.sft:run_sft",
+    "rollout": "exo_megatron.stages.rollout:run_rollout",
+    "score": "exo_megatron.stages.score:run_score",
+    "align": "exo_megatron.stages.align:run_align",
+    "evaluate": "exo_megatron.stages.evaluate:run_evaluate",
+    "export": "exo_megatron.stages.export_hf:run_export",
+}
+"""Stage -> its function.
+
+Each is imported only when the stage runs, because it brings torch and more with it.
+"""
+
+RUN_FILE = "run.yaml"
+
+
+def run_stage(stage: str, config: StageConfig) -> None:
+    """Join the world of the launcher and run one stage in it."""
+    digest = config_digest(config)
+    with distributed_runtime() as runtime, leaving_together(runtime):
+        check_agreement(digest, runtime)
+        if on_main(runtime, lambda: is_complete(config, digest)):
+            done = f"complete already in {config.output} with this configuration"
+            say(runtime, f"{stage}: {done}, nothing to do; remove it to run it again")
+        else:
+            execute_stage(stage, stage, config, digest, runtime)
+
+
+def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runtime: Runtime) -> None:
+    """Write `config.yaml`, do the stage's work on all ranks, and write `stage.json`.
+
+    Collective over the world.
+
+    Args:
+        name: name of the stage in the lines printed on rank 0.
+        stage: kind of the stage.
+        config: its configuration.
+        digest: identifies the configuration in the files written.
+        runtime: the world.
+    """
+    text = render_config(config)
+    begin = partial(begin_stage, status_directory(config), stage, config_text=text, digest=digest)
+    on_main(runtime, lambda: writing(config.output, begin))
+    say(runtime, f"{name}: started, output in {config.output}")
+    started = time.monotonic()
+    load_function(STAGE_FUNCTIONS[stage])(config, runtime)
+    runtime.barrier()
+    on_main(runtime, lambda: writing(config.output, partial(complete_stage, status_directory(config), stage, digest)))
+    say(runtime, f"{name}: done in {show_duration(time.monotonic() - started)}")
+
+
+def run_conversion(config: ImportConfig | ExportConfig) -> int:
+    """Convert like the stage, without its files (for `tools/`), and return the exit code."""
+    stage = "import" if isinstance(config, ImportConfig) else "export"
+    with distributed_runtime(models=config.verify) as runtime, leaving_together(runtime):
+        check_agreement(config_digest(config), runtime)
+        load_function(STAGE_FUNCTIONS[stage])(config, runtime)
+        say(runtime, f"wrote {config.output}")
+    return 0
+
+
+def check_agreement(digest: str, runtime: Runtime) -> None:
+    """Raise ConfigError on all ranks if they were started with different settings or versions.
+
+    Collective over the world.
+    """
+    seen = runtime.gather_objects((digest, __version__))
+    on_main(runtime, lambda: _compare(seen or []))
+
+
+def run_workflow(workflow: Workflow) -> None:
+    """Join the world of the launcher and run the stages in it."""
+    text = workflow.render()
+    with distributed_runtime() as runtime, leaving_together(runtime):
+        check_agreement(hashlib.sha256(text.encode("utf-8")).hexdigest(), runtime)
+        on_main(runtime, lambda: writing(workflow.output, lambda: write_text(workflow.output / RUN_FILE, text)))
+        for stage in workflow.stages:
+            run_planned_stage(stage, workflow, runtime)
+
+
+def run_planned_stage(stage: PlannedStage, workflow: Workflow, runtime: Runtime) -> None:
+    """Run a stage unless it is complete with this configuration and these upstream stages.
+
+    Collective over the world. A stage that was interrupted is resumed in its directory. Output that
+    another configuration left there is set aside. Stages downstream lose their completion before
+    this one starts, so that they run again even if the run is interrupted in between.
+    """
+    output = stage.config.output
+    if on_main(runtime, lambda: is_complete(stage.config, stage.digest)):
+        say(runtime, f"{stage.name}: complete already, skipped")
+        return
+    kept = on_main(runtime, lambda: writing(output, lambda: _make_way(stage, workflow)))
+    if kept is not None:
+        say(runtime, f"{stage.name}: its configuration or inputs changed; the earlier output is kept in {kept}")
+    execute_stage(stage.name, stage.stage, stage.config, stage.digest, runtime)
+    _free_memory(runtime)
+
+
+def _make_way(stage: PlannedStage, workflow: Workflow) -> Path | None:
+    """Mark downstream stages as stale, and move stale output away; returns its new path, if any."""
+    for each in workflow.downstream(stage.name):
+        mark_stale(status_directory(each.config))
+    status = status_directory(stage.config)
+    if read_status(status).started in (None, stage.digest):
+        return None
+    if status != stage.config.output:
+        set_aside(status)
+    return set_aside(stage.config.output) if stage.config.output.exists() else None
+
+
+def _free_memory(runtime: Runtime) -> None:
+    """Free the memory of a stage's model; modules and their hooks refer to each other in cycles."""
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def writing(output: Path, work: Callable[[], T]) -> T:
+    """Run work on a stage's output directory; failures of the file system become ConfigError."""
+    try:
+        return work()
+    except OSError as error:
+        raise ConfigError(
+            f"output {output}",
+            f"cannot be written ({error.strerror}: {error.filename})",
+            expected="a directory that can be made and written, with space left",
+            fix="choose another output, or make room",
+        ) from None
+
+
+def load_function(target: str) -> Callable[[StageConfig, Runtime], None]:
+    """Import the function that `package.module:name` stands for."""
+    module, _, name = target.partition(":")
+    function: Callable[[StageConfig, Runtime], None] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def say(runtime: Runtime, text: str) -> None:
+    """Print a line on rank 0."""
+    if runtime.is_main:
+        print(text, flush=True)
+
+
+def _compare(seen: Sequence[tuple[str, str]]) -> None:
+    for rank, each in enumerate(seen):
+        if each != seen[0]:
+            what = "configuration" if each[0] != seen[0][0] else "version of exo-megatron"
+            raise ConfigError(
+                f"rank {rank}",
+                f"its {what} differs from that of rank 0",
+                expected="the same on all ranks",
+                fix="start all ranks with the same files and settings",
+            )
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Digests of the configurations with which an output directory was begun and completed."""
+
+    started: str | None
+    completed: str | None
+
+
+def begin_stage(output: Path, stage: str, *, config_text: str, digest: str) -> None:
+    """Write `config.yaml` and remove the mark of completion. Called by one process.
+
+    Args:
+        output: directory of the stage.
+        stage: kind of the stage.
+        config_text: the resolved configuration, as YAML.
+        digest: of the configuration and, in a `run`, of the stages that it depends on.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    withdraw_completion(output)
+    write_text(output / CONFIG_FILE, config_text)
+    write_json(output / STARTED_FILE, {"stage": stage, "config_digest": digest})
+
+
+def complete_stage(output: Path, stage: str, digest: str) -> None:
+    """Write `stage.json`, the last file of the stage.
+
+    Called by one process, after all have ended their work.
+    """
+    write_json(output / COMPLETE_FILE, {"stage": stage, "status": "complete", "config_digest": digest})
+
+
+def withdraw_completion(output: Path) -> None:
+    """Remove the mark of completion, so that a stage counts as incomplete."""
+    (output / COMPLETE_FILE).unlink(missing_ok=True)
+
+
+def mark_stale(output: Path) -> None:
+    """Mark a directory that was begun as belonging to inputs that have changed."""
+    withdraw_completion(output)
+    if (output / STARTED_FILE).exists():
+        write_json(output / STARTED_FILE, {"stage": None, "config_digest": "stale"})
+
+
+def set_aside(output: Path) -> Path:
+    """Rename a directory to `NAME.old-N` with the first free N, and return the new path."""
+    number = 1
+    while (kept := output.with_name(f"{output.name}.old-{number}")).exists():
+        number += 1
+    output.rename(kept)
+    return kept
+
+
+def is_complete(config: StageConfig, digest: str) -> bool:
+    """Tell whether the output is there and was completed with this digest.
+
+    An export's status outlives its output.
+    """
+    return completed_digest(status_directory(config)) == digest and config.output.is_dir()
+
+
+def completed_digest(output: Path) -> str | None:
+    """Read the digest of the configuration that a stage was completed with, or None."""
+    return _digest(output / COMPLETE_FILE)
+
+
+def read_status(output: Path) -> StageStatus:
+    """Read the status of a directory; a missing or damaged file counts as none."""
+    return StageStatus(started=_digest(output / STARTED_FILE), completed=completed_digest(output))
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        record = read_json(path)
+    except DataError:
+        return None
+    if not isinstance(record, dict) or record.get("status", "complete") != "complete":
+        return None
+    digest = record.get("config_digest")
+    return digest if isinstance(digest, str) else None

@@ -1,0 +1,35 @@
+"""Products that are not rounded to half precision, and never copy what is already wide enough."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exo_megatron.models.numerics import add_product_, multiplicand, product
+
+
+@pytest.mark.parametrize("shape", [((5, 300), (300, 7)), ((2, 5, 300), (2, 300, 7))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_result_is_wide(shape: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, generator=generator).to(dtype) for size in shape)
+    result = product(left, right)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = left.double() @ right.double()
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_wide_multiplicands_are_not_copied() -> None:
+    for dtype in (torch.float32, torch.float64):
+        matrix = torch.ones(2, 2, dtype=dtype)
+        assert multiplicand(matrix) is matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_adding_a_product(dtype: torch.dtype) -> None:
+    """A fresh total may hold anything before, not-a-numbers too."""
+    left, right = torch.randn(5, 30).to(dtype), torch.randn(30, 7).to(dtype)
+    total = torch.full((5, 7), float("nan"), dtype=product(left, right).dtype)
+    add_product_(total, left, right, fresh=True)
+    add_product_(total, left, right)
+    torch.testing.assert_close(total, 2 * product(left, right))

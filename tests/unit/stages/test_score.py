@@ -1,0 +1,173 @@
+"""The score stage: shares of ranks, order, stored files, and rewards that are not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exo_megatron.config.sections import RewardConfig
+from exo_megatron.config.stages import ScoreConfig
+from exo_megatron.data.candidates import Candidate, CandidateRecord, read_candidates, write_candidates
+from exo_megatron.data.logprob_source import LogprobSource
+from exo_megatron.errors import DataError, RewardError
+from exo_megatron.rewards.records import score_records
+from exo_megatron.stages.score import run_score, summarize_rewards
+from exo_megatron.utils.files import read_json, write_json
+
+
+@dataclass
+class FakeRuntime:
+    """One rank of a world whose ranks run one after another, rank 0 last, and leave what they gather in `inbox`."""
+
+    rank: int
+    world_size: int
+    inbox: dict[int, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        self.inbox[self.rank] = value
+        return [self.inbox[rank] for rank in range(self.world_size)] if self.is_main else None
+
+
+class Lengths:
+    """Rewards a completion by its length, and remembers how it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], list[str]]] = []
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        self.calls.append((list(prompts), list(completions)))
+        return [100.0 * len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def records(count: int) -> list[CandidateRecord]:
+    """Record i has a prompt of i + 1 letters and 1 to 3 candidates."""
+    return [
+        CandidateRecord(
+            id=f"r{i}",
+            prompt="p" * (i + 1),
+            prompt_ids=(1, 5),
+            candidates=tuple(Candidate("c" * (k + i), (7, 2), True, -1.5, f"digest {k}") for k in range(i % 3 + 1)),
+            logprob_source=LogprobSource(fingerprint="f", temperature=0.8, precision="fp32"),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_every_candidate_gets_its_own_reward(world_size: int, batch_size: int) -> None:
+    given = records(5)
+    inbox: dict[int, Any] = {}
+    source = Lengths()
+    for rank in reversed(range(world_size)):
+        runtime: Any = FakeRuntime(rank, world_size, inbox)
+        scored = score_records(given, source, runtime, batch_size=batch_size)
+        assert (scored is None) == (rank > 0)
+    assert scored == [
+        replace(r, rewards=tuple(100.0 * len(r.prompt) + len(c.text) for c in r.candidates)) for r in given
+    ]
+    asked = [completion for _, completions in source.calls for completion in completions]
+    assert len(asked) == sum(len(r.candidates) for r in given)
+    assert all(len(prompts) <= batch_size for prompts, _ in source.calls)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_named(value: float) -> None:
+    class Broken:
+        def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+            return [value if prompt == "ppp" and completion == "cccc" else 0.0 for prompt, completion in
+                    zip(prompts, completions, strict=True)]  # fmt: skip
+
+    runtime: Any = FakeRuntime(0, 1, {})
+    with pytest.raises(RewardError) as caught:
+        score_records(records(3), Broken(), runtime, batch_size=2)
+    assert caught.value.where == "record 'r2', candidate 2"
+    assert str(value) in caught.value.problem
+
+
+def word_count(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The reward function of the test below."""
+    return [float(len((p + c).split())) for p, c in zip(prompts, completions, strict=True)]
+
+
+def score_config(tmp_path: Path, candidates: Path) -> ScoreConfig:
+    reward = RewardConfig(function=f"{__name__}:word_count", batch_size=2)
+    return ScoreConfig(output=tmp_path / "scored", candidates=candidates, reward=reward)
+
+
+def test_stage_writes_rewards_rollout_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [replace(r, candidates=tuple(replace(c, text=f" {c.text} x") for c in r.candidates)) for r in records(3)]
+    write_candidates(tmp_path / "rollout" / "candidates.jsonl", given)
+    write_json(tmp_path / "rollout" / "rollout.json", {"temperature": 0.8})
+    runtime: Any = FakeRuntime(0, 1, {})
+    run_score(score_config(tmp_path, tmp_path / "rollout"), runtime)
+    scored = read_candidates(tmp_path / "scored")
+    # The first candidate of record 0 has the empty text "" between its spaces.
+    assert [r.rewards for r in scored] == [(2.0,), (3.0, 3.0), (3.0, 3.0, 3.0)]
+    assert [replace(r, rewards=None) for r in scored] == given
+    assert read_json(tmp_path / "scored" / "rollout.json") == {"temperature": 0.8}
+    assert read_json(tmp_path / "scored" / "score.json") == summarize_rewards(scored)
+    assert "6 candidates of 3 prompts: mean 2.8333" in capsys.readouterr().out
+
+
+def test_candidates_of_ones_own_making_have_no_rollout_file(tmp_path: Path) -> None:
+    write_candidates(tmp_path / "mine.jsonl", records(2))
+    runtime: Any = FakeRuntime(0, 1, {})
+    run_score(score_config(tmp_path, tmp_path / "mine.jsonl"), runtime)
+    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == ["candidates.jsonl", "score.json"]
+
+
+def test_summary_by_hand() -> None:
+    groups = [(1.0, 3.0), (2.0, 2.0), (0.0, 0.0), (5.0, 3.0)]
+    scored = [replace(records(2)[1], rewards=group) for group in groups]
+    summary = summarize_rewards(scored)
+    # Mean 16 / 8; squared deviations 1 + 1 + 0 + 0 + 4 + 4 + 9 + 1 = 20.
+    assert summary == {
+        "prompts": 4,
+        "candidates": 8,
+        "reward_mean": 2.0,
+        "reward_std": pytest.approx(math.sqrt(20 / 8)),
+        "equal_share": 0.5,
+    }
+
+
+def test_written_completions_are_scored_and_ready_for_align(tmp_path: Path) -> None:
+    """Completions of the user's own making, in the format that `load_groups` reads with rewards."""
+    lines = [{"prompt": "a b", "completions": [" c d e", " f"]}, {"id": "x", "prompt": "g", "completions": [" h i"]}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reward = RewardConfig(kind="function", function=f"{__name__}:word_count")
+    runtime: Any = FakeRuntime(0, 1, {})
+    run_score(ScoreConfig(output=tmp_path / "out", candidates=tmp_path / "mine.jsonl", reward=reward), runtime)
+    stored = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
+    assert stored == [
+        {"id": "line-1", "prompt": "a b", "completions": [" c d e", " f"], "rewards": [5.0, 3.0]},
+        {"id": "x", "prompt": "g", "completions": [" h i"], "rewards": [3.0]},
+    ]
+
+
+def test_chat_messages_cannot_be_scored_as_text(tmp_path: Path) -> None:
+    line = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completions": [[{"role": "assistant", "content": "b"}]],
+    }
+    (tmp_path / "chat.jsonl").write_text(json.dumps(line) + "\n")
+    reward = RewardConfig(kind="function", function=f"{__name__}:word_count")
+    runtime: Any = FakeRuntime(0, 1, {})
+    config = ScoreConfig(output=tmp_path / "out", candidates=tmp_path / "chat.jsonl", reward=reward)
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: prompt and completions are chat messages"):
+        run_score(config, runtime)

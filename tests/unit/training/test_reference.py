@@ -1,0 +1,96 @@
+"""Reference log-probs: those of the data are used, missing ones computed once and found again bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exo_megatron.data.groups import Group
+from exo_megatron.data.logprob_source import LogprobSource
+from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.training.reference import REFERENCE_FILE, complete_groups, read_stored, store_logprobs
+from exo_megatron.utils.progress import Progress
+
+SOURCE = LogprobSource(fingerprint="f", temperature=0.8, precision="fp32")
+BARE = [Group("a", (3,), ((4, 2), (5, 2))), Group("b", (6,), ((7, 2), (8, 2), (9, 2)))]
+LOGPS = [(-1.0 / 3.0, -123.456789012345678), (-0.1, -1e-17, -800.0000000001)]
+COMPLETE = [replace(group, reference_logprobs=logps) for group, logps in zip(BARE, LOGPS, strict=True)]
+
+
+class KnownReference:
+    """Stands for a reference model, without one."""
+
+    def complete(self, groups: list[Group], progress: Progress | None = None) -> list[Group]:
+        assert groups == BARE
+        return COMPLETE
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    with distributed_runtime() as runtime:
+        yield runtime
+
+
+def test_written_and_read_again(tmp_path: Path, runtime: Runtime) -> None:
+    assert read_stored(tmp_path, SOURCE, BARE) is None
+    assert store_logprobs(tmp_path, SOURCE, KnownReference().complete, BARE, runtime) == COMPLETE
+    assert read_stored(tmp_path, SOURCE, BARE) == COMPLETE
+
+
+@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"temperature": 1.0}, {"precision": "bf16"}])
+def test_another_reference_temperature_or_precision_is_computed_again(
+    other: dict[str, object], tmp_path: Path, runtime: Runtime
+) -> None:
+    store_logprobs(tmp_path, SOURCE, KnownReference().complete, BARE, runtime)
+    assert read_stored(tmp_path, replace(SOURCE, **other), BARE) is None
+
+
+def test_other_data_are_computed_again(tmp_path: Path, runtime: Runtime) -> None:
+    store_logprobs(tmp_path, SOURCE, KnownReference().complete, BARE, runtime)
+    changed = replace(BARE[0], candidates=((4, 2), (6, 2)))
+    assert read_stored(tmp_path, SOURCE, [changed, BARE[1]]) is None
+
+
+STORED = [replace(group, reference_logprobs=(-7.0,) * len(group.candidates)) for group in BARE]
+
+
+class LastIsMissing:
+    """A reference that knows the second group only, and is asked for nothing else."""
+
+    def complete(self, groups: list[Group], progress: Progress | None = None) -> list[Group]:
+        assert groups == BARE[1:]
+        return COMPLETE[1:]
+
+
+def refuse() -> Any:
+    raise AssertionError("a reference model was loaded")
+
+
+def test_no_model_is_loaded_where_the_data_have_all(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complete_groups(STORED, tmp_path, SOURCE, refuse, runtime) == STORED
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 stored with the data\n"
+
+
+def test_computed_once_where_the_data_have_none(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complete_groups(BARE, tmp_path, SOURCE, lambda: KnownReference().complete, runtime) == COMPLETE
+    assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 computed by this run\n"
+    assert complete_groups(BARE, tmp_path, SOURCE, refuse, runtime) == COMPLETE
+    assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 computed by this run earlier\n"
+
+
+def test_what_is_missing_is_computed_and_nothing_else(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = [STORED[0], BARE[1]]
+    for load in (lambda: LastIsMissing().complete, refuse):
+        assert complete_groups(mixed, tmp_path, SOURCE, load, runtime) == [STORED[0], COMPLETE[1]]
+        assert "of 2 groups: 1 stored with the data, 1 computed by this run" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [REFERENCE_FILE]
