@@ -67,7 +67,7 @@ _RUN_NOTES = (
 
 
 def _settings_help(command: str, section: type[Section], notes: list[str]) -> str:
-    head = [f"usage: exo-megatron {command} --config FILE [key=value ...]", "", summary(command), "", *notes]
+    head = [f"usage: exo-megatron {command} [--config FILE] [key=value ...]", "", summary(command), "", *notes]
     keys = [line for each in describe_keys(section) for line in _key_lines(each)]
     return "\n".join([*head, "Keys of FILE, which key=value replaces (values are YAML):", "", *keys, ""])
 

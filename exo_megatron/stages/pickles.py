@@ -49,7 +49,7 @@ def _check_alone() -> None:
     launch = detect_launch()
     if launch.world_size > 1:
         raise ConfigError(
-            "pickle_to_safetensors",
+            "pickles",
             f"{launch.world_size} processes were started ({launch.launcher})",
             expected="one process",
             fix="start it with python alone",

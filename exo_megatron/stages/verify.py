@@ -126,7 +126,7 @@ def _check_processes(cut: ParallelConfig, world_size: int) -> None:
     size = cut.processes
     if world_size % size:
         raise TopologyError(
-            f"--tensor {cut.tensor} --pipeline {cut.pipeline} --expert {cut.expert}",
+            f"tensor {cut.tensor}, pipeline {cut.pipeline}, expert {cut.expert}",
             f"cut the model into {size} parts, which is no divisor of {world_size}, the number of processes",
             expected=f"{size} processes, or a multiple",
             fix=f"start it with torchrun --nproc-per-node {size}, srun or mpirun, or change the three sizes",

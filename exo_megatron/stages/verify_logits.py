@@ -132,7 +132,10 @@ def _read_records(path: Path) -> list[SourceRecord]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            str(path), f"cannot be read ({error})", expected="a text file, or JSONL", fix="correct --prompts"
+            str(path),
+            f"cannot be read ({error})",
+            expected="a text file, or JSONL",
+            fix="correct the path",
         ) from None
     records = [
         SourceRecord(f"{path}:{number}", f"line-{number}", {"prompt": line})
@@ -140,7 +143,7 @@ def _read_records(path: Path) -> list[SourceRecord]:
         if line.strip()
     ]
     if not records:
-        raise DataError(str(path), "holds no prompt", expected="a prompt in every line", fix="correct --prompts")
+        raise DataError(str(path), "holds no prompt", expected="a prompt in every line", fix="add prompts")
     return records
 
 

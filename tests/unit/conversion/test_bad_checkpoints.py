@@ -227,7 +227,7 @@ CUTS: dict[str, tuple[Damage, dict[str, int], str]] = {
     "processes": (
         lambda checkpoint: None,
         {"tensor": 2, "pipeline": 2},
-        r"--tensor 2 --pipeline 2 --expert 1: .* 4 parts, which is no divisor of 1, .*torchrun --nproc-per-node 4",
+        r"tensor 2, pipeline 2, expert 1: .* 4 parts, which is no divisor of 1, .*torchrun --nproc-per-node 4",
     ),
 }
 

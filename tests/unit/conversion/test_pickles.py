@@ -144,7 +144,7 @@ def test_several_processes_are_refused_in_one_line(
     assert pickle_to_safetensors.main(["--hf", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()
     assert [line.partition("; ")[0] for line in said] == [
-        "exo-megatron: pickle_to_safetensors: 2 processes were started (torchrun)"
+        "exo-megatron: pickles: 2 processes were started (torchrun)"
     ] * lines
 
 
