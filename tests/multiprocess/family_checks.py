@@ -94,7 +94,7 @@ def outputs_of_models(
     candidates: Sequence[Sequence[Sequence[int]]],
     temperature: float,
 ) -> dict[str, Outputs | Refused | None]:
-    """By name: one packed row through each converted checkpoint, as in training and reference scoring."""
+    """By name: one packed micro-batch through each converted checkpoint, as in training and reference scoring."""
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
         layout = build_layout(prompts, candidates, multiple=topology.token_multiple)
         return {
@@ -143,7 +143,7 @@ def generate_and_score(
     sampling: dict[str, Any],
     seed: int,
 ) -> dict[str, list[list[Generated]] | Refused]:
-    """By name: candidates of every prompt drawn through the KV cache, and scored in a packed row without it."""
+    """By name: candidates of every prompt drawn through the KV cache, and scored in a packed micro-batch without it."""
     settings = SamplingConfig(**sampling)
     asked = [Prompt(id=f"prompt-{i}", text="", ids=tuple(ids)) for i, ids in enumerate(prompts)]
     with model_parallel(runtime, ParallelConfig(), seed=0) as topology:

@@ -250,7 +250,7 @@ def test_outputs(place: Place, outcomes: dict[str, Outcome]) -> None:
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_decoding_agrees_with_scoring_and_the_reference(name: str, outcomes: dict[str, Outcome]) -> None:
-    """Log-probs from the KV cache, of a packed row, and of the reference's lone rows, for the same tokens."""
+    """Log-probs from the KV cache, of a packed micro-batch, and of single sequences of the reference."""
     for candidate, wanted in generated(name, outcomes["generate"].values()[0][name]):
         assert candidate.logprob == pytest.approx(wanted, abs=TOLERANCE)
         assert candidate.scored == pytest.approx(wanted, abs=TOLERANCE)
