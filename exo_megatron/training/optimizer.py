@@ -29,12 +29,21 @@ STATE_METADATA: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Trainee:
-    """A policy under training: its data-parallel wrapper, and this rank's part of the optimizer."""
+    """A policy under training.
+
+    Attributes:
+        policy: the policy.
+        model: its data-parallel wrapper.
+        optimizer: this rank's part of the optimizer.
+        weight_decay: of the parameters that have it.
+        accumulators: autograd nodes that run the wrapper's hooks when a gradient is complete.
+    """
 
     policy: Policy
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     weight_decay: float
+    accumulators: tuple[object, ...]
 
     @property
     def uses_torch_adam(self) -> bool:
@@ -99,10 +108,23 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     optimizer = get_megatron_optimizer(settings, [model])
     _fuse_torch_adam(optimizer)
     add_gradients_in_place(module)
-    module.config.grad_scale_func = optimizer.scale_loss
+    # No grad_scale_func: fp32 and bf16 scale by 1, and it would make the model refer to the optimizer,
+    # whose fp32 shards refer by their autograd graph to the model's hooks (see _take_accumulators).
     module.config.finalize_model_grads_func = finalize_model_grads
     module.config.no_sync_func = model.no_sync
-    return Trainee(policy, model, optimizer, config.weight_decay)
+    return Trainee(policy, model, optimizer, config.weight_decay, _take_accumulators(model))
+
+
+def _take_accumulators(model: DistributedDataParallel) -> tuple[object, ...]:
+    """Take the autograd nodes with megatron-core's hooks out of the wrapper's hands.
+
+    A hook refers to the wrapper. If the wrapper owned the nodes, the two would keep each other, the
+    weights, the optimizer state and the process groups for ever: Python's collector does not see
+    references of autograd. A workflow would then hold the models of all its stages at once.
+    """
+    accumulators = tuple(model.grad_accs)
+    model.grad_accs.clear()
+    return accumulators
 
 
 def _keep_padding_between_buckets(model: DistributedDataParallel) -> None:

@@ -1,8 +1,10 @@
-"""What a checkpoint takes of the optimizer is each parameter's own state, also where gradients have several buckets."""
+"""The optimizer: its state in a checkpoint is that of each parameter, and a trained model is freed with it."""
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import weakref
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -55,3 +57,19 @@ def test_state_of_every_parameter(bucket_size: int | None, monkeypatch: pytest.M
                 "exp_avg_sq": (1 - BETA2) * gradient**2,
             }.items():
                 torch.testing.assert_close(stored[number][kind].data, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_trained_model_is_freed(precision: Literal["fp32", "bf16"]) -> None:
+    """A workflow trains several models in one process: nothing may keep one of them after its stage."""
+    compute = ComputeConfig(precision=precision)
+    with distributed_runtime() as runtime, model_parallel(runtime, ParallelConfig(), seed=0) as topology:
+        model = build_policy(TINY_SPEC, topology, compute)
+        trainee = make_trainee(Policy(model, topology, compute), OptimizerConfig())
+        sum(parameter.sum() for parameter in model.parameters()).backward()
+        assert all(vars(parameter)["main_grad"].count_nonzero() for parameter in model.parameters())
+        trainee.optimizer.step()
+        kept = weakref.ref(model), weakref.ref(trainee.optimizer)
+        del model, trainee
+        gc.collect()
+        assert [reference() for reference in kept] == [None, None]
