@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from exo_megatron.losses.objective import RaggedGroups as RaggedGroups
     from exo_megatron.losses.objective import TokenLogps as TokenLogps
     from exo_megatron.losses.objective import group_objective as group_objective
-    from exo_megatron.losses.objective import loss_row as loss_row
+    from exo_megatron.losses.objective import loss_spec as loss_spec
     from exo_megatron.losses.paper import dpo_loss as dpo_loss
     from exo_megatron.losses.paper import dpo_pref_loss as dpo_pref_loss
     from exo_megatron.losses.paper import exo_loss as exo_loss
@@ -59,7 +59,7 @@ _MODULES = {
     "exo_loss": "losses.paper",
     "group_objective": "losses.objective",
     "ipo_pref_loss": "losses.paper",
-    "loss_row": "losses.objective",
+    "loss_spec": "losses.objective",
     "policy_log_probs": "losses.paper",
     "preference_log_target": "losses.paper",
     "reward_log_target": "losses.paper",

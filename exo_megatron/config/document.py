@@ -343,7 +343,7 @@ def config_digest(config: Section, upstream: Mapping[str, str] | None = None) ->
     the digests, by name, of the workflow stages whose output this configuration reads; the result
     depends on them, too.
     """
-    value: object = config.model_dump(mode="json")
+    value: object = json.loads(config.digest_json())
     if upstream:
         value = {"config": value, "upstream": dict(upstream)}
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -9,7 +9,7 @@ Compares = Literal["rewards", "preference"]
 
 
 @dataclass(frozen=True)
-class LossRow:
+class LossSpec:
     """An entry of the table: the source of a loss, and the values that it is computed from.
 
     Attributes:
@@ -31,11 +31,11 @@ class LossRow:
 
 
 LOSSES = {
-    "exo_rw": LossRow("Eq. 15", "rewards", ("beta_pi", "beta_r")),
-    "exo_pref": LossRow("Eq. 18", "preference", ("beta_pi", "label_smoothing")),
-    "dpo_rw": LossRow("Eq. 19", "rewards", ("beta_pi", "beta_r")),
-    "dpo_pref": LossRow("Eq. 7", "preference", ("beta_pi",)),
-    "ipo_pref": LossRow("arXiv 2310.12036, Eq. 17", "preference", ("beta_pi",)),
+    "exo_rw": LossSpec("Eq. 15", "rewards", ("beta_pi", "beta_r")),
+    "exo_pref": LossSpec("Eq. 18", "preference", ("beta_pi", "label_smoothing")),
+    "dpo_rw": LossSpec("Eq. 19", "rewards", ("beta_pi", "beta_r")),
+    "dpo_pref": LossSpec("Eq. 7", "preference", ("beta_pi",)),
+    "ipo_pref": LossSpec("arXiv 2310.12036, Eq. 17", "preference", ("beta_pi",)),
 }
 """The table by kind. losses/objective.py checks at import that it has a function for each kind."""
 
@@ -49,5 +49,5 @@ COMMON_KEYS = ("kind", "temperature", "nll_weight")
 
 def kinds_comparing(compares: Compares) -> str:
     """List the kinds that compare rewards or pairs, for messages."""
-    *others, last = [kind for kind, row in LOSSES.items() if row.compares == compares]
+    *others, last = [kind for kind, spec in LOSSES.items() if spec.compares == compares]
     return f"{', '.join(others)} or {last}" if others else last

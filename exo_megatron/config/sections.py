@@ -6,7 +6,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from exo_megatron.config.losses import FUNCTION, LOSSES, kinds_comparing
 
@@ -28,10 +37,21 @@ def _expand_home(path: Path) -> Path:
 FilePath = Annotated[Path, AfterValidator(_expand_home)]
 
 
+_FOR_DIGEST = "digest"
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def digest_json(self) -> str:
+        """Return the settings as JSON for digests that tell whether two runs are the same work.
+
+        Keys that a later version has added are left out while they have no effect, so that what an
+        earlier version has begun can be resumed.
+        """
+        return self.model_dump_json(context=_FOR_DIGEST)
 
 
 class ParallelConfig(Section):
@@ -185,7 +205,9 @@ class LossConfig(Section):
         description=", ".join(f"{kind}: {row.equation}" for kind, row in LOSSES.items())
         + f"; {FUNCTION}: a loss of your own",
     )
-    function: str | None = Field(default=None, description="package.module:name of a loss; implies kind function")
+    function: str | None = Field(
+        default=None, description="package.module:name of a loss; kind is function if it is not given"
+    )
     beta_pi: PositiveFloat = Field(default=0.5, description="scale of the log-ratio of policy and reference")
     beta_r: PositiveFloat = Field(
         default=0.1, description=f"the rewards are divided by it; {kinds_comparing('rewards')}"
@@ -206,3 +228,11 @@ class LossConfig(Section):
         if isinstance(data, dict) and data.get("function") is not None and "kind" not in data:
             return {**data, "kind": FUNCTION}
         return data
+
+    @model_serializer(mode="wrap")
+    def _without_unused_in_digests(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        """See Section.digest_json."""
+        values = serialize(self)
+        if info.context == _FOR_DIGEST:
+            return {key: value for key, value in values.items() if value or key not in ("function", "nll_weight")}
+        return values

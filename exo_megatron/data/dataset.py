@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from exo_megatron.config.losses import Compares, LossRow
+from exo_megatron.config.losses import Compares, LossSpec, kinds_comparing
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
 from exo_megatron.data.groups import Group
@@ -26,6 +26,9 @@ from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import DataError
 
 Purpose = Literal["sft"] | Compares
+
+TOKEN_LOGPROBS = ("reference_token_logprobs", "behaviour_token_logprobs")
+"""Fields of a record, and of Group, with log-probs of single tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def load_groups(
     purpose: Purpose,
     candidates: int | None = None,
     logprobs: WantedLogprobs | None = None,
-    loss: LossRow | None = None,
+    loss: LossSpec | None = None,
 ) -> list[Group]:
     """Read candidate groups, in the order of the records.
 
@@ -81,7 +84,8 @@ def load_groups(
     Raises:
         DataError: bad records, prompts and candidates over the limits of `config`, empty
             candidates, rewards that are not finite, a wrong number of candidates, preferences
-            between equal rewards, and stored log-probs other than those wanted.
+            between equal rewards, stored log-probs other than those wanted, and log-probs of single
+            tokens in some records only.
     """
     encoder = _Encoder(tokenizer, config, logprobs, loss)
     build: Callable[[SourceRecord], Group] = {
@@ -89,7 +93,11 @@ def load_groups(
         "rewards": lambda record: _rewarded_group(record, encoder, candidates),
         "preference": lambda record: _preference_group(record, encoder, candidates),
     }[purpose]
-    return [build(record) for record in read_records(config.path, split=config.split, limit=config.limit)]
+    records = read_records(config.path, split=config.split, limit=config.limit)
+    groups = [build(record) for record in records]
+    if loss is not None and loss.token_logps:
+        _check_token_logprobs(records, groups)
+    return groups
 
 
 class _Encoder:
@@ -103,7 +111,7 @@ class _Encoder:
         tokenizer: Tokenizer,
         config: DataConfig,
         logprobs: WantedLogprobs | None = None,
-        loss: LossRow | None = None,
+        loss: LossSpec | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
@@ -203,11 +211,8 @@ def _with_loss_fields(record: SourceRecord, group: Group, encoder: _Encoder) -> 
         _check_length(where, "log_weights", len(weights), len(group.candidates))
         group = replace(group, log_weights=weights)
     if loss.token_logps:
-        group = replace(
-            group,
-            reference_token_logprobs=_token_logprobs(record, group, "reference_token_logprobs"),
-            behaviour_token_logprobs=_token_logprobs(record, group, "behaviour_token_logprobs"),
-        )
+        reference, behaviour = (_token_logprobs(record, group, name) for name in TOKEN_LOGPROBS)
+        group = replace(group, reference_token_logprobs=reference, behaviour_token_logprobs=behaviour)
     return group
 
 
@@ -220,6 +225,23 @@ def _token_logprobs(record: SourceRecord, group: Group, name: str) -> tuple[tupl
     for k, (per_token, candidate) in enumerate(zip(values, group.candidates, strict=True)):
         _check_length(record.where, f"{name}[{k}]", len(per_token), len(candidate))
     return values
+
+
+def _check_token_logprobs(records: Sequence[SourceRecord], groups: Sequence[Group]) -> None:
+    """Raise DataError if some records have log-probs of single tokens and others have none.
+
+    The loss would otherwise get them in some micro-batches and not in others.
+    """
+    for name in TOKEN_LOGPROBS:
+        has = [vars(group)[name] is not None for group in groups]
+        if any(has) and not all(has):
+            lacking = records[has.index(False)]
+            raise DataError(
+                lacking.where,
+                f"has no {name!r}, but {records[has.index(True)].where} has",
+                expected="the field in every record, or in none",
+                fix=f"add {name!r} to the record, or remove it from all",
+            )
 
 
 def _check_length(where: str, name: str, found: int, wanted: int) -> None:
@@ -252,7 +274,8 @@ def _best_and_worst(record: SourceRecord, group: Group) -> Group:
             record.where,
             f"all candidates of record {record.id!r} have reward {rewards[best]}, so none is preferred",
             expected="different rewards for a preference loss",
-            fix="remove the record, or use loss.kind exo_rw or dpo_rw, for which equal rewards are legitimate",
+            fix="remove the record, or use a loss.kind for which equal rewards are legitimate: "
+            f"{kinds_comparing('rewards')}",
         )
     _check_different(record, group.candidates[best], group.candidates[worst])
     return group.take((best, worst))
@@ -286,7 +309,7 @@ def _completions_group(record: SourceRecord, encoder: _Encoder) -> Group:
             where,
             "has 'chosen' but no 'completions' with 'rewards'",
             expected="completions and rewards for a reward loss",
-            fix="use loss.kind exo_pref or dpo_pref for preference pairs",
+            fix=f"use loss.kind {kinds_comparing('preference')} for preference pairs",
         )
     prompt = _prompt_of(record)
     completions = completion_texts(where, fields, "completions", prompt=prompt)

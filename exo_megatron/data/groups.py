@@ -65,12 +65,13 @@ def _taken(values: tuple[T, ...] | None, numbers: Sequence[int]) -> tuple[T, ...
 def data_digest(groups: Sequence[Group]) -> str:
     """Compute the SHA-256 of ids, token ids and rewards of the groups, in order.
 
-    Importance weights and log-probs of a behaviour policy are included where groups have them.
+    Importance weights and log-probs of single tokens are included where groups have them.
     """
     digest = hashlib.sha256()
     for group in groups:
         parts: list[object] = [group.id, group.prompt, group.candidates, group.rewards]
-        parts += [each for each in (group.log_weights, group.behaviour_token_logprobs) if each is not None]
+        further = ("log_weights", "reference_token_logprobs", "behaviour_token_logprobs")
+        parts += [(name, vars(group)[name]) for name in further if vars(group)[name] is not None]
         digest.update(repr(tuple(parts)).encode())
     return digest.hexdigest()
 

@@ -84,7 +84,7 @@ class Policy:
             raise ValueError("a policy that draws text must be loaded with its tokenizer")
         return self.tokenizer
 
-    def token_logprobs(self, hidden: Tensor, tokens: PredictedTokens, *, temperature: float) -> Tensor:
+    def token_logprobs(self, hidden: Tensor, tokens: PredictedTokens, *, temperature: float, calls: int = 1) -> Tensor:
         """Compute the log-probs of candidate tokens, in their order; differentiable.
 
         Collective over the tensor group: one all-gather of 2 M + N floats. On the last pipeline
@@ -94,6 +94,7 @@ class Policy:
             hidden: [M, H], output of the last pipeline stage for a layout, or some of its entries.
             tokens: N tokens that these M hidden states predict.
             temperature: logits are divided by it.
+            calls: number of calls before one backward pass, which share the memory.
 
         Returns:
             [N] fp32, in nats. Logits are kept for the backward pass within
@@ -101,7 +102,7 @@ class Policy:
         """
         topology, weight = self.topology, self.model.output_weight()
         shard = VocabShard(topology.tensor_group, topology.tensor_rank, topology.tensor_size, self.spec.vocab_size)
-        memory = self.compute.logits_memory_mib
+        memory = self.compute.logits_memory_mib / calls
         return sharded_logprobs(
             hidden,
             weight,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from exo_megatron.config.losses import FUNCTION, FUNCTION_KEYS, LOSSES, LossRow
+from exo_megatron.config.losses import FUNCTION, FUNCTION_KEYS, LOSSES, Compares, LossSpec
 from exo_megatron.config.sections import LossConfig
-from exo_megatron.errors import ConfigError
+from exo_megatron.errors import ConfigError, ExoError
 from exo_megatron.losses.paper import (
     NO_CANDIDATE,
     dpo_loss,
@@ -23,7 +23,7 @@ from exo_megatron.losses.paper import (
     preference_log_target,
     reward_log_target,
 )
-from exo_megatron.utils.functions import load_user_function
+from exo_megatron.utils.functions import innermost_frame, load_user_function
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ LossFunction: TypeAlias = Callable[[LossInputs], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: its row of the table in config/losses.py, and its function."""
+    """A loss: its entry of the table in config/losses.py, and its function."""
 
-    row: LossRow
+    spec: LossSpec
     function: LossFunction
 
     def __call__(self, inputs: LossInputs) -> Tensor:
@@ -133,36 +133,71 @@ _FUNCTIONS: Mapping[str, LossFunction] = {
 }
 
 
-def join_table(rows: Mapping[str, LossRow], functions: Mapping[str, LossFunction]) -> dict[str, Loss]:
-    """Join each row with its function. Raises RuntimeError for a kind that lacks either."""
-    lonely = rows.keys() ^ functions.keys()
+def join_table(specs: Mapping[str, LossSpec], functions: Mapping[str, LossFunction]) -> dict[str, Loss]:
+    """Join each entry with its function. Raises RuntimeError for a kind that lacks either."""
+    lonely = specs.keys() ^ functions.keys()
     if lonely:
-        raise RuntimeError(f"kinds of loss without a row in config/losses.py or without a function: {sorted(lonely)}")
-    return {kind: Loss(row, functions[kind]) for kind, row in rows.items()}
+        raise RuntimeError(
+            f"kinds of loss without an entry in config/losses.py or without a function: {sorted(lonely)}"
+        )
+    return {kind: Loss(spec, functions[kind]) for kind, spec in specs.items()}
 
 
 BUILT_IN = join_table(LOSSES, _FUNCTIONS)
 
 
-def loss_row(**columns: Any) -> Callable[[LossFunction], Loss]:
-    """Return a decorator that gives a user's loss function its row, such as
-    `@loss_row(compares="preference")`.
+def loss_spec(
+    *,
+    compares: Compares = "rewards",
+    keys: Sequence[str] = FUNCTION_KEYS,
+    log_weights: bool = False,
+    token_logps: bool = False,
+) -> Callable[[LossFunction], Loss]:
+    """Return a decorator that gives a user's loss function its LossSpec.
 
-    The keyword arguments are the fields of LossRow.
+    Args:
+        compares, log_weights, token_logps: as in LossSpec.
+        keys: those of beta_pi, beta_r and label_smoothing that the loss uses; default: all.
+
+    Raises ConfigError for a value that no loss can have.
     """
-    settings = {"equation": "", "compares": "rewards", "keys": FUNCTION_KEYS, **columns}
-    return lambda function: Loss(LossRow(**settings), function)
+    if compares not in get_args(Compares):
+        raise _spec_error("compares", compares, get_args(Compares))
+    for key in keys:
+        if key not in FUNCTION_KEYS:
+            raise _spec_error("keys", key, FUNCTION_KEYS)
+    spec = LossSpec("", compares, tuple(dict.fromkeys((FUNCTION, *keys))), log_weights, token_logps)
+    return lambda function: Loss(spec, function)
+
+
+def _spec_error(argument: str, value: object, accepted: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"loss_spec({argument}=...)",
+        f"got {value!r}",
+        expected=f"one of {', '.join(accepted)}",
+        fix="correct the decorator of the loss",
+    )
 
 
 def find_loss(config: LossConfig) -> Loss:
     """Find the loss that a configuration names.
 
-    Raises ConfigError for a function that cannot be imported.
+    Raises ConfigError for a function that cannot be imported, and for a key that it does not use.
     """
     if config.kind != FUNCTION:
         return BUILT_IN[config.kind]
     found = load_user_function("loss.function", config.function or "", ConfigError)
-    return found if isinstance(found, Loss) else loss_row()(found)
+    loss = found if isinstance(found, Loss) else loss_spec()(found)
+    for key in FUNCTION_KEYS:
+        value = vars(config)[key]
+        if key not in loss.spec.keys and value != LossConfig.model_fields[key].default:
+            raise ConfigError(
+                f"loss.{key}",
+                f"got {value}, which {config.function} does not use",
+                expected=f"keys that it uses: {', '.join(loss.spec.keys)}",
+                fix=f"remove loss.{key}, or add it to the keys of its loss_spec",
+            )
+    return loss
 
 
 @dataclass(frozen=True)
@@ -206,38 +241,81 @@ def group_objective(
             nats; added to the losses with the factor config.nll_weight.
 
     Raises:
-        ValueError: rewards or log_weights are needed and missing.
-        ConfigError: a user's loss function returns another shape than [G].
+        ValueError: arguments that are missing for this loss, or do not belong together.
+        ConfigError: a user's loss function fails, or returns something else than losses [G].
     """
     loss = loss or find_loss(config)
-    if loss.row.compares == "rewards" and rewards is None:
-        raise ValueError(f"{config.kind} needs rewards")
-    if loss.row.log_weights and log_weights is None:
-        raise ValueError(f"{config.kind} needs log-weights")
+    _check_arguments(loss.spec, config, logps, rewards, group_sizes, log_weights, best_nll)
     groups = RaggedGroups.of(group_sizes, logps.device)
     inputs = LossInputs(
         mask=groups.mask,
         log_ratio=groups.pad(logps - reference_logps, NO_CANDIDATE),
-        rewards=groups.pad(rewards, NO_CANDIDATE) if rewards is not None and loss.row.compares == "rewards" else None,
-        log_weights=groups.pad(log_weights, 0.0) if log_weights is not None and loss.row.log_weights else None,
+        rewards=groups.pad(rewards, NO_CANDIDATE) if rewards is not None and loss.spec.compares == "rewards" else None,
+        log_weights=groups.pad(log_weights, 0.0) if log_weights is not None and loss.spec.log_weights else None,
         tokens=tokens,
         groups=groups,
         config=config,
     )
-    losses = loss(inputs)
-    if losses.shape != (len(group_sizes),):
-        raise ConfigError(
-            f"loss.function {config.function}",
-            f"returned shape {list(losses.shape)} for {len(group_sizes)} groups",
-            expected=f"one loss per group, shape [{len(group_sizes)}]",
-            fix="reduce over the candidates of a group, and over nothing else",
-        )
+    losses = loss(inputs) if config.kind != FUNCTION else _losses_of_user(loss, inputs)
     with torch.no_grad():
         statistics = group_statistics(inputs, groups.pad(logps, 0.0))
     if best_nll is not None:
         losses = losses + config.nll_weight * best_nll
         statistics[NLL] = best_nll.detach().sum()
     return Objective(losses, statistics)
+
+
+def _check_arguments(
+    spec: LossSpec,
+    config: LossConfig,
+    logps: Tensor,
+    rewards: Tensor | None,
+    group_sizes: Sequence[int],
+    log_weights: Tensor | None,
+    best_nll: Tensor | None,
+) -> None:
+    """Raise ValueError for arguments with which the loss would be another than the one asked for."""
+    if spec.compares == "rewards" and rewards is None:
+        raise ValueError(f"{config.kind} needs rewards")
+    if spec.compares == "preference" and set(group_sizes) != {2}:
+        raise ValueError(f"{config.kind} compares pairs, but group_sizes are {list(group_sizes)}")
+    if spec.log_weights and log_weights is None:
+        raise ValueError(f"{config.kind} needs log-weights")
+    if bool(config.nll_weight) != (best_nll is not None):
+        raise ValueError(f"nll_weight {config.nll_weight} {'needs' if best_nll is None else 'does not use'} best_nll")
+    if sum(group_sizes) != logps.shape[0]:
+        raise ValueError(f"group_sizes sum to {sum(group_sizes)} for {logps.shape[0]} candidates")
+
+
+def _losses_of_user(loss: Loss, inputs: LossInputs) -> Tensor:
+    """Call a user's loss function. Raises ConfigError unless it returns losses [G] with a gradient."""
+    where, count = f"loss.function {inputs.config.function}", inputs.mask.shape[0]
+    expected, problem = f"one differentiable loss per group, shape [{count}]", None
+    try:
+        losses: object = loss(inputs)
+    except (ExoError, torch.OutOfMemoryError):
+        raise
+    # The user's function may raise any exception; the message says where.
+    except Exception as error:
+        problem = f"raised {type(error).__name__}: {error} (in {innermost_frame(error)})"
+        raise ConfigError(where, problem, expected=expected, fix="correct the function") from error
+    differentiable = inputs.log_ratio.requires_grad or (
+        inputs.tokens is not None and inputs.tokens.policy.requires_grad
+    )
+    if not isinstance(losses, Tensor):
+        problem = f"returned a {type(losses).__name__}"
+    elif losses.shape != (count,):
+        problem = f"returned shape {list(losses.shape)} for {count} groups"
+    elif differentiable and not losses.requires_grad:
+        problem = "returned losses that do not depend on the policy's log-probs, so that nothing would be trained"
+    else:
+        return losses.double()
+    raise ConfigError(
+        where,
+        problem,
+        expected=expected,
+        fix="compute it from log_ratio or tokens.policy, and reduce over the candidates of a group only",
+    )
 
 
 class GroupQuantities:

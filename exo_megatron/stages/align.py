@@ -33,14 +33,15 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     groups = load_groups(
         config.data,
         find_tokenizer(source, config.data.tokenizer),
-        purpose=objective.loss.row.compares,
+        purpose=objective.loss.spec.compares,
         candidates=config.candidates,
         logprobs=WantedLogprobs(logprobs, reference.path) if config.reference_logprobs == "stored" else None,
-        loss=objective.loss.row,
+        loss=objective.loss.spec,
     )
     check_groups(groups, source.spec, config.compute, config.parallel)
-    if objective.loss.row.token_logps:
+    if objective.loss.spec.token_logps:
         check_whole(groups, config.compute, config.parallel)
+    objective.rehearse(groups)
     data = data_digest(groups)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy = load_policy(source, topology, config.compute)

@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from exo_megatron.config.losses import FUNCTION
 from exo_megatron.config.sections import LossConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import MicroBatch
+from exo_megatron.data.packing import MicroBatch, make_microbatch
 from exo_megatron.execution.policy import Policy
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
 from exo_megatron.losses.objective import Loss, TokenLogps, find_loss, group_objective, statistic_names
@@ -30,6 +31,7 @@ class BestCandidates:
     pair.
 
     Attributes:
+        tokens: [n] int64, these tokens among all tokens of the layout.
         index: [m] int64, the hidden states that predict these tokens, among the predicting ones of
             the layout.
         token_predictor, token_target: [n] int64 as in GroupLayout, but predictors are counted among
@@ -38,6 +40,7 @@ class BestCandidates:
         lengths: [G] fp64, tokens of each best candidate.
     """
 
+    tokens: Tensor
     index: Tensor
     token_predictor: Tensor
     token_target: Tensor
@@ -54,20 +57,36 @@ class BestCandidates:
             device: device of the result.
         """
         numbers = torch.tensor([number for number, _ in best], dtype=torch.int64)
-        places = torch.isin(layout.token_candidate, numbers).nonzero()[:, 0]
-        index, predictor = torch.unique(layout.token_predictor[places], return_inverse=True)
-        group = torch.searchsorted(numbers, layout.token_candidate[places])
+        tokens = torch.isin(layout.token_candidate, numbers).nonzero()[:, 0]
+        index, predictor = torch.unique(layout.token_predictor[tokens], return_inverse=True)
+        group = torch.searchsorted(numbers, layout.token_candidate[tokens])
         lengths = torch.tensor([length for _, length in best], dtype=torch.float64)
-        tensors = (index, predictor, layout.token_target[places], group, lengths)
+        tensors = (tokens, index, predictor, layout.token_target[tokens], group, lengths)
         return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
-    def nll(self, hidden: Tensor, policy: Policy) -> Tensor:
-        """Compute -log pi(y|x) per token, at temperature 1, of each best candidate: [G] fp64, nats.
-
-        hidden [M, H]: output of the last pipeline stage. One all-gather over the tensor group.
+    def nll(self, token_logps: Tensor) -> Tensor:
+        """Compute -log pi(y|x) per token of each best candidate, [G] fp64, from the log-probs [n] of
+        their tokens.
         """
-        logps = policy.token_logprobs(hidden[self.index], self, temperature=1.0).double()
-        return logps.new_zeros(self.lengths.shape).index_add(0, self.group, -logps) / self.lengths
+        sums = token_logps.new_zeros(self.lengths.shape, dtype=torch.float64)
+        return sums.index_add(0, self.group, -token_logps.double()) / self.lengths
+
+
+def logprobs_and_nll(
+    hidden: Tensor, layout: GroupLayout, best: BestCandidates | None, policy: Policy, *, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the log-probs [N] at a temperature, and the best candidates' likelihood at temperature 1.
+
+    hidden [M, H]: output of the last pipeline stage for the layout. One all-gather over the tensor
+    group for each temperature.
+    """
+    if best is None:
+        return policy.token_logprobs(hidden, layout, temperature=temperature), None
+    if temperature == 1:
+        token_logps = policy.token_logprobs(hidden, layout, temperature=1.0)
+        return token_logps, best.nll(token_logps[best.tokens])
+    token_logps = policy.token_logprobs(hidden, layout, temperature=temperature, calls=2)
+    return token_logps, best.nll(policy.token_logprobs(hidden[best.index], best, temperature=1.0, calls=2))
 
 
 def best_candidate(group: Group) -> int:
@@ -196,6 +215,36 @@ class AlignObjective:
         """Find the loss that a configuration names."""
         return cls(config, find_loss(config))
 
+    def rehearse(self, groups: Sequence[Group]) -> None:
+        """Compute a loss of the user's for the first two groups, with all log-probs 0, without a model.
+
+        Raises ConfigError for a function that fails, before the long work of a run.
+        """
+        if self.config.kind != FUNCTION:
+            return
+        few = groups[:2]
+        candidates = [candidate for group in few for candidate in group.candidates]
+        lengths = torch.tensor([len(candidate) for candidate in candidates])
+        zeros = torch.zeros(len(candidates), dtype=torch.float64)
+        per_token = torch.zeros(int(lengths.sum()), dtype=torch.float64)
+        given = DeviceBatch.of(make_microbatch(few, multiple=1), per_token.device, with_best=False)
+        tokens = TokenLogps(
+            torch.arange(len(candidates)).repeat_interleave(lengths),
+            per_token.clone().requires_grad_(),
+            per_token if given.reference_tokens is not None else None,
+            per_token if given.behaviour_tokens is not None else None,
+        )
+        with torch.enable_grad():
+            self.of_candidates(
+                zeros.clone().requires_grad_(),
+                zeros,
+                given.rewards,
+                [len(group.candidates) for group in few],
+                log_weights=given.log_weights,
+                tokens=tokens if self.loss.spec.token_logps else None,
+                best_nll=zeros[: len(few)] if self.needs_best else None,
+            )
+
     @property
     def statistic_names(self) -> tuple[str, ...]:
         """See MicroBatchObjective."""
@@ -208,12 +257,14 @@ class AlignObjective:
 
     def __call__(self, hidden: Tensor, batch: DeviceBatch, policy: Policy) -> UnitSum:
         """See MicroBatchObjective; the unit is the group."""
-        token_logps = policy.token_logprobs(hidden, batch.layout, temperature=self.config.temperature)
+        token_logps, best_nll = logprobs_and_nll(
+            hidden, batch.layout, batch.best, policy, temperature=self.config.temperature
+        )
         if batch.reference_logps is None:  # a rank's idle micro-batch: no group, but it takes part in the schedule
             zero = token_logps.double().sum()
             return UnitSum(zero, 0, {name: zero.detach() for name in self.statistic_names})
         tokens = None
-        if self.loss.row.token_logps:
+        if self.loss.spec.token_logps:
             candidate = batch.layout.token_candidate
             tokens = TokenLogps(candidate, token_logps, batch.reference_tokens, batch.behaviour_tokens)
         return self.of_candidates(
@@ -223,7 +274,7 @@ class AlignObjective:
             batch.layout.group_sizes,
             log_weights=batch.log_weights,
             tokens=tokens,
-            best_nll=None if batch.best is None else batch.best.nll(hidden, policy),
+            best_nll=best_nll,
         )
 
     def of_candidates(

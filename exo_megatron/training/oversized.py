@@ -47,6 +47,7 @@ from exo_megatron.training.objectives import (
     MicroBatchObjective,
     UnitSum,
     best_candidate,
+    logprobs_and_nll,
     vector,
 )
 from exo_megatron.training.optimizer import Trainee
@@ -329,8 +330,7 @@ def _forward_part(
     output = stage_output(model, part.layout)
     if not trainee.policy.topology.is_last_stage:
         return output, None
-    logps = trainee.policy.token_logprobs(output, part.layout.packed, temperature=temperature)
-    nll = None if part.best is None else part.best.nll(output, trainee.policy)
+    logps, nll = logprobs_and_nll(output, part.layout.packed, part.best, trainee.policy, temperature=temperature)
     return loss(part, logps, nll), _count_nothing
 
 

@@ -10,12 +10,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from exo_megatron.checkpoint.directory import list_steps, step_directory
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state
 from exo_megatron.checkpoint.safety import verify_together
 from exo_megatron.checkpoint.save import prune, save_checkpoint
+from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group, StepSampler
 from exo_megatron.errors import CheckpointError, TrainingDiverged, TryAgainLater
@@ -28,7 +27,7 @@ from exo_megatron.utils.metrics import MetricsWriter
 from exo_megatron.utils.progress import Progress
 
 
-def run_identity(data: str, fingerprint: str, seed: int, precision: str, *sections: BaseModel) -> str:
+def run_identity(data: str, fingerprint: str, seed: int, precision: str, *sections: Section) -> str:
     """Compute the SHA-256 (hex) of the data, the starting weights, the seed and the settings that
     count.
 
@@ -42,7 +41,7 @@ def run_identity(data: str, fingerprint: str, seed: int, precision: str, *sectio
         precision: compute.precision.
         *sections: the sections of the configuration that decide the result.
     """
-    settings = [section.model_dump_json() for section in sections]
+    settings = [section.digest_json() for section in sections]
     parts = [data, fingerprint, str(seed), precision, *settings]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -124,7 +123,8 @@ class Trainer:
                 f"step {step + 1}",
                 f"loss {result.loss}, gradient norm {result.grad_norm}",
                 expected="finite numbers",
-                fix="lower optimizer.lr or set optimizer.clip_grad; the last saved checkpoint is sound",
+                fix="lower optimizer.lr or set optimizer.clip_grad, or correct loss.function if it is set; "
+                "the last saved checkpoint is sound",
             )
         tokens = sum(group.num_tokens for group in groups)
         rate = tokens / max(time.monotonic() - started, 1e-9)

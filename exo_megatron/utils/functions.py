@@ -25,6 +25,8 @@ def load_user_function(key: str, name: str, error_class: type[ExoError]) -> Call
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
+    except ExoError:
+        raise
     # The user's module may raise any exception while it is imported.
     except Exception as error:
         raise error_class(

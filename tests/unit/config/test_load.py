@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from exo_megatron.config.describe import NAMES_ELSEWHERE, describe_keys
 from exo_megatron.config.document import config_digest, dump_config
 from exo_megatron.config.load import load_stage_config
+from exo_megatron.config.sections import LossConfig
 from exo_megatron.config.stages import STAGE_CONFIGS, AlignConfig, SftConfig
 from exo_megatron.errors import ConfigError
 
@@ -252,3 +253,18 @@ def test_names_of_other_trainers_stand_for_keys_that_exist() -> None:
     keys = {each.key for section in STAGE_CONFIGS.values() for each in describe_keys(section)}
     assert set(NAMES_ELSEWHERE.values()) <= keys
     assert not {key.split(".")[-1] for key in keys} & NAMES_ELSEWHERE.keys()
+
+
+def test_digest_of_an_earlier_version_stays() -> None:
+    """Printed by the version before loss.function and loss.nll_weight: what it began can be resumed."""
+    section = {"checkpoint": "c"}
+    data = {"path": "p", "max_prompt_tokens": 1, "max_completion_tokens": 1}
+    config = AlignConfig.model_validate({"output": "o", "model": section, "data": data})
+    assert config_digest(config) == "8403a9881b9d66fb11928c87e9676eb27fe0fd33396ebe304a6f2db2f783404d"
+    assert config.loss.digest_json() == (
+        '{"kind":"exo_rw","beta_pi":0.5,"beta_r":0.1,"label_smoothing":0.001,"temperature":0.8}'
+    )
+    for changed in ({"nll_weight": 0.1}, {"function": "m:f"}):
+        other = config.model_copy(update={"loss": LossConfig.model_validate(changed)})
+        assert config_digest(other) != config_digest(config)
+        assert other.loss.digest_json() != config.loss.digest_json()

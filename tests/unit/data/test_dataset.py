@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import exo_megatron
+from exo_megatron.config.losses import LossSpec
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
-from exo_megatron.data.dataset import Purpose, load_groups, load_prompts
+from exo_megatron.data.dataset import TOKEN_LOGPROBS, Purpose, load_groups, load_prompts
 from exo_megatron.data.groups import Group
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError
@@ -272,6 +273,19 @@ def test_a_special_token_that_the_model_lacks_is_refused_where_a_text_spells_it(
     assert len(groups(file, tokenizer, "preference", plain)) == 1
     with pytest.raises(DataError, match=r"'prompt' has token id 20.*ids below 20"):
         groups(file, tokenizer, "preference", plain | {"prompt": "w3 <image>"})
+
+
+@pytest.mark.parametrize("name", TOKEN_LOGPROBS)
+def test_logprobs_of_tokens_are_in_all_records_or_in_none(file: Path, spm: Tokenizer, name: str) -> None:
+    """Otherwise whether the loss sees them would depend on the packing."""
+    spec = LossSpec("", "rewards", (), token_logps=True)
+    lengths = [len(candidate) for candidate in groups(file, spm, "rewards", REWARDED)[0].candidates]
+    full = {**REWARDED, name: [[-1.0] * length for length in lengths]}
+    found = load_groups(config(file, full, full), spm, purpose="rewards", loss=spec)
+    assert all(vars(group)[name] is not None for group in found)
+    assert len(load_groups(config(file, REWARDED, REWARDED), spm, purpose="rewards", loss=spec)) == 2
+    with pytest.raises(DataError, match=rf":2: has no '{name}', but .*:1 has"):
+        load_groups(config(file, full, REWARDED, full), spm, purpose="rewards", loss=spec)
 
 
 def test_reading_imports_no_heavy_library() -> None:

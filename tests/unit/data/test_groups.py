@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from exo_megatron.data.dataset import TOKEN_LOGPROBS
 from exo_megatron.data.groups import Group, data_digest
 
 GROUP = Group("a", (3, 4), ((5, 2), (6, 7, 2)), rewards=(0.5, -0.5))
 OTHER = Group("b", (3,), ((8, 2), (9, 2)), rewards=(1.0, 2.0))
+PER_TOKEN = [((-1.0, -2.0), (-3.0, -1.0, -1.0)), ((-1.0, -2.0), (-3.0, -1.0, -2.0))]
 
 
 def test_data_digest_sees_every_field_and_the_order() -> None:
@@ -22,6 +24,9 @@ def test_data_digest_sees_every_field_and_the_order() -> None:
         [replace(GROUP, candidates=((5, 2, 6), (7, 2))), OTHER],
         [replace(GROUP, rewards=(0.5, -0.25)), OTHER],
         [replace(GROUP, rewards=None), OTHER],
+        [replace(GROUP, log_weights=(0.0, 0.5)), OTHER],
+        [replace(GROUP, log_weights=(0.5, 0.0)), OTHER],
+        *([replace(GROUP, **{name: values}), OTHER] for name in TOKEN_LOGPROBS for values in PER_TOKEN),
     ]
     assert len({digest, *(data_digest(groups) for groups in changed)}) == 1 + len(changed)
 

@@ -58,7 +58,7 @@ def test_a_loss(user_modules: Path) -> None:
     (user_modules / "my_losses.py").write_text(block("A loss", "python"))
     config = LossConfig.model_validate(yaml.safe_load(block("A loss", "yaml"))["loss"])
     loss = find_loss(config)
-    assert (loss.row.compares, loss.row.keys) == ("preference", ("function", "beta_pi"))
+    assert (loss.spec.compares, loss.spec.keys) == ("preference", ("function", "beta_pi"))
 
     logps = torch.tensor([-3.0, -5.0, -20.0, -4.0], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-4.0, -4.5, -4.0, -4.0], dtype=torch.float64)

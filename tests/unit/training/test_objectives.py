@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,8 @@ from torch import Tensor
 from exo_megatron.config.sections import LossConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import make_microbatch
-from exo_megatron.losses.objective import group_objective
+from exo_megatron.errors import ConfigError
+from exo_megatron.losses.objective import LossInputs, group_objective, loss_spec
 from exo_megatron.training.objectives import AlignObjective, DeviceBatch, SftObjective
 
 CPU = torch.device("cpu")
@@ -30,6 +34,17 @@ class KnownPolicy:
     def token_logprobs(self, hidden: Tensor, tokens: object, *, temperature: float) -> Tensor:
         self.temperatures.append(temperature)
         return hidden
+
+
+class LogitPolicy:
+    """A policy whose hidden states are logits [M, V]; it remembers its calls."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, int]] = []
+
+    def token_logprobs(self, hidden: Tensor, tokens: Any, *, temperature: float, calls: int = 1) -> Tensor:
+        self.asked.append((temperature, calls))
+        return torch.log_softmax(hidden / temperature, dim=-1)[tokens.token_predictor, tokens.token_target]
 
 
 def batch_of(groups: list[Group]) -> DeviceBatch:
@@ -70,6 +85,57 @@ def test_align_sums_over_groups() -> None:
     for name, value in result.statistics.items():
         assert value.item() == pytest.approx(expected.statistics[name].item(), rel=1e-5), name
     assert policy.temperatures == [0.7]
+
+
+@pytest.mark.parametrize(("temperature", "asked"), [(0.7, [(0.7, 2), (1.0, 2)]), (1.0, [(1.0, 1)])])
+def test_nll_of_the_best_candidates(temperature: float, asked: list[tuple[float, int]]) -> None:
+    """At temperature 1, whatever tau is; computed once where both are 1, within the same memory where not."""
+    loss = LOSS.model_copy(update={"temperature": temperature, "nll_weight": 0.25})
+    batch = DeviceBatch.of(make_microbatch(GROUPS, multiple=4), CPU, with_best=True)
+    logits = torch.randn(len(batch.layout.predict_index), 12, generator=torch.Generator().manual_seed(3)).double()
+    policy = LogitPolicy()
+    result = AlignObjective.of(loss)(logits, batch, policy)
+    plain = AlignObjective.of(loss.model_copy(update={"nll_weight": 0.0}))(logits, batch, LogitPolicy())
+    expected = 0.0
+    for group, best in zip(GROUPS, (0, 1, 0), strict=True):
+        number = sum(len(each.candidates) for each in GROUPS[: GROUPS.index(group)]) + best
+        chosen = (batch.layout.token_candidate == number).nonzero()[:, 0].tolist()
+        nll = 0.0
+        for token in chosen:
+            scores = logits[batch.layout.token_predictor[token]]
+            nll -= (scores[batch.layout.token_target[token]] - scores.logsumexp(dim=-1)).item()
+        assert len(chosen) == len(group.candidates[best])
+        expected += nll / len(chosen)
+    assert result.statistics["nll_loss"].item() == pytest.approx(expected, rel=1e-12)
+    assert result.total.item() == pytest.approx(plain.total.item() + 0.25 * expected, rel=1e-12)
+    assert policy.asked == asked
+
+
+def broken(inputs: LossInputs) -> Tensor:
+    return inputs.log_ratio[:, :2]
+
+
+@loss_spec(log_weights=True, token_logps=True)
+def reads_all(inputs: LossInputs) -> Tensor:
+    tokens = inputs.tokens
+    assert tokens is not None and tokens.reference is not None and tokens.behaviour is None
+    assert inputs.log_weights is not None
+    sums = torch.zeros(int(inputs.mask.sum()), dtype=torch.float64).index_add(0, tokens.candidate, tokens.policy)
+    return inputs.groups.pad(sums, 0.0).sum(dim=-1)
+
+
+def test_a_users_loss_is_tried_before_a_model_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"broken: returned shape \[2, 2\] for 2 groups"):
+        AlignObjective.of(LossConfig(function=f"{__name__}:broken")).rehearse(GROUPS)
+    full = [
+        replace(
+            group,
+            log_weights=tuple(0.0 for _ in group.candidates),
+            reference_token_logprobs=tuple(tuple(-1.0 for _ in candidate) for candidate in group.candidates),
+        )
+        for group in GROUPS
+    ]
+    AlignObjective.of(LossConfig(function=f"{__name__}:reads_all", nll_weight=0.5)).rehearse(full)
 
 
 def test_splitting_a_batch_changes_nothing() -> None:
