@@ -18,7 +18,7 @@ from tools.bench.sides import Different
 
 QUICK = Options(quick=True, rounds=1, pictures=Path("unused"))
 CPU = torch.device("cpu")
-CASE = Case(prompt=3, response=2, candidates=2, groups=2)
+CASE = Case(prompt=3, length=2, candidates=2, groups=2)
 
 
 def test_quick_run_compares_all_sides() -> None:
@@ -31,7 +31,7 @@ def test_quick_run_compares_all_sides() -> None:
 
 
 def test_ours_without_the_prompt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A response that does not see its prompt: only the segments' own pass."""
+    """A candidate that does not see its prompt: only the segments' own pass."""
 
     def only_segments(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, rule: ScoreRule) -> Tensor:
         output = torch.zeros_like(query)

@@ -163,7 +163,7 @@ def test_the_api_runs_as_documented() -> None:
     assert len(texts) == 3
     for text in texts[:1]:
         exec(compile(text, "docs/api.md", "exec"), names)
-    # With log-ratios -0.5, -0.5 and -2 and rewards 0.3, 1.2 and -0.4, candidate 1 is to gain and the others are to lose.
+    # Log-ratios -0.5, -0.5 and -2, rewards 0.3, 1.2 and -0.4: candidate 1 is to gain, the others are to lose.
     assert names["logps"].grad.sign().tolist() == [[1.0, -1.0, 1.0]]
     for text in texts[1:]:
         exec(compile(text, "docs/api.md", "exec"), names)
