@@ -12,7 +12,7 @@ from torch import Tensor
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.layouts.groups import GroupLayout
 from tools.bench import attention
-from tools.bench.attention import DENSE, OURS, SEPARATE, Case, make_sides, segments, separate_rows, visible
+from tools.bench.attention import DENSE, OURS, SEPARATE, Case, make_sides, segments, separate_sequences, visible
 from tools.bench.options import Options
 from tools.bench.sides import Different
 
@@ -48,8 +48,8 @@ def test_ours_without_the_prompt_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_prompt_gradients_that_are_not_summed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def last_copy(gradient: Tensor, *, copies: Tensor, rows: int) -> Tensor:
-        packed = gradient.new_zeros(rows, *gradient.shape[2:])
+    def last_copy(gradient: Tensor, *, copies: Tensor, length: int) -> Tensor:
+        packed = gradient.new_zeros(length, *gradient.shape[2:])
         packed[copies.flatten()] = gradient.flatten(0, 1)
         return packed
 
@@ -97,8 +97,8 @@ def test_mask_and_segments_by_hand() -> None:
     assert rows == [line + "." * 7 for line in seen] + ["." * 7 + line for line in seen]
 
 
-def test_separate_rows_by_hand() -> None:
-    assert separate_rows(CASE, CPU).tolist() == [
+def test_separate_sequences_by_hand() -> None:
+    assert separate_sequences(CASE, CPU).tolist() == [
         [0, 1, 2, 3, 4],
         [0, 1, 2, 5, 6],
         [7, 8, 9, 10, 11],
