@@ -80,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List the names of the API."""
-    return sorted({*globals(), *_MODULES})
+    return sorted(__all__)

@@ -30,15 +30,15 @@ def general_help() -> str:
     commands = [f"  {name:<10}{summary(name)}" for name in COMMANDS]
     return "\n".join(
         [
-            "usage: exo-megatron STAGE --config FILE [key=value ...]",
-            "       exo-megatron run --config FILE [key=value ...]",
+            "usage: exo-megatron STAGE [--config FILE] [key=value ...]",
+            "       exo-megatron run [--config FILE] [key=value ...]",
             "       exo-megatron doctor",
             "",
             "Alignment of language models by efficient exact optimization (EXO) on megatron-core.",
             "",
             *commands,
             "",
-            "  --help      this text; after a stage's name, the keys of its configuration",
+            "  --help      this text; after a command's name, the keys of its configuration",
             "  --version   the version",
             "",
             "Several processes: torchrun, srun or mpirun ... python -m exo_megatron STAGE ...",

@@ -48,7 +48,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
             config = value
         elif word.startswith("-"):
             raise ConfigError(
-                "command line", f"unknown option {word!r}", expected="--config FILE [key=value ...]", fix="see --help"
+                "command line", f"unknown option {word!r}", expected="[--config FILE] [key=value ...]", fix="see --help"
             )
         else:
             overrides.append(word)

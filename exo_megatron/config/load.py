@@ -11,28 +11,14 @@ from exo_megatron.config.document import (
     Document,
     Origin,
     apply_override,
-    config_digest,
-    dump_config,
     parse_override,
     read_document,
-    render_config,
 )
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, StageConfig
 from exo_megatron.config.validate import validate, validate_stage
-from exo_megatron.config.workflow import PlannedStage, Workflow, plan_workflow
+from exo_megatron.config.workflow import Workflow, plan_workflow
 from exo_megatron.errors import ConfigError
-
-__all__ = [
-    "PlannedStage",
-    "Workflow",
-    "config_digest",
-    "dump_config",
-    "load_command_config",
-    "load_run_config",
-    "load_stage_config",
-    "render_config",
-]
 
 
 def load_stage_config(stage: str, file: Path | None, overrides: Sequence[str]) -> StageConfig:

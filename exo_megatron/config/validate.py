@@ -9,14 +9,21 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from exo_megatron.config.describe import NAMES_ELSEWHERE, describe_key, describe_keys, nearest, section_at
-from exo_megatron.config.document import Document, Key, dotted, show
+from exo_megatron.config.describe import (
+    NAMES_ELSEWHERE,
+    VALUES_ELSEWHERE,
+    describe_key,
+    describe_keys,
+    nearest,
+    section_at,
+)
+from exo_megatron.config.document import COMMAND_LINE, Document, Key, dotted, show
 from exo_megatron.config.losses import COMMON_KEYS, FUNCTION, FUNCTION_KEYS, LOSSES, kinds_comparing
 from exo_megatron.config.sections import BatchConfig, LossConfig, OptimizerConfig, RewardConfig, SaveConfig, Section
 from exo_megatron.config.stages import AlignConfig, EvaluateConfig, ScoreConfig, SftConfig, StageConfig
@@ -132,7 +139,8 @@ def _check_loss(loss: LossConfig, candidates: int | None) -> Iterator[Problem]:
             )
     for name, value in loss:
         if name not in (*COMMON_KEYS, *used) and value != _default(LossConfig, name):
-            yield _no_effect(("loss", name), value, f"loss.kind is {loss.kind}")
+            flaw = _no_effect(("loss", name), value, f"loss.kind is {loss.kind}")
+            yield replace(flaw, fix=f"set loss.kind={FUNCTION}, or {flaw.fix}") if name == "function" else flaw
 
 
 def _check_function(key: Key, value: str | None, example: str) -> Iterator[Problem]:
@@ -244,48 +252,79 @@ def _explain(
     flaws = [flaw for flaw in error.errors(include_url=False) if flaw["type"] != skip]
     flaws.sort(key=lambda flaw: flaw["type"] != "extra_forbidden")
     key: Key = flaws[0]["loc"]
-    problem, expected, fix = _explain_flaw(flaws[0]["type"], key, flaws[0]["input"], section, document.name(key))
-    if len(flaws) > 1:
-        problem += f" (and {len(flaws) - 1} more)"
+    problem, expected, fix = _explain_flaw(flaws[0]["type"], key, flaws[0]["input"], section, document)
+    others = flaws[1:]
+    if flaws[0]["type"] == "missing":
+        problem += _also_missing([document.name(flaw["loc"]) for flaw in others if flaw["type"] == "missing"])
+        others = [flaw for flaw in others if flaw["type"] != "missing"]
+    if others:
+        problem += f" (and {len(others)} more)"
     return ConfigError(document.where(key), problem, expected=expected, fix=fix)
 
 
-def _explain_flaw(kind: str, key: Key, value: Any, section: type[Section], name: str) -> tuple[str, str, str]:
-    """Return problem, expectation and fix of a flaw. `name` is the key as the user writes it."""
+def _also_missing(names: Sequence[str]) -> str:
+    """Name further keys that are missing, as the end of a sentence."""
+    if not names:
+        return ""
+    *others, last = names
+    return f", as are {', '.join(others)} and {last}" if others else f", as is {last}"
+
+
+def _explain_flaw(kind: str, key: Key, value: Any, section: type[Section], document: Document) -> tuple[str, str, str]:
+    """Return problem, expectation and fix of a flaw."""
     if kind == "extra_forbidden":
-        return _unknown(key, section)
-    expected = describe_key(section, key)
+        return _unknown(key, section, document)
+    expected, name = describe_key(section, key), document.name(key)
     if kind == "missing":
         return "missing", expected, f"set it in the file, or pass {name}=VALUE"
     return f"got {show(value)}", expected, _fix_value(kind, value, expected, name)
 
 
-def _unknown(key: Key, section: type[Section]) -> tuple[str, str, str]:
+def _unknown(key: Key, section: type[Section], document: Document) -> tuple[str, str, str]:
     *around, name = key
     parent = section_at(section, tuple(around))
     known = [] if parent is None else list(parent.model_fields)
-    meant = _meant(str(name), dotted(tuple(around)), known, [each.key for each in describe_keys(section)])
-    fix = "remove it" if meant is None else f"write {meant}"
+    meant = _meant(key, known, [each.key for each in describe_keys(section)], document.name(()).rpartition(".")[2])
+    fix = "remove it" if not meant else "write " + " and ".join(_as_written(each, key, document) for each in meant)
     return f"unknown key {str(name)!r}", "one of " + ", ".join(known), fix
 
 
-def _meant(name: str, around: str, known: Sequence[str], keys: Sequence[str]) -> str | None:
-    """Find the key that `name` was probably meant to be, None if there is none.
+def _meant(key: Key, known: Sequence[str], keys: Sequence[str], section: str) -> list[str]:
+    """Find what an unknown key was probably meant to be: a dotted key of `keys`, several, or none.
 
-    It is our key for another library's name, else a key of the section `around` with a similar
-    name, else a key elsewhere with the same last part. A key of the section is named without
-    `around`.
+    It is our key for another library's name, else a key of the same section, which has the keys
+    `known`, with a similar name, else a key elsewhere with the same last part.
+    `section` is the name of the section where the document is only that.
     """
-    elsewhere = NAMES_ELSEWHERE.get(name)
-    if elsewhere is not None and elsewhere in keys:
-        return elsewhere.removeprefix(f"{around}.")
-    deeper = [key for key in keys if key.split(".")[-1] == name]
-    return nearest(name, known) or next(iter(deeper), None)
+    *around, name = map(str, key)
+    ours = NAMES_ELSEWHERE.get(name, "").split()
+    elsewhere = [short for each in ours for short in (each, each.removeprefix(f"{section}.")) if short in keys]
+    elsewhere = list(dict.fromkeys(elsewhere))
+    if elsewhere:
+        return elsewhere
+    near = nearest(name, known)
+    if near is not None:
+        return [".".join([*around, near])]
+    return [each for each in keys if each.split(".")[-1] == name][:1]
+
+
+def _as_written(meant: str, key: Key, document: Document) -> str:
+    """Name the key `meant` as it is written in the place of `key`.
+
+    A file has the key of a section without the section's name. The command line has whole keys.
+    """
+    origin = document.origins.get(key)
+    if origin is not None and origin.source == COMMAND_LINE:
+        return origin.key.removesuffix(dotted(key)) + meant
+    return meant.removeprefix(f"{dotted(key[:-1])}.")
 
 
 def _fix_value(kind: str, value: Any, expected: str, name: str) -> str:
     match kind, value:
         case "literal_error", str():
+            for key, values in VALUES_ELSEWHERE.items():
+                if value in values and f".{name}".endswith(f".{key}"):
+                    return f"write {values[value]}"
             near = nearest(value, expected.removeprefix("one of ").split(", "))
             return f"write {near}" if near else f"change {name}"
         case "int_type" | "float_type" | "bool_type", str() if _is_plain(value, kind):

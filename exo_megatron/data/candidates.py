@@ -15,7 +15,6 @@ from exo_megatron.data.records import (
     finite_number,
     finite_numbers,
     object_list,
-    read_jsonl_records,
     text,
     token_ids,
     wrong_type,
@@ -74,16 +73,6 @@ class CandidateRecord:
     def logprobs(self) -> tuple[float, ...]:
         """The K log-probs, for a record that has a `logprob_source`."""
         return tuple(candidate.logprob for candidate in self.candidates if candidate.logprob is not None)
-
-
-def read_candidates(path: Path) -> list[CandidateRecord]:
-    """Read a candidates file, or the one in a stage's output directory.
-
-    Raises DataError, which names file and line, for a malformed record, a repeated id, NaN
-    log-probs or rewards, and a number of rewards other than K.
-    """
-    file = path / CANDIDATES_FILE if path.is_dir() else path
-    return [parse_candidate_record(record) for record in read_jsonl_records(file)]
 
 
 def write_candidates(path: Path, records: Iterable[CandidateRecord]) -> None:

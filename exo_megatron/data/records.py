@@ -287,7 +287,7 @@ def _completion(where: str, name: str, value: object, prompt: Text) -> Text:
             where,
             f"{name!r} has messages of {', '.join(message['role'] for message in completion)}",
             expected="exactly one message, of the assistant",
-            fix="move all messages before the last answer into 'prompt'",
+            fix="move all messages before the completion into 'prompt'",
         )
     content = completion if isinstance(completion, str) else completion[0]["content"]
     if not content.strip():

@@ -57,7 +57,7 @@ class Tokenizer:
     def prompt_text(self, prompt: Text) -> str:
         """Return the prompt as one string.
 
-        Chat messages are rendered with the template, ready for the assistant's answer.
+        Chat messages are rendered with the template, ready for the assistant's message.
         """
         return prompt if isinstance(prompt, str) else self._codec.render(prompt, generation_prompt=True)
 
@@ -106,7 +106,7 @@ class Tokenizer:
         if not whole.startswith(before):
             raise DataError(
                 str(self.path),
-                "the chat template does not write an answer as a continuation of its generation prompt",
+                "the chat template does not write a completion as a continuation of its generation prompt",
                 expected="a template whose conversation begins with the prompt rendered for generation",
                 fix="correct the chat template, or give prompts and completions as strings",
             )

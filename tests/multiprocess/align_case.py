@@ -12,7 +12,7 @@ import torch
 from tests.reference.objective import LossKind, Objective, ReferenceGroup
 from tests.reference.tiny_llama import EOS_ID, FIRST_WORD_ID, VOCAB_SIZE, text
 
-# prompt length and response lengths, the end-of-sequence token included: K from 2 to 5.
+# prompt length and candidate lengths, the end-of-sequence token included: K from 2 to 5.
 SHAPES = [
     (5, (4, 9)),
     (1, (2, 3, 2)),
@@ -24,7 +24,7 @@ SHAPES = [
     (4, (3, 4)),
     (6, (10, 1, 2, 9, 3)),
 ]
-MAX_TOKENS = 60  # the largest group has 33; rows hold one to three groups
+MAX_TOKENS = 60  # the largest group has 33; micro-batches hold one to three groups
 FEWEST_TOKENS = 20  # the longest prompt with one candidate; five of nine groups have more tokens
 STEPS = 3
 SEED = 1  # of the order of groups; see test_align_parity.py::test_packing_is_as_the_issue_asks
@@ -109,7 +109,7 @@ OVERSIZED = [
     Case(1, 2, 1, recompute="full", reference="live", max_tokens=FEWEST_TOKENS),
     Case(1, 2, 1, tied=True, max_tokens=25),
     Case(1, 1, 2, max_tokens=FEWEST_TOKENS),
-    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1, max_tokens=FEWEST_TOKENS),  # a wave of one group, or none
+    Case(1, 1, 2, clip_grad=0.0, groups_per_step=1, max_tokens=FEWEST_TOKENS),  # a round of one group, or none
     Case(2, 2, 1, max_tokens=FEWEST_TOKENS),
     Case(2, 2, 1, tied=True, recompute="full", max_tokens=FEWEST_TOKENS),
     Case(2, 1, 2, reference="live", weight_decay=0.1, max_tokens=FEWEST_TOKENS),
@@ -144,11 +144,11 @@ def reward_groups(*, seed: int = 0) -> list[ReferenceGroup]:
         return tuple(torch.randint(FIRST_WORD_ID, VOCAB_SIZE, (count,), generator=generator).tolist())
 
     groups = []
-    for prompt, responses in SHAPES:
-        candidates = tuple((*words(length - 1), EOS_ID) for length in responses)
+    for prompt, lengths in SHAPES:
+        candidates = tuple((*words(length - 1), EOS_ID) for length in lengths)
         # A candidate of EOS alone would be an empty completion, which is refused: it gets a word.
         candidates = tuple(y if len(y) > 1 else (*words(1), EOS_ID) for y in candidates)
-        rewards = tuple(round(r, 3) for r in torch.randn(len(responses), generator=generator).tolist())
+        rewards = tuple(round(r, 3) for r in torch.randn(len(lengths), generator=generator).tolist())
         groups.append(ReferenceGroup(words(prompt), candidates, rewards))
     return groups
 

@@ -34,6 +34,7 @@ from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
 from exo_megatron.training.step import StepResult, forward_gradients, plan_step, train_step
+from tests.reference.tiny_llama import EosTokenizer
 
 Place = tuple[str, tuple[slice, ...]]
 """A key of the checkpoint and where in that tensor a rank's part lies, stacked axes included."""
@@ -113,13 +114,6 @@ def _place(shard: ShardedTensor) -> Place:
     slices = [slice(at, at + 1) for at in shard.global_offset[:stack]]
     own = zip(shard.global_offset[stack:], shard.local_shape, strict=True)
     return shard.key, (*slices, *(slice(at, at + size) for at, size in own))
-
-
-@dataclass(frozen=True)
-class EosTokenizer:
-    """The id that ends a candidate; all that the engine asks of a tokenizer."""
-
-    eos_id: int
 
 
 def policy_from_hf(

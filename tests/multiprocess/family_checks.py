@@ -30,7 +30,7 @@ from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.stages.export_hf import run_export
 from exo_megatron.stages.import_hf import run_import
-from tests.reference.tiny_llama import EOS_ID
+from tests.reference.tiny_llama import EOS_ID, EosTokenizer
 
 T = TypeVar("T")
 
@@ -54,8 +54,8 @@ def attempt(do: Callable[[], T]) -> T | Refused:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of a last-stage rank. A language model: this rank's columns of the logits [N, Vp/t] that predict each response
-    token, candidate after candidate, and the tokens' log-probs [N] over the whole vocabulary. A classifier: scores
+    """Of a last-stage rank. A language model: this rank's columns of the logits [N, Vp/t] that predict the tokens of
+    the candidates, one after another, and the tokens' log-probs [N] over the whole vocabulary. A classifier: scores
     [C, labels] in place of the logits.
     """
 
@@ -102,14 +102,7 @@ def outputs_of_models(
         }
 
 
-@dataclass(frozen=True)
-class EosTokenizer:
-    """The id that ends a candidate; all that the engine asks of a tokenizer."""
-
-    eos_id: int
-
-
-def load_policy(checkpoint: Path, topology: Topology) -> Policy:
+def policy_of_any_family(checkpoint: Path, topology: Topology) -> Policy:
     """The model of any checkpoint, reward models among them."""
     with failing_together():
         path = resolve_checkpoint(checkpoint)
@@ -118,7 +111,7 @@ def load_policy(checkpoint: Path, topology: Topology) -> Policy:
 
 
 def _outputs(checkpoint: Path, layout: GroupLayout, topology: Topology, temperature: float) -> Outputs | None:
-    policy = load_policy(checkpoint, topology)
+    policy = policy_of_any_family(checkpoint, topology)
     spec = policy.spec
     with forward_only(policy.model):
         hidden = pipeline_forward(policy, layout)
@@ -156,7 +149,7 @@ def generate_and_score(
 def _generated(
     checkpoint: Path, topology: Topology, asked: Sequence[Prompt], sampling: SamplingConfig, seed: int
 ) -> list[list[Generated]]:
-    policy = load_policy(checkpoint, topology)
+    policy = policy_of_any_family(checkpoint, topology)
     drawn = NativeEngine(policy).generate(asked, sampling, seed=seed, progress=None)
     groups = [
         Group(id=prompt.id, prompt=prompt.ids, candidates=tuple(c.token_ids for c in group.candidates))

@@ -1,6 +1,6 @@
 """`align` and `sft` against plain PyTorch on HF models: loss, every gradient, weights after three optimizer steps.
 
-The reference (tests/reference) runs every prompt + candidate as a row of its own, without packing, parallelism or
+The reference (tests/reference) runs every prompt + candidate as a sequence of its own, without packing, parallelism or
 megatron-core. Tolerances: 1e-5 of the loss, 1e-4 of each gradient tensor's largest entry.
 
 Weights after Adam: a step moves a weight by lr * m / (sqrt(v) + eps), about lr * g / (|g| + eps) in the first steps.
@@ -287,7 +287,7 @@ def test_oversized_groups_are_counted(case: Case, worlds: Worlds) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in OVERSIZED if replace(c, max_tokens=MAX_TOKENS) in CASES], ids=by_name)
-def test_a_group_in_parts_is_the_group_in_one_row(case: Case, worlds: Worlds) -> None:
+def test_a_group_in_parts_is_the_group_in_one_micro_batch(case: Case, worlds: Worlds) -> None:
     """Loss, every statistic and every gradient of the first step."""
     split, unsplit = worlds.records(case), worlds.records(replace(case, max_tokens=MAX_TOKENS))
     ours, theirs = split[0].metrics[0], unsplit[0].metrics[0]
@@ -336,12 +336,12 @@ def test_packing_is_as_the_issue_asks(worlds: Worlds) -> None:
     numbers of groups, several micro-batches per rank, and ranks without a group.
     """
     records = worlds.records(Case(2, 1, 2))
-    assert {k for record in records for step in record.groups for row in step for k in row} == {2, 3, 4, 5}
-    first_step = [row for record in records if record.tensor_rank == 0 for row in record.groups[0]]
-    assert sorted(len(row) for row in first_step) == [1, 1, 1, 2]
+    assert {k for record in records for step in record.groups for batch in step for k in batch} == {2, 3, 4, 5}
+    first_step = [batch for record in records if record.tensor_rank == 0 for batch in record.groups[0]]
+    assert sorted(len(batch) for batch in first_step) == [1, 1, 1, 2]
     assert all(len(record.groups[0]) == 2 for record in records)
     single = worlds.records(Case(1, 1, 1))[0].groups
-    assert [sum(len(row) for row in step) for step in single] == [5, 4, 5]
+    assert [sum(len(batch) for batch in step) for step in single] == [5, 4, 5]
     idle = worlds.records(Case(1, 2, 2, groups_per_step=1))
     assert any(step == [()] for record in idle for step in record.groups)
 
@@ -351,7 +351,7 @@ def test_stored_and_live_reference_agree(worlds: Worlds) -> None:
     stored = worlds.records(Case(2, 1, 2))[0].metrics[0]
     live = worlds.records(Case(2, 1, 2, reference="live", weight_decay=0.1))[0].metrics[0]
     for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "exo/kl"):
-        # Not bit for bit: stored log-probs come from rows packed otherwise, sums near -30 in fp32.
+        # Not bit for bit: stored log-probs come from micro-batches packed otherwise, sums near -30 in fp32.
         assert live[name] == pytest.approx(stored[name], rel=2e-6, abs=5e-6), name
 
 

@@ -1,7 +1,7 @@
 """Every model family, converted, against Hugging Face (ChatGLM2: its published architecture): outputs and the way back.
 
-Outputs are logits at every response position and log-probs, or a reward model's scores, at every topology; the
-reference runs each prompt + candidate as a row of its own. `PARITY_REPORT=1 pytest -s` prints how far from the
+Outputs are logits at every position of a candidate and log-probs, or a reward model's scores, at every topology; the
+reference runs each prompt + candidate as a sequence of its own. `PARITY_REPORT=1 pytest -s` prints how far from the
 tolerance the agreement is.
 """
 
@@ -25,7 +25,7 @@ from tests.multiprocess.align_case import reward_groups
 from tests.multiprocess.family_checks import Generated, Outputs, Refused
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.chatglm2 import BUFFER, load_chatglm2, save_chatglm2, tiny_chatglm2
-from tests.reference.tiny_models import CLASSIFIERS, LANGUAGE_MODELS, MODELS, row_logits
+from tests.reference.tiny_models import CLASSIFIERS, LANGUAGE_MODELS, MODELS, sequence_logits
 
 TOLERANCE = 1e-4
 SAME = 1e-5
@@ -55,7 +55,7 @@ GENERATED = (
 )
 SAMPLING = {"candidates": 3, "temperature": TEMPERATURE, "max_new_tokens": 20, "max_active_candidates": 5}
 
-RowOutputs = Callable[[Sequence[int]], Tensor]
+SequenceOutputs = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ PLACES = [
     Place("gemma3_text", {"tensor": 2, "pipeline": 2}),
 ]
 
-# A prompt of one token and a long answer covers every position of a row; the others are ragged groups.
+# A prompt of one token and a long candidate cover every position of a sequence; the others are ragged groups.
 LONG = (3, *range(4, 90, 2))
 
 
@@ -116,17 +116,17 @@ def groups() -> tuple[list[Sequence[int]], list[Sequence[Sequence[int]]]]:
 PROMPTS_TO_CONTINUE = [LONG[:31], *groups()[0]]
 
 
-def reference(name: str) -> RowOutputs:
-    """fp32 logits [S, V] of a row, or a classifier's scores [labels] at its end; weights of a bf16 model in fp32."""
+def reference(name: str) -> SequenceOutputs:
+    """fp32 logits [S, V] of a sequence, or a classifier's scores [labels] at its end; bf16 weights in fp32."""
     if name in CHATGLM2:
-        return tiny_chatglm2(seed=21, dtype=CHATGLM2[name]).row_logits
+        return tiny_chatglm2(seed=21, dtype=CHATGLM2[name]).sequence_logits
     model = MODELS["gpt2" if name == BARE_GPT2 else name].model().float()
-    return lambda row: row_logits(model, row)
+    return lambda ids: sequence_logits(model, ids)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """[N, V] logits that predict each response token and log-probs [N] of the tokens; or scores [C, labels]."""
+    """[N, V] logits that predict each candidate's tokens and log-probs [N] of the tokens; or scores [C, labels]."""
 
     logits: Tensor
     logprobs: Tensor | None
@@ -134,12 +134,12 @@ class Expected:
 
 @cache
 def expected(name: str) -> Expected:
-    """From a row of its own for every candidate."""
-    row_outputs, scores = reference(name), name in CLASSIFIERS
+    """From a sequence of its own for every candidate."""
+    sequence_outputs, scores = reference(name), name in CLASSIFIERS
     outputs, tokens = [], []
     for prompt, candidates in zip(*groups(), strict=True):
         for candidate in candidates:
-            whole = row_outputs([*prompt, *candidate])
+            whole = sequence_outputs([*prompt, *candidate])
             outputs.append(whole[None] if scores else whole[len(prompt) - 1 : -1])
             tokens.extend(candidate)
     logits = torch.cat(outputs)
@@ -195,11 +195,11 @@ def checks_of(size: int, root: Path) -> list[Check]:
         models = {"checkpoints": [root / name for name in GENERATED]}
         checks.append(Check("generate", f"{HERE}:generate_and_score", models | drawing))
     prompts, candidates = groups()
-    rows = {"prompts": prompts, "candidates": candidates, "temperature": TEMPERATURE}
+    given = {"prompts": prompts, "candidates": candidates, "temperature": TEMPERATURE}
     for topology in dict.fromkeys(place.topology for place in PLACES if place.world_size == size):
         places = [place for place in PLACES if place.topology == topology]
         where = {"checkpoints": [root / place.model for place in places], "parallel": places[0].parallel}
-        checks.append(Check(topology, f"{HERE}:outputs_of_models", where | rows))
+        checks.append(Check(topology, f"{HERE}:outputs_of_models", where | given))
     if size == 2:
         for name in NAMES:
             arguments = {"checkpoint": root / name, "output": root / f"exported-{name}"}
@@ -259,11 +259,11 @@ def test_decoding_agrees_with_scoring_and_the_reference(name: str, outcomes: dic
 def generated(name: str, drawn: list[list[Generated]] | Refused) -> Iterator[tuple[Generated, float]]:
     """Every candidate, and the log-prob that the reference gives it."""
     (groups_drawn,) = done([drawn])
-    row_outputs = reference(name)
+    sequence_outputs = reference(name)
     lengths = []
     for prompt, candidates in zip(PROMPTS_TO_CONTINUE, groups_drawn, strict=True):
         for candidate in candidates:
-            logits = row_outputs([*prompt, *candidate.token_ids])[len(prompt) - 1 : -1]
+            logits = sequence_outputs([*prompt, *candidate.token_ids])[len(prompt) - 1 : -1]
             logprobs = torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
             lengths.append(len(candidate.token_ids))
             yield candidate, logprobs.gather(-1, torch.tensor(candidate.token_ids)[:, None]).sum().item()
@@ -299,11 +299,11 @@ def test_export_loads_again(name: str, root: Path, outcomes: dict[str, Outcome])
     before, after = (json.loads((path / "config.json").read_text()) for path in (root / f"hf-{name}", directory))
     assert after == before
     if name in CHATGLM2:
-        again = load_chatglm2(directory).row_logits(LONG)
+        again = load_chatglm2(directory).sequence_logits(LONG)
     else:
         auto = AutoModelForSequenceClassification if name in CLASSIFIERS else AutoModelForCausalLM
         model = auto.from_pretrained(directory, attn_implementation="eager", dtype="float32", trust_remote_code=False)
-        again = row_logits(model.eval(), LONG)
+        again = sequence_logits(model.eval(), LONG)
     assert (again - reference(name)(LONG)).abs().max() < SAME
 
 

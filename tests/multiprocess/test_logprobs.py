@@ -16,7 +16,7 @@ from tests.multiprocess.logprob_checks import Case
 VOCAB, PADDED, HIDDEN = 11, 16, 6
 # Row 0 predicts the first tokens of three candidates, two of them the same; their coefficients sum to 0 as an
 # objective's do. Targets lie on the borders of shards (3|4, 7|8) and at the end of the vocabulary.
-TOKEN_ROW = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6])
+TOKEN_PREDICTOR = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6])
 TOKEN_TARGET = torch.tensor([3, 10, 3, 0, 7, 8, 10, 4, 8, 7])
 UPSTREAM = torch.tensor([1.5, -2.0, 0.5, 0.7, 3.0, -1.0, 2.0, 0.0, 1.0, -0.3], dtype=torch.float64)
 TILINGS = [(3, 0), (3, 1), (100, 100)]
@@ -28,7 +28,7 @@ def plain() -> Case:
     hidden = torch.randn(7, HIDDEN, generator=generator, dtype=torch.float64)
     weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64)
     weight[VOCAB:] = hidden.sum(0) * 10
-    return Case(hidden, weight, TOKEN_ROW, TOKEN_TARGET, UPSTREAM, VOCAB, temperature=0.8)
+    return Case(hidden, weight, TOKEN_PREDICTOR, TOKEN_TARGET, UPSTREAM, VOCAB, temperature=0.8)
 
 
 def far_apart() -> Case:
@@ -48,7 +48,7 @@ CASES = {
     "empty": replace(
         plain(),
         hidden=torch.zeros(0, HIDDEN, dtype=torch.float64),
-        token_predictor=TOKEN_ROW[:0],
+        token_predictor=TOKEN_PREDICTOR[:0],
         token_target=TOKEN_TARGET[:0],
         upstream=UPSTREAM[:0],
     ),

@@ -15,12 +15,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from exo_megatron.checkpoint.directory import read_fingerprint
-from exo_megatron.data.candidates import read_candidates
 from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.rollout.sampling import uniforms
 from exo_megatron.utils.files import read_json
 from tests.multiprocess.harness import Check, Outcome, run_checks
+from tests.reference.candidates import read_candidates
 from tests.reference.tiny_llama import EOS_ID, VOCAB_SIZE, save_hf, text, tiny_config, tiny_llama, word
 
 HERE = "tests.multiprocess.rollout_checks"
@@ -192,10 +192,10 @@ def test_vanishing_temperature_is_greedy(reference: Reference, outcomes: dict[st
     for results in outcomes[topology].values():
         groups, _ = results[list(SAMPLINGS).index("greedy")]
         for group, (_, ids) in zip(groups, prompts(), strict=True):
-            row = torch.tensor([ids])
+            sequence = torch.tensor([ids])
             hf = reference.model.generate(
-                row,
-                attention_mask=torch.ones_like(row),
+                sequence,
+                attention_mask=torch.ones_like(sequence),
                 do_sample=False,
                 max_new_tokens=STEPS,
                 eos_token_id=reference.eos_id,
@@ -277,7 +277,7 @@ def test_stage_writes_candidates_and_how_they_were_drawn(
     assert "prompt 'prompt-2'" in messages[0] and "31 tokens + sampling.max_new_tokens 226 = 257" in messages[0]
     assert messages[1].startswith("parallel.tensor: 4 does not divide")
     assert "30" in messages[2]
-    # 31 + 14 tokens in rows that tensor parallelism makes even.
+    # 31 + 14 tokens in micro-batches that tensor parallelism makes even.
     assert "prompt 'prompt-2'" in messages[3] and "at most 44, one packed micro-batch" in messages[3]
     assert len(messages) == 4
     assert not (output / "failed").exists()

@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from exo_megatron.checkpoint.directory import read_fingerprint
-from exo_megatron.data.candidates import CandidateRecord, read_candidates
+from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.utils.files import read_json
 from tests.multiprocess.harness import Check, Outcome, run_checks
+from tests.reference.candidates import read_candidates
 from tests.reference.objective import token_logprobs
 from tests.reference.tiny_llama import EOS_ID, VOCAB_SIZE, save_hf, text, tiny_config, tiny_llama
 from tests.reference.weights import perturbed

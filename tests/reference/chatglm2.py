@@ -1,6 +1,6 @@
 """ChatGLM2-6B and ChatGLM3-6B, whose code is not in transformers: a plain forward pass and checkpoints as published.
 
-Written from the published architecture, one row at a time, without cache or packing:
+Written from the published architecture, one sequence at a time, without cache or packing:
 
     x = embedding[ids];  for every layer: x += attention(norm(x)); x += feed_forward(norm(x));  logits = W norm(x)
 
@@ -73,9 +73,9 @@ class ChatGlm2:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
-    def row_logits(self, row: Sequence[int]) -> Tensor:
-        """[S, V] fp32: logits at every position of one row."""
-        hidden = self._tensor("transformer.embedding.word_embeddings.weight")[torch.tensor(list(row))]
+    def sequence_logits(self, ids: Sequence[int]) -> Tensor:
+        """[S, V] fp32: logits at every position of one sequence."""
+        hidden = self._tensor("transformer.embedding.word_embeddings.weight")[torch.tensor(list(ids))]
         for number in range(self.config["num_layers"]):
             layer = f"transformer.encoder.layers.{number}"
             hidden = hidden + self._attention(self._norm(hidden, f"{layer}.input_layernorm.weight"), layer)

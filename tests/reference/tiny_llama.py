@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from tests.reference.weights import draw_weights
 VOCAB_SIZE = 101
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FIRST_WORD_ID = 3
+
+
+@dataclass(frozen=True)
+class EosTokenizer:
+    """The id that ends a candidate; all that the rollout engine asks of a tokenizer."""
+
+    eos_id: int
 
 
 def tiny_config(*, tied: bool = False, rope_scaling: dict[str, Any] | None = None, **changes: Any) -> LlamaConfig:

@@ -213,8 +213,8 @@ CLASSIFIERS = {
 MODELS = LANGUAGE_MODELS | CLASSIFIERS
 
 
-def row_logits(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
-    """fp32, of one row: a language model's logits [S, V] at every position, a classifier's [labels] at the last one."""
+def sequence_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """fp32, of one sequence: a language model's logits [S, V] at all positions, a classifier's [labels] at the last."""
     with torch.no_grad():
-        logits: Tensor = model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
+        logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
     return logits

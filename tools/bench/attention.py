@@ -1,14 +1,14 @@
 """Attention over candidate groups, four ways, forward and backward.
 
 - ours: the packed sequence in two passes that are merged by log-sum-exp;
-- separate rows: every candidate behind its own copy of the prompt, K causal sequences in one batch;
+- separate sequences: every candidate behind its own copy of the prompt, K causal sequences in one batch;
 - dense mask: the packed sequence under a mask [S, S] of the keys that each query sees;
 - FlexAttention: the packed sequence under a block mask, compiled; on CUDA only, because it has no
   backward on the CPU.
 
 All but ours use torch's `scaled_dot_product_attention` or `flex_attention`. The sides get the same
 queries, keys, values and gradient of the output; their gradients of all three are compared. For
-separate rows, the gradients of the copies of a prompt are summed, and each copy's output gets its
+separate sequences, the gradients of the copies of a prompt are summed, and each copy's output gets its
 share of the gradient. Masks, layouts and repeated inputs are made beforehand, as a model makes them
 once for all of its layers: they are not in the times, but in the memory.
 """
@@ -32,7 +32,7 @@ from tools.bench.table import Table
 from tools.bench.timing import Timings, alternate
 
 HEADS, GROUPED_HEADS, HEAD_DIM = 8, 2, 64
-OURS, SEPARATE, DENSE, FLEX = "ours", "separate rows", "dense mask", "FlexAttention"
+OURS, SEPARATE, DENSE, FLEX = "ours", "separate sequences", "dense mask", "FlexAttention"
 NO_FLEX = "no backward on CPU"
 Triple = tuple[Tensor, ...]
 """Query, key and value, or their gradients."""
@@ -43,31 +43,31 @@ class Case:
     """A packed sequence of equal groups, and the number of key/value heads."""
 
     prompt: int
-    response: int
+    length: int
     candidates: int
     groups: int = 1
     key_heads: int = HEADS
 
     def layout(self, device: torch.device) -> GroupLayout:
         """Lay out the packed sequence; the token ids do not matter."""
-        responses = [[0] * self.response] * self.candidates
-        return build_layout([[0] * self.prompt] * self.groups, [responses] * self.groups).to(device)
+        candidates = [[0] * self.length] * self.candidates
+        return build_layout([[0] * self.prompt] * self.groups, [candidates] * self.groups).to(device)
 
     @property
     def num_tokens(self) -> int:
         """Number S of tokens of the packed sequence."""
-        return self.groups * (self.prompt + self.candidates * self.response)
+        return self.groups * (self.prompt + self.candidates * self.length)
 
     def pairs(self, side: str) -> float:
         """Count the query-key pairs for which the side has to compute a score."""
-        text = self.prompt + self.response
+        text = self.prompt + self.length
         if side == OURS:
-            own = self.response * (self.prompt + self.response / 2)
+            own = self.length * (self.prompt + self.length / 2)
             return self.groups * (self.prompt**2 / 2 + self.candidates * own)
         return self.groups * self.candidates * text**2 / 2 if side == SEPARATE else self.num_tokens**2
 
     def __str__(self) -> str:
-        return f"{self.prompt}, {self.response}, {self.candidates}" + (f" x{self.groups}" if self.groups > 1 else "")
+        return f"{self.prompt}, {self.length}, {self.candidates}" + (f" x{self.groups}" if self.groups > 1 else "")
 
 
 SHAPES = ((47, 230, 4, 1), (400, 50, 4, 1), (400, 50, 8, 1), (512, 512, 4, 1), (1024, 128, 8, 1), (400, 50, 4, 4))
@@ -126,21 +126,21 @@ def run(options: Options) -> Table:
             "P, R, K",
             "heads q/kv",
             "ours forward, forward + backward, ms",
-            "separate rows",
+            "separate sequences",
             "by pairs",
             "dense mask",
             "by pairs",
             "FlexAttention",
             "memory: ours, MiB",
-            "separate rows",
+            "separate sequences",
             "dense mask",
             "gradient difference",
         ),
         rows,
         (
-            f"{dtype}, heads of {HEAD_DIM}; x4: four groups in the row. Ratios are of times to ours: forward / forward "
-            "and backward, medians. by pairs: the ratio of query-key pairs, what forward and backward would have "
-            "if pairs were all that costs.",
+            f"{dtype}, heads of {HEAD_DIM}; x4: four groups in the micro-batch. Ratios are of times to ours: forward / "
+            "forward and backward, medians. by pairs: the ratio of query-key pairs, what forward and backward would "
+            "have if pairs were all that costs.",
             "memory: inputs, mask, output and gradients included; the others relative to ours.",
         ),
     )
@@ -154,20 +154,20 @@ def make_sides(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
         torch.randn(case.num_tokens, heads, HEAD_DIM, generator=generator).to(device, dtype)
         for heads in (HEADS, case.key_heads, case.key_heads, HEADS)
     )
-    row, rule = (query, key, value), ScoreRule(HEAD_DIM**-0.5)
-    copies = separate_rows(case, device)
+    packed, rule = (query, key, value), ScoreRule(HEAD_DIM**-0.5)
+    copies = separate_sequences(case, device)
     share = gradient.clone()
     share[layout.prompt_index] /= case.candidates  # as many copies of a prompt's output
     sides = {
-        OURS: Side(_leaves(row), gradient, partial(_ours, layout=layout, rule=rule), _same),
+        OURS: Side(_leaves(packed), gradient, partial(_ours, layout=layout, rule=rule), _same),
         SEPARATE: Side(
-            _leaves(tuple(tensor[copies] for tensor in row)),
+            _leaves(tuple(tensor[copies] for tensor in packed)),
             share[copies],
             partial(_fused, is_causal=True),
-            partial(_summed, copies=copies, rows=case.num_tokens),
+            partial(_summed, copies=copies, length=case.num_tokens),
         ),
         DENSE: Side(
-            _leaves(tuple(tensor[None] for tensor in row)),
+            _leaves(tuple(tensor[None] for tensor in packed)),
             gradient[None],
             partial(_fused, attn_mask=mask),
             torch.squeeze,
@@ -175,7 +175,7 @@ def make_sides(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
         ),
     }
     if device.type == "cuda":
-        sides[FLEX] = flex_side(case, row, gradient)
+        sides[FLEX] = flex_side(case, packed, gradient)
     return sides
 
 
@@ -193,22 +193,22 @@ def segments(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
     Candidates are counted from 1 over the whole sequence; prompts have 0.
     """
-    lengths = [case.prompt, *[case.response] * case.candidates]
+    lengths = [case.prompt, *[case.length] * case.candidates]
     groups = torch.arange(case.groups, device=device).repeat_interleave(sum(lengths))
     numbers = [[0, *range(g * case.candidates + 1, (g + 1) * case.candidates + 1)] for g in range(case.groups)]
     counts = torch.tensor(lengths * case.groups, device=device)
     return groups, torch.tensor(numbers, device=device).flatten().repeat_interleave(counts)
 
 
-def separate_rows(case: Case, device: torch.device) -> Tensor:
-    """Return the token of the packed sequence for each token of the separate rows, [groups * K,
+def separate_sequences(case: Case, device: torch.device) -> Tensor:
+    """Return the token of the packed sequence for each token of the separate sequences, [groups * K,
     P + R].
     """
-    start = torch.arange(case.groups, device=device)[:, None, None] * (case.prompt + case.candidates * case.response)
+    start = torch.arange(case.groups, device=device)[:, None, None] * (case.prompt + case.candidates * case.length)
     prompt = torch.arange(case.prompt, device=device).expand(case.groups, case.candidates, -1)
-    response = case.prompt + torch.arange(case.candidates * case.response, device=device)
-    response = response.view(1, case.candidates, -1).expand(case.groups, -1, -1)
-    return (start + torch.cat([prompt, response], -1)).flatten(0, 1)
+    candidates = case.prompt + torch.arange(case.candidates * case.length, device=device)
+    candidates = candidates.view(1, case.candidates, -1).expand(case.groups, -1, -1)
+    return (start + torch.cat([prompt, candidates], -1)).flatten(0, 1)
 
 
 def compare(sides: dict[str, Side], tolerance: float) -> float:
@@ -227,7 +227,7 @@ def compare(sides: dict[str, Side], tolerance: float) -> float:
     return worst
 
 
-def flex_side(case: Case, row: Triple, gradient: Tensor) -> Side:
+def flex_side(case: Case, packed: Triple, gradient: Tensor) -> Side:
     """Make the side of FlexAttention under a block mask, compiled once per shape.
 
     It has not been run on CUDA so far, for want of a machine.
@@ -254,7 +254,7 @@ def flex_side(case: Case, row: Triple, gradient: Tensor) -> Side:
         )
         return output.transpose(1, 2)
 
-    return Side(_leaves(tuple(tensor[None] for tensor in row)), gradient[None], attend, torch.squeeze)
+    return Side(_leaves(tuple(tensor[None] for tensor in packed)), gradient[None], attend, torch.squeeze)
 
 
 def _leaves(tensors: Triple) -> Triple:
@@ -289,9 +289,9 @@ def _same(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _summed(gradient: Tensor, *, copies: Tensor, rows: int) -> Tensor:
+def _summed(gradient: Tensor, *, copies: Tensor, length: int) -> Tensor:
     """Compute the gradient of the packed sequence from that of its copies [b, P + R, h, d]."""
-    packed = gradient.new_zeros(rows, *gradient.shape[2:], dtype=torch.float32)
+    packed = gradient.new_zeros(length, *gradient.shape[2:], dtype=torch.float32)
     return packed.index_add_(0, copies.flatten(), gradient.flatten(0, 1).float())
 
 

@@ -79,7 +79,7 @@ def run(options: Options) -> Table:
 
 def _groups(lengths: Sequence[Lengths]) -> list[Group]:
     return [
-        Group(f"group-{i}", (0,) * each.prompt, tuple((0,) * length for length in each.responses))
+        Group(f"group-{i}", (0,) * each.prompt, tuple((0,) * length for length in each.candidates))
         for i, each in enumerate(lengths)
     ]
 
@@ -133,8 +133,8 @@ def random_plan(groups: int, microbatches: int, generator: random.Random) -> Pla
     micro-batches per copy.
     """
     order = generator.sample(range(groups), groups)
-    rows = [order[start :: COPIES * microbatches] for start in range(COPIES * microbatches)]
-    return [rows[copy::COPIES] for copy in range(COPIES)]
+    dealt = [order[start :: COPIES * microbatches] for start in range(COPIES * microbatches)]
+    return [dealt[copy::COPIES] for copy in range(COPIES)]
 
 
 def step_time(model: Model, plan: Plan, groups: Sequence[Group]) -> float:
@@ -142,10 +142,10 @@ def step_time(model: Model, plan: Plan, groups: Sequence[Group]) -> float:
 
     Raises Different if the plan does not have each group once.
     """
-    planned = sorted(i for copy in plan for row in copy for i in row)
+    planned = sorted(i for copy in plan for microbatch in copy for i in microbatch)
     if planned != list(range(len(groups))):
         raise Different(f"a plan of {len(planned)} groups, some of them not once, for {len(groups)} groups")
-    return max(makespan([model.durations([groups[i] for i in row]) for row in copy]) for copy in plan)
+    return max(makespan([model.durations([groups[i] for i in microbatch]) for microbatch in copy]) for copy in plan)
 
 
 def ideal(model: Model, plan: Plan, groups: Sequence[Group]) -> float:

@@ -1,8 +1,8 @@
 """Growth of the cost of a training step with K, prompt length, vocabulary and number of groups.
 
 Forward and backward of a weighted likelihood, which is computed exactly alike from a group and from
-the same candidates in separate rows; gradients of both are compared. Measured are time, and peak
-memory beyond weights and gradients; each of the four sweeps has a picture. `separate rows` is the
+the same candidates in separate sequences; gradients of both are compared. Measured are time, and peak
+memory beyond weights and gradients; each of the four sweeps has a picture. `separate sequences` is the
 same code with every candidate as a group of its own, its prompt repeated.
 """
 
@@ -27,7 +27,7 @@ from tools.bench.table import Table
 from tools.bench.timing import alternate
 
 TOLERANCE = 1e-5
-OURS, SEPARATE = "prompt shared", "separate rows"
+OURS, SEPARATE = "prompt shared", "separate sequences"
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Point:
 
     shape: Shape
     prompt: int = 256
-    response: int = 64
+    length: int = 64
     candidates: int = 4
     groups: int = 1
     max_tokens: int = 8192
 
     def drawn(self) -> list[Group]:
         """Draw the groups, with random tokens and weights."""
-        return random_groups([Lengths(self.prompt, (self.response,) * self.candidates)] * self.groups, self.shape.vocab)
+        return random_groups([Lengths(self.prompt, (self.length,) * self.candidates)] * self.groups, self.shape.vocab)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Steps that differ in one thing. separate: separate rows are timed too, and not only
+    """Steps that differ in one thing. separate: separate sequences are timed too, and not only
     compared once.
     """
 
@@ -89,11 +89,20 @@ def run(options: Options) -> Table:
             rows += [_cells(sweep, i, measured) for i in range(len(measured))]
     return Table(
         "Cost of a training step, forward and backward",
-        ("", "tokens", "s", "of the line above", "separate rows", "MiB", "separate rows", "gradient difference"),
+        (
+            "",
+            "tokens",
+            "s",
+            "of the line above",
+            "separate sequences",
+            "MiB",
+            "separate sequences",
+            "gradient difference",
+        ),
         rows,
         (
-            f"{base.shape}, fp32; one group of P={base.prompt}, R={base.response}, K={base.candidates}, but for what "
-            "varies. s, MiB: with the prompt shared; separate rows: relative to it.",
+            f"{base.shape}, fp32; one group of P={base.prompt}, R={base.length}, K={base.candidates}, but for what "
+            "varies. s, MiB: with the prompt shared; separate sequences: relative to it.",
             "Where the number of groups varies, a micro-batch holds two of them.",
         ),
     )
@@ -101,11 +110,11 @@ def run(options: Options) -> Table:
 
 def full_sweeps(base: Point) -> list[Sweep]:
     """List the sweeps at full size."""
-    prompt, candidates = f"prompt of {base.prompt} tokens", f"{base.candidates} candidates of {base.response}"
+    prompt, candidates = f"prompt of {base.prompt} tokens", f"{base.candidates} candidates of {base.length}"
     vocabularies = (8192, 32_768, 65_536, 131_072)
-    two_groups = 2 * (base.prompt + base.candidates * base.response)
+    two_groups = 2 * (base.prompt + base.candidates * base.length)
     return [
-        Sweep("K", "K, candidates of the group", f"One group: {prompt}, candidates of {base.response}",
+        Sweep("K", "K, candidates of the group", f"One group: {prompt}, candidates of {base.length}",
               [(k, replace(base, candidates=k)) for k in (1, 2, 4, 8, 16)], separate=True),
         Sweep("prompt", "P, tokens of the prompt", f"One group: {candidates} tokens",
               [(p, replace(base, prompt=p)) for p in (64, 256, 512, 1024)], separate=True),
@@ -118,7 +127,7 @@ def full_sweeps(base: Point) -> list[Sweep]:
 
 def quick_sweeps() -> list[Sweep]:
     """List the same sweeps at small sizes."""
-    base = Point(Shape(hidden=64, layers=2, vocab=199, head_dim=16), prompt=20, response=8, candidates=3)
+    base = Point(Shape(hidden=64, layers=2, vocab=199, head_dim=16), prompt=20, length=8, candidates=3)
     other = replace(base, shape=replace(base.shape, vocab=311))
     return [
         Sweep("K", "K", "quick", [(k, replace(base, candidates=k)) for k in (1, 3)], separate=True),

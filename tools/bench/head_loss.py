@@ -1,5 +1,5 @@
 """Head and loss of one group: ours on its packed sequence against the straightforward way on
-separate rows.
+separate sequences.
 
 Straightforward, as in the authors' released code: logits of every position of K sequences `[prompt
 | y_k]`, divided by tau, a log-softmax of all of them, selection of the targets, sums over candidate
@@ -41,13 +41,13 @@ class Size:
     """Sizes P, R, K, H and V."""
 
     prompt: int
-    response: int
+    length: int
     candidates: int
     hidden: int
     vocab: int
 
     def __str__(self) -> str:
-        return f"P={self.prompt}, R={self.response}, K={self.candidates}, V={self.vocab}, H={self.hidden}"
+        return f"P={self.prompt}, R={self.length}, K={self.candidates}, V={self.vocab}, H={self.hidden}"
 
 
 class HeadAndLoss:
@@ -65,14 +65,14 @@ class HeadAndLoss:
         def ids(count: int) -> list[int]:
             return torch.randint(size.vocab, (count,), generator=generator).tolist()
 
-        prompt, responses = ids(size.prompt), [ids(size.response) for _ in range(size.candidates)]
-        self.layout: GroupLayout = build_layout([prompt], [responses]).to(device)
-        row = torch.randn(self.layout.num_tokens, size.hidden, generator=generator).to(device)
+        prompt, candidates = ids(size.prompt), [ids(size.length) for _ in range(size.candidates)]
+        self.layout: GroupLayout = build_layout([prompt], [candidates]).to(device)
+        hidden = torch.randn(self.layout.num_tokens, size.hidden, generator=generator).to(device)
         self.size = size
-        self.copies = self._rows_of_copies(device)
-        self.packed = row[self.layout.predict_index].requires_grad_()
-        self.separate = row[self.copies].requires_grad_()
-        self.ids = torch.tensor([prompt + response for response in responses], device=device)
+        self.copies = self._places_of_copies(device)
+        self.packed = hidden[self.layout.predict_index].requires_grad_()
+        self.separate = hidden[self.copies].requires_grad_()
+        self.ids = torch.tensor([prompt + candidate for candidate in candidates], device=device)
         weight = torch.randn(size.vocab, size.hidden, generator=generator) * (3 / size.hidden**0.5)
         self.weight = torch.nn.Parameter(weight.to(device))
         self.buffer = torch.zeros_like(self.weight) if buffer else None
@@ -82,13 +82,13 @@ class HeadAndLoss:
         with torch.no_grad():
             self.reference = self._packed_logps(MEMORY_MIB[KEPT]) - drift.to(device)
 
-    def _rows_of_copies(self, device: torch.device) -> Tensor:
-        """Return the place in the packed sequence of each position of the separate rows, [K, P +
+    def _places_of_copies(self, device: torch.device) -> Tensor:
+        """Return the place in the packed sequence of each position of the separate sequences, [K, P +
         R].
         """
         prompt = torch.arange(self.size.prompt, device=device).expand(self.size.candidates, -1)
-        responses = torch.arange(self.size.candidates * self.size.response, device=device)
-        return torch.cat((prompt, self.size.prompt + responses.view(self.size.candidates, -1)), dim=1)
+        candidates = torch.arange(self.size.candidates * self.size.length, device=device)
+        return torch.cat((prompt, self.size.prompt + candidates.view(self.size.candidates, -1)), dim=1)
 
     def _packed_logps(self, memory_mib: float) -> Tensor:
         tiling = plan_tiles(self.packed.shape[0], self.size.vocab, self.weight, memory_mib=memory_mib)
@@ -115,8 +115,8 @@ class HeadAndLoss:
         """
         logps = torch.log_softmax((self.separate @ self.weight.t()) / LOSS.temperature, dim=-1)
         tokens = logps[:, :-1].gather(-1, self.ids[:, 1:, None])[..., 0]
-        responses = torch.arange(1, self.ids.shape[1], device=self.ids.device) >= self.size.prompt
-        return self._loss((tokens.double() * responses).sum(-1))
+        of_candidates = torch.arange(1, self.ids.shape[1], device=self.ids.device) >= self.size.prompt
+        return self._loss((tokens.double() * of_candidates).sum(-1))
 
     def _loss(self, logps: Tensor) -> Tensor:
         log_p = torch.log_softmax(LOSS.beta_pi * (logps - self.reference), dim=-1)
@@ -167,9 +167,9 @@ class HeadAndLoss:
         self.work(loss)
         gradient = self.packed.grad
         if self.separate.grad is not None:
-            row = torch.zeros(self.layout.num_tokens, self.size.hidden, device=self.weight.device)
-            row.index_add_(0, self.copies.flatten(), self.separate.grad.flatten(0, 1))
-            gradient = row[self.layout.predict_index]
+            packed = torch.zeros(self.layout.num_tokens, self.size.hidden, device=self.weight.device)
+            packed.index_add_(0, self.copies.flatten(), self.separate.grad.flatten(0, 1))
+            gradient = packed[self.layout.predict_index]
         weight = self.weight.grad if self.buffer is None else self.buffer
         assert gradient is not None and weight is not None
         return {"hidden": gradient.clone(), "weight": weight.clone()}

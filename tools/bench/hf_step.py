@@ -83,12 +83,12 @@ def sequence_logprobs(model: LlamaForCausalLM, groups: Sequence[Group]) -> Tenso
     """Compute log pi(y_k | x) at temperature tau, [groups, K], from one padded sequence per
     candidate.
     """
-    rows = [([*group.prompt, *candidate], len(candidate)) for group in groups for candidate in group.candidates]
-    longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows], device=model.device)
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
-    is_response = torch.tensor([[0] * (len(ids) - r) + [1] * r + [0] * (longest - len(ids)) for ids, r in rows])
+    sequences = [([*group.prompt, *candidate], len(candidate)) for group in groups for candidate in group.candidates]
+    longest = max(len(ids) for ids, _ in sequences)
+    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in sequences], device=model.device)
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in sequences])
+    of_candidate = torch.tensor([[0] * (len(ids) - r) + [1] * r + [0] * (longest - len(ids)) for ids, r in sequences])
     logits = model(input_ids=input_ids, attention_mask=attention_mask.to(model.device), use_cache=False).logits
     logps = torch.log_softmax(logits[:, :-1].float() / LOSS.temperature, dim=-1)
     picked = logps.gather(-1, input_ids[:, 1:, None])[..., 0]
-    return (picked * is_response[:, 1:].to(model.device)).sum(dim=-1).view(len(groups), -1)
+    return (picked * of_candidate[:, 1:].to(model.device)).sum(dim=-1).view(len(groups), -1)

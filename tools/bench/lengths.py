@@ -21,7 +21,7 @@ class Lengths:
     """Lengths of prompt and candidates of one group, in tokens."""
 
     prompt: int
-    responses: tuple[int, ...]
+    candidates: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Distribution:
 
     name: str
     prompt: tuple[float, float]
-    response: tuple[float, float]
+    candidate: tuple[float, float]
 
     def draw(self, groups: int, candidates: int, *, seed: int = 0) -> list[Lengths]:
         """Draw lengths; the same list for the same arguments."""
@@ -40,7 +40,7 @@ class Distribution:
         drawn = []
         for _ in range(groups):
             prompt = _log_normal(generator, *self.prompt)
-            drawn.append(Lengths(prompt, tuple(_log_normal(generator, *self.response) for _ in range(candidates))))
+            drawn.append(Lengths(prompt, tuple(_log_normal(generator, *self.candidate) for _ in range(candidates))))
         return drawn
 
 
@@ -49,5 +49,5 @@ def _log_normal(generator: random.Random, mean: float, deviation: float) -> int:
     return min(max(4, round(math.exp(generator.gauss(location, deviation)))), LONGEST)
 
 
-HH = Distribution("HH-like", prompt=(47, 0.8), response=(230, 0.6))
-TLDR = Distribution("TL;DR-like", prompt=(400, 0.35), response=(50, 0.4))
+HH = Distribution("HH-like", prompt=(47, 0.8), candidate=(230, 0.6))
+TLDR = Distribution("TL;DR-like", prompt=(400, 0.35), candidate=(50, 0.4))

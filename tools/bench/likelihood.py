@@ -1,4 +1,4 @@
-"""An objective that separate rows compute exactly as groups do: the sum of weighted log-probs of
+"""An objective that separate sequences compute exactly as groups do: the sum of weighted log-probs of
 candidates.
 """
 

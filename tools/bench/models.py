@@ -153,8 +153,8 @@ def random_groups(lengths: Sequence[Lengths], vocab: int, *, seed: int = 0) -> l
         Group(
             id=f"group-{i}",
             prompt=tokens(each.prompt),
-            candidates=tuple(tokens(length) for length in each.responses),
-            rewards=tuple(sorted((generator.gauss(0, 1) for _ in each.responses), reverse=True)),
+            candidates=tuple(tokens(length) for length in each.candidates),
+            rewards=tuple(sorted((generator.gauss(0, 1) for _ in each.candidates), reverse=True)),
         )
         for i, each in enumerate(lengths)
     ]

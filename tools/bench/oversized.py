@@ -52,7 +52,7 @@ def run(options: Options) -> Table:
         for sizes in QUICK_SHAPES if options.quick else SHAPES:
             rows.append(_row(matched, ours, *sizes, rounds=options.rounds))
     return Table(
-        "A group in parts of n candidates over the same group in one row, forward and backward",
+        "A group in parts of n candidates over the same group in one micro-batch, forward and backward",
         (
             "P, R, K",
             "n",
@@ -96,10 +96,10 @@ def _with_limit(trainee: Trainee, tokens: int) -> Trainee:
 
 
 def _row(
-    matched: Matched, ours: OurSteps, prompt: int, response: int, candidates: int, together: int, *, rounds: int
+    matched: Matched, ours: OurSteps, prompt: int, length: int, candidates: int, together: int, *, rounds: int
 ) -> tuple[str, ...]:
-    tokens, room = prompt + candidates * response, prompt + together * response
-    lengths = [Lengths(prompt, (response,) * candidates)] * max(1, TOKENS // tokens)
+    tokens, room = prompt + candidates * length, prompt + together * length
+    lengths = [Lengths(prompt, (length,) * candidates)] * max(1, TOKENS // tokens)
     groups = ours.stored(random_groups(lengths, matched.spec.vocab_size))
     unsplit, split = (Side(_with_limit(ours.trainee, size), ours, groups) for size in (tokens, room))
     planned = plan_step(split.trainee, groups, ours.objective).oversized
@@ -112,9 +112,9 @@ def _row(
     kept = saved(split.step) / saved(unsplit.step)
     peak = peak_bytes(split.step) / peak_bytes(unsplit.step)
     formula = room / tokens
-    work = 1 + (candidates - together) * response / (3 * tokens)
+    work = 1 + (candidates - together) * length / (3 * tokens)
     return (
-        f"{prompt}, {response}, {candidates}",
+        f"{prompt}, {length}, {candidates}",
         f"{together}",
         timings.shown("split", "unsplit"),
         f"{work:.2f}",

@@ -68,7 +68,7 @@ def draw(lengths: Distribution, tokens: int) -> list[Lengths]:
         if count >= tokens:
             break
         drawn.append(each)
-        count += each.prompt + sum(each.responses)
+        count += each.prompt + sum(each.candidates)
     return drawn
 
 

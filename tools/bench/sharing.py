@@ -48,33 +48,33 @@ def run(options: Options) -> Table:
     compute = ComputeConfig(precision="fp32", max_tokens_per_microbatch=8192)
     with world() as runtime, matched_models(shape, runtime, compute) as matched:
         sides = Sides(matched)
-        for prompt, response, candidates in QUICK_SHAPES if options.quick else SHAPES:
-            count = max(1, TOKENS // (prompt + candidates * response))
-            groups = random_groups([Lengths(prompt, (response,) * candidates)] * count, shape.vocab)
+        for prompt, length, candidates in QUICK_SHAPES if options.quick else SHAPES:
+            count = max(1, TOKENS // (prompt + candidates * length))
+            groups = random_groups([Lengths(prompt, (length,) * candidates)] * count, shape.vocab)
             alone = unshared(groups)
             difference = agree(sides.gradients(groups), sides.gradients(alone), tolerance=TOLERANCE)
             both = {"off": partial(sides.step, alone), "on": partial(sides.step, groups)}
             timings = alternate(both, rounds=options.rounds, warmup=0)  # both have just run
-            ideal = formula(shape, prompt, response, candidates)
+            ideal = formula(shape, prompt, length, candidates)
             reached = timings.ratio("off", "on") / ideal
             cells = (timings.shown("off", "on"), f"{ideal:.2f}", f"{reached:.1%}", f"{TARGET:.0%}", f"{difference:.1e}")
-            rows.append((f"{prompt}, {response}, {candidates}", *cells))
+            rows.append((f"{prompt}, {length}, {candidates}", *cells))
     return Table(
-        "Prompt sharing: separate rows over shared prompts, forward and backward",
+        "Prompt sharing: separate sequences over shared prompts, forward and backward",
         ("P, R, K", "off / on", "formula", "reached", "target", "gradient difference"),
         rows,
         (f"{shape}, fp32, about {TOKENS} tokens a step. Median (range) of ratios round by round.",),
     )
 
 
-def formula(shape: Shape, prompt: int, response: int, candidates: int) -> float:
+def formula(shape: Shape, prompt: int, length: int, candidates: int) -> float:
     """Compute the ratio of the work without sharing to the work with it, in FLOPs."""
     linear = 2 * shape.linear_parameters
     pair = 4 * shape.hidden * shape.layers
-    row = prompt + response
-    separate = linear * candidates * row + pair * candidates * row**2 / 2
-    pairs = prompt**2 / 2 + candidates * (prompt * response + response**2 / 2)
-    return separate / (linear * (prompt + candidates * response) + pair * pairs)
+    text = prompt + length
+    separate = linear * candidates * text + pair * candidates * text**2 / 2
+    pairs = prompt**2 / 2 + candidates * (prompt * length + length**2 / 2)
+    return separate / (linear * (prompt + candidates * length) + pair * pairs)
 
 
 class Sides:

@@ -96,11 +96,6 @@ class GroupLayout:
     group_sizes: tuple[int, ...]
     qkv_format: str = "candidate_groups"
 
-    @property
-    def num_candidates(self) -> int:
-        """Number C of candidates, over all groups of the micro-batch."""
-        return sum(self.group_sizes)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, rule: ScoreRule) -> Tensor:
         """See Layout."""
         return attend(query, key, value, self.passes(), rule)

@@ -12,13 +12,13 @@ from torch import Tensor
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.layouts.groups import GroupLayout
 from tools.bench import attention
-from tools.bench.attention import DENSE, OURS, SEPARATE, Case, make_sides, segments, separate_rows, visible
+from tools.bench.attention import DENSE, OURS, SEPARATE, Case, make_sides, segments, separate_sequences, visible
 from tools.bench.options import Options
 from tools.bench.sides import Different
 
 QUICK = Options(quick=True, rounds=1, pictures=Path("unused"))
 CPU = torch.device("cpu")
-CASE = Case(prompt=3, response=2, candidates=2, groups=2)
+CASE = Case(prompt=3, length=2, candidates=2, groups=2)
 
 
 def test_quick_run_compares_all_sides() -> None:
@@ -31,7 +31,7 @@ def test_quick_run_compares_all_sides() -> None:
 
 
 def test_ours_without_the_prompt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A response that does not see its prompt: only the segments' own pass."""
+    """A candidate that does not see its prompt: only the segments' own pass."""
 
     def only_segments(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, rule: ScoreRule) -> Tensor:
         output = torch.zeros_like(query)
@@ -48,8 +48,8 @@ def test_ours_without_the_prompt_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_prompt_gradients_that_are_not_summed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def last_copy(gradient: Tensor, *, copies: Tensor, rows: int) -> Tensor:
-        packed = gradient.new_zeros(rows, *gradient.shape[2:])
+    def last_copy(gradient: Tensor, *, copies: Tensor, length: int) -> Tensor:
+        packed = gradient.new_zeros(length, *gradient.shape[2:])
         packed[copies.flatten()] = gradient.flatten(0, 1)
         return packed
 
@@ -97,8 +97,8 @@ def test_mask_and_segments_by_hand() -> None:
     assert rows == [line + "." * 7 for line in seen] + ["." * 7 + line for line in seen]
 
 
-def test_separate_rows_by_hand() -> None:
-    assert separate_rows(CASE, CPU).tolist() == [
+def test_separate_sequences_by_hand() -> None:
+    assert separate_sequences(CASE, CPU).tolist() == [
         [0, 1, 2, 3, 4],
         [0, 1, 2, 5, 6],
         [7, 8, 9, 10, 11],

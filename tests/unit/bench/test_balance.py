@@ -60,7 +60,7 @@ def test_slower_last_stage_is_what_every_microbatch_waits_for() -> None:
 def test_cost_of_a_microbatch_by_hand() -> None:
     model = Model(hidden=2, layers=4, ffn=3, vocab=5)
     # 7 tokens, 2 * (4 * 4 + 3 * 2 * 3) = 68 FLOPs each; pairs 4.5 + (3 * 3 + 4.5) + (3 + 0.5) = 21.5 at 8 FLOPs;
-    # one layer a stage; rows: the last one of the prompt and two of the first response.
+    # one layer a stage; predicting positions: the prompt's last and two of candidate 0.
     durations = model.durations([Group("g", (1, 1, 1), ((1, 1, 1), (1,)))])
     layer, head = 7 * 68 + 21.5 * 8, 2 * 2 * 5 * 3
     assert durations.forward == (layer, layer, layer, layer + head)

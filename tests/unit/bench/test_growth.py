@@ -41,7 +41,7 @@ def test_quick_run_compares_and_draws(tmp_path: Path) -> None:
 
 
 def test_gradients_that_differ_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The separate rows get another weight for one candidate."""
+    """The separate sequences get another weight for one candidate."""
     separate = growth.unshared
 
     def other_weight(groups: Sequence[Group]) -> list[Group]:

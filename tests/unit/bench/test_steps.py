@@ -68,22 +68,22 @@ def test_formula_of_sharing_by_hand() -> None:
     # One layer, H = 4, ffn 64: 4 * 16 + 3 * 4 * 64 = 832 weights, 1664 FLOPs a token, 16 FLOPs a pair.
     shape = Shape(hidden=4, layers=1, vocab=10, head_dim=4)
     assert shape.linear_parameters == 832
-    # P = 3, R = 2, K = 2. Separate: 2 rows of 5. Shared: 3 + 4 tokens; pairs 4.5 + 2 * (6 + 2).
+    # P = 3, R = 2, K = 2. Separate: 2 sequences of 5. Shared: 3 + 4 tokens; pairs 4.5 + 2 * (6 + 2).
     assert formula(shape, 3, 2, 2) == pytest.approx((1664 * 10 + 16 * 25) / (1664 * 7 + 16 * 20.5))
 
 
 def test_formula_of_sharing_is_that_of_the_facts_for_a_7b_model() -> None:
     shape = Shape(hidden=4096, layers=32, vocab=32_000)
     ideal = {(47, 230, 4): 1.14, (400, 50, 4): 2.98, (400, 50, 8): 4.45, (512, 512, 4): 1.58, (1024, 128, 8): 4.43}
-    for (prompt, response, candidates), speedup in ideal.items():
-        assert formula(shape, prompt, response, candidates) == pytest.approx(speedup, rel=0.012)
+    for (prompt, length, candidates), speedup in ideal.items():
+        assert formula(shape, prompt, length, candidates) == pytest.approx(speedup, rel=0.012)
 
 
 def test_length_lists_are_what_the_documentation_says() -> None:
-    for lengths, prompt, response in ((HH, 47, 230), (TLDR, 400, 50)):
+    for lengths, prompt, candidate in ((HH, 47, 230), (TLDR, 400, 50)):
         drawn = lengths.draw(4000, 2)
         assert drawn[:5] == lengths.draw(4000, 2)[:5]
         assert sum(each.prompt for each in drawn) / 4000 == pytest.approx(prompt, rel=0.06)
-        assert sum(sum(each.responses) for each in drawn) / 8000 == pytest.approx(response, rel=0.06)
+        assert sum(sum(each.candidates) for each in drawn) / 8000 == pytest.approx(candidate, rel=0.06)
         assert max(each.prompt for each in drawn) <= 512
         assert isinstance(drawn[0], Lengths)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from exo_megatron.config.describe import NAMES_ELSEWHERE, describe_keys
+from exo_megatron.config.describe import NAMES_ELSEWHERE, VALUES_ELSEWHERE, describe_keys
 from exo_megatron.config.document import config_digest, dump_config
 from exo_megatron.config.load import load_stage_config
 from exo_megatron.config.sections import LossConfig
@@ -80,7 +80,7 @@ def test_home_directory(monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.lrr=1", ["command line: optimizer.lrr:", "unknown key 'lrr'", "fix: write lr"]),
+        ("optimizer.lrr=1", ["command line: optimizer.lrr:", "unknown key 'lrr'", "fix: write optimizer.lr"]),
         ("lr=1", ["command line: lr:", "fix: write optimizer.lr"]),
         ("optimizer.lr='1e-5'", ["got '1e-5'", "number > 0", "remove the quotes"]),
         ("optimizer.lr=-1", ["got -1", "number > 0"]),
@@ -234,13 +234,27 @@ def test_loading_imports_no_torch():
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [
-        ("loss.beta=0.1", "write beta_pi"),
-        ("optimizer.learning_rate=1e-6", "write lr"),
+        ("loss.beta=0.1", "write loss.beta_pi"),
+        ("optimizer.learning_rate=1e-6", "write optimizer.lr"),
         ("learning_rate=1e-6", "write optimizer.lr"),
-        ("optimizer.max_grad_norm=1", "write clip_grad"),
+        ("optimizer.max_grad_norm=1", "write optimizer.clip_grad"),
         ("num_train_epochs=1", "write batch.epochs"),
-        ("loss.kindd=exo_rw", "write kind"),
+        ("loss.kindd=exo_rw", "write loss.kind"),
         ("lr=1e-6", "write optimizer.lr"),
+        ("loss={beta: 0.1}", "write loss.beta_pi"),
+        ("bf16=true", "write compute.precision"),
+        ("fp16=true", "write compute.precision"),
+        ("gradient_checkpointing=true", "write compute.recompute"),
+        ("max_length=1024", "write data.max_prompt_tokens and data.max_completion_tokens"),
+        ("gradient_accumulation_steps=8", "write batch.groups"),
+        ("global_batch_size=64", "write batch.groups"),
+        ("batch.train_batch_size=64", "write batch.groups"),
+        ("per_device_train_batch_size=4", "write batch.groups and compute.max_tokens_per_microbatch"),
+        ("micro_batch_size=4", "write batch.groups and compute.max_tokens_per_microbatch"),
+        ("precompute_ref_log_probs=true", "write reference_logprobs"),
+        ("ref_model=m", "write reference.checkpoint"),
+        ("reference.ref_model_name_or_path=m", "write reference.checkpoint"),
+        ("save_total_limit=3", "write save.keep"),
         ("frobnicate=1", "remove it"),
     ],
 )
@@ -251,7 +265,7 @@ def test_names_of_other_trainers_are_known(setting: str, fix: str) -> None:
 
 def test_names_of_other_trainers_stand_for_keys_that_exist() -> None:
     keys = {each.key for section in STAGE_CONFIGS.values() for each in describe_keys(section)}
-    assert set(NAMES_ELSEWHERE.values()) <= keys
+    assert {key for meant in NAMES_ELSEWHERE.values() for key in meant.split()} <= keys
     assert not {key.split(".")[-1] for key in keys} & NAMES_ELSEWHERE.keys()
 
 
@@ -268,3 +282,48 @@ def test_digest_of_an_earlier_version_stays() -> None:
         other = config.model_copy(update={"loss": LossConfig.model_validate(changed)})
         assert config_digest(other) != config_digest(config)
         assert other.loss.digest_json() != config.loss.digest_json()
+
+
+def test_in_a_file_a_key_is_named_as_it_is_written_there(file: Path) -> None:
+    file.write_text(ALIGN + "loss: {beta: 0.1}\n", encoding="utf-8")
+    assert error_of("align", file).endswith("; fix: write beta_pi")
+    file.write_text(ALIGN + "beta: 0.1\n", encoding="utf-8")
+    assert error_of("align", file).endswith("; fix: write loss.beta_pi")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ours"), [(k, *pair) for k, v in VALUES_ELSEWHERE.items() for pair in v.items()]
+)
+def test_values_of_other_trainers_are_known(file: Path, key: str, value: str, ours: str) -> None:
+    assert error_of("align", file, f"{key}={value}").endswith(f"; fix: write {ours}")
+    load_stage_config("align", file, [f"{key}={ours}"])
+
+
+def test_the_losses_of_other_trainers_are_known() -> None:
+    known = VALUES_ELSEWHERE["loss.kind"]
+    assert known == {
+        "sigmoid": "dpo_pref",
+        "dpo": "dpo_pref",
+        "ipo": "ipo_pref",
+        "exo_pair": "exo_pref",
+        "exo": "exo_rw",
+    }
+
+
+def test_all_missing_keys_are_named() -> None:
+    assert "command line: output: missing, as are model.checkpoint and data.path; expected" in error_of(
+        "align", None, "model={}", "data={}"
+    )
+    assert "command line: output: missing, as are model and data; expected" in error_of("align", None)
+    assert "output: missing, as is model; expected" in error_of("align", None, "data.path=d")
+    assert "output: missing (and 1 more); expected" in error_of(
+        "align", None, "model.checkpoint=m", "data.path=d", "seed=-1"
+    )
+
+
+def test_a_function_beside_another_kind_of_loss(file: Path) -> None:
+    text = error_of("align", file, "loss.kind=exo_rw", "loss.function=my:loss")
+    assert text.startswith("command line: loss.function: got 'my:loss', which has no effect: loss.kind is exo_rw;")
+    assert text.endswith("; fix: set loss.kind=function, or remove loss.function")
+    load_stage_config("align", file, ["loss.kind=function", "loss.function=my:loss"])
+    load_stage_config("align", file, ["loss.function=my:loss"])

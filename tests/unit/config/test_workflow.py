@@ -154,7 +154,10 @@ def test_rendered_run_loads_as_equal(file, tmp_path):
     [
         ("stages.sf.seed=3", ["no stage is called 'sf'", "write stages.sft.KEY=value"]),
         ("stages.sft=3", ["stages.NAME.KEY=value"]),
-        ("stages.sft.optimiser.lr=3", ["command line: stages.sft.optimiser: unknown key", "write optimizer"]),
+        (
+            "stages.sft.optimiser.lr=3",
+            ["command line: stages.sft.optimiser: unknown key", "write stages.sft.optimizer"],
+        ),
         ("stages.sft.optimizer.lr=-3", ["command line: stages.sft.optimizer.lr: got -3"]),
         ("stages.sft.optimizer.lr.x=-3", ["stages.sft.optimizer.lr: got {'x': -3}"]),
         ("stages.candidates.model=null", ["stages.candidates.model: got null", "section (checkpoint)"]),
@@ -164,9 +167,15 @@ def test_rendered_run_loads_as_equal(file, tmp_path):
         ),
         ("defaults.compte.precision=fp32", ["defaults.compte: no stage has a section", "write compute"]),
         ("defaults.seed=3", ["defaults.seed: no stage has a section"]),
-        ("defaults.compute.precisio=fp32", ["defaults.compute.precisio: unknown key", "write precision"]),
+        (
+            "defaults.compute.precisio=fp32",
+            ["defaults.compute.precisio: unknown key", "write defaults.compute.precision"],
+        ),
         ("defaults.sampling.temperature=-1", ["defaults.sampling.temperature: got -1"]),
         ("defaults.loss.kind=nope", ["defaults.loss.kind: got 'nope'"]),
+        ("defaults.loss.kind=sigmoid", ["defaults.loss.kind: got 'sigmoid'", "fix: write dpo_pref"]),
+        ("defaults.loss.beta=1", ["unknown key 'beta'", "fix: write defaults.loss.beta_pi"]),
+        ("stages.exo-1.5.beta=1", ["unknown key 'beta'", "fix: write stages.exo-1.5.loss.beta_pi"]),
         ("defaults.compute=null", ["defaults.compute: got null"]),
         ("stages.exo-1.5.model.checkpoint='${stf}'", ["${stf} is unknown", "write ${sft}"]),
         ("stages.sft.model.checkpoint='${candidates}'", ["${candidates} is not an earlier stage"]),

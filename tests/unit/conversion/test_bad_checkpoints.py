@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from exo_megatron.checkpoint.directory import STAGING_MARKER, read_spec
 from exo_megatron.config.sections import ParallelConfig
-from exo_megatron.config.stages import VerifyConfig
+from exo_megatron.config.stages import STAGE_FILES, VerifyConfig
 from exo_megatron.errors import CheckpointError, TopologyError
 from exo_megatron.stages import verify as verifying
 from tests.reference.tiny_llama import tiny_tokenizer
@@ -356,8 +356,11 @@ def test_verification_that_breaks_leaves_nothing(
     tool: ModuleType,
     failure: Exception,
 ) -> None:
+    seen: set[str] = set()
+
     def fail(wanted: VerifyConfig, runtime: object) -> None:
         made = wanted.checkpoint if tool is convert_hf_to_megatron else wanted.hf
+        seen.update(child.name for child in made.iterdir())
         assert (made / STAGING_MARKER).is_file()
         raise failure
 
@@ -366,6 +369,9 @@ def test_verification_that_breaks_leaves_nothing(
     source = {"hf": hf} if tool is convert_hf_to_megatron else {"checkpoint": checkpoint}
     program = partial(run, lambda words: tool.main([*words, "--verify"]))
     assert program(**source, output=tmp_path / "in" / "base") == (2 if isinstance(failure, TopologyError) else 1)
+    assert STAGING_MARKER in seen
+    assert not seen & STAGE_FILES
+    assert ("config.json" in seen) == (tool is convert_megatron_to_hf), "only an HF directory has one, to be verified"
     assert not list((tmp_path / "in").iterdir())
     monkeypatch.undo()
     assert program(**source, output=tmp_path / "in" / "base") == 0

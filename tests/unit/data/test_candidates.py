@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from exo_megatron.data.candidates import Candidate, CandidateRecord, read_candidates, write_candidates
+from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.errors import DataError
+from tests.reference.candidates import read_candidates
 
 SOURCE = LogprobSource(fingerprint="f" * 64, temperature=0.1 + 0.2, precision="bf16")
 RECORDS = [

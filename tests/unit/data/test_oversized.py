@@ -17,9 +17,9 @@ WIDE = 10**9
 """A hidden size at which a token costs 1, whatever it sees."""
 
 
-def group(name: object, prompt: int, *responses: int) -> Group:
-    rewards = tuple(float(k) for k in range(len(responses)))
-    return Group(str(name), (1,) * prompt, tuple((2,) * length for length in responses), rewards)
+def group(name: object, prompt: int, *lengths: int) -> Group:
+    rewards = tuple(float(k) for k in range(len(lengths)))
+    return Group(str(name), (1,) * prompt, tuple((2,) * length for length in lengths), rewards)
 
 
 def assignments_of(plan: OversizedPlan, number: int) -> list[Assignment]:

@@ -14,12 +14,12 @@ from exo_megatron.data.packing import group_cost, make_microbatch, plan_microbat
 Plan = list[list[list[int]]]
 
 
-def group(name: object, prompt: int, *responses: int) -> Group:
-    return Group(str(name), (1,) * prompt, tuple((2,) * length for length in responses))
+def group(name: object, prompt: int, *lengths: int) -> Group:
+    return Group(str(name), (1,) * prompt, tuple((2,) * length for length in lengths))
 
 
 def random_group(rng: random.Random, name: int, longest: int) -> Group:
-    """Log-normal lengths, as real prompts and answers have."""
+    """Log-normal lengths, as real prompts and candidates have."""
 
     def length(most: int) -> int:
         return max(1, min(most, int(rng.lognormvariate(3.5, 0.9))))

@@ -120,11 +120,11 @@ class TestChat:
         assert chat.decode(ids) == "Be kind.\nThe movie?\n"
 
     def test_completion_is_the_answer_and_its_end(self, chat: Tokenizer) -> None:
-        answer = [{"role": "assistant", "content": "It was good"}]
-        ids = chat.encode_completion(answer)
+        completion = [{"role": "assistant", "content": "It was good"}]
+        ids = chat.encode_completion(completion)
         assert chat.decode_completion(ids) == "It was good"
         assert ids[-1] == chat.eos_id and ids.count(chat.eos_id) == 1
-        assert chat.encode_completion(answer, ended=False) == ids[:-1]
+        assert chat.encode_completion(completion, ended=False) == ids[:-1]
 
     def test_end_of_sequence_is_added_where_the_template_writes_none(self, tmp_path: Path) -> None:
         template = CHAT_TEMPLATE.replace("</s>", "")
@@ -144,7 +144,7 @@ class TestChat:
         reversing = load_tokenizer(
             hf_directory(tmp_path / "odd", "bytes", chat_template="{{ messages[-1]['content'] }}: answer")
         )
-        with pytest.raises(DataError, match="does not write an answer as a continuation"):
+        with pytest.raises(DataError, match="does not write a completion as a continuation"):
             reversing.encode_completion([{"role": "assistant", "content": "good"}])
 
 

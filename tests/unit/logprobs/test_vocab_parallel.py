@@ -16,7 +16,7 @@ VOCAB, PADDED, HIDDEN = 11, 16, 6
 TEMPERATURE = 0.8
 SHARD = VocabShard(group=None, rank=0, ranks=1, vocab_size=VOCAB)
 # Three first tokens on row 0, two of them the same token; rows 1 and 4 predict one each; row 2 predicts two.
-TOKEN_ROW = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
+TOKEN_PREDICTOR = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
 TOKEN_TARGET = torch.tensor([3, 10, 3, 0, 7, 1, 10, 5])
 ROWS = 5
 # Widths around those at which targets lie on the border of a tile; no, some and all tiles kept.
@@ -44,14 +44,14 @@ def expected(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Te
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / TEMPERATURE
-    return torch.log_softmax(logits[TOKEN_ROW], dim=-1).gather(-1, TOKEN_TARGET[:, None])[:, 0]
+    return torch.log_softmax(logits[TOKEN_PREDICTOR], dim=-1).gather(-1, TOKEN_TARGET[:, None])[:, 0]
 
 
 def actual(hidden: Tensor, weight: Tensor, tiling: Tiling, softcap: float | None = None) -> Tensor:
     return sharded_logprobs(
         hidden,
         weight,
-        TOKEN_ROW,
+        TOKEN_PREDICTOR,
         TOKEN_TARGET,
         SHARD,
         temperature=TEMPERATURE,
@@ -167,7 +167,7 @@ def test_a_target_that_is_almost_impossible(kept: int) -> None:
 def test_callers_tensors_are_not_modified(kept: int) -> None:
     hidden, weight = inputs()
     upstream = UPSTREAM.clone()
-    tensors = (hidden, weight, upstream, TOKEN_ROW, TOKEN_TARGET)
+    tensors = (hidden, weight, upstream, TOKEN_PREDICTOR, TOKEN_TARGET)
     copies = [tensor.detach().clone() for tensor in tensors]
     actual(hidden, weight, Tiling(4, kept)).backward(upstream)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
@@ -242,4 +242,4 @@ def test_without_a_backward_nothing_is_kept(trained: bool, monkeypatch: pytest.M
     monkeypatch.delattr(Projection, "factor")
     hidden, weight = (tensor.detach().requires_grad_(trained) for tensor in inputs())
     with torch.set_grad_enabled(not trained):
-        assert actual(hidden, weight, Tiling(4, 100)).shape == TOKEN_ROW.shape
+        assert actual(hidden, weight, Tiling(4, 100)).shape == TOKEN_PREDICTOR.shape

@@ -10,7 +10,7 @@ from exo_megatron.logprobs.softmax import Tiling, VocabShard
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 
 VOCAB, PADDED, HIDDEN = 11, 16, 6
-TOKEN_ROW, TOKEN_TARGET = torch.tensor([0, 0, 1, 2]), torch.tensor([3, 10, 10, 0])
+TOKEN_PREDICTOR, TOKEN_TARGET = torch.tensor([0, 0, 1, 2]), torch.tensor([3, 10, 10, 0])
 
 
 def weight_with_buffer(dtype: torch.dtype, buffer_dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
@@ -28,7 +28,9 @@ def hidden(dtype: torch.dtype) -> Tensor:
 def backward(weight: Tensor, kept: int = 100) -> None:
     shard = VocabShard(group=None, rank=0, ranks=1, vocab_size=VOCAB)
     rows = hidden(weight.dtype)
-    logps = sharded_logprobs(rows, weight, TOKEN_ROW, TOKEN_TARGET, shard, temperature=0.8, tiling=Tiling(4, kept, 2))
+    logps = sharded_logprobs(
+        rows, weight, TOKEN_PREDICTOR, TOKEN_TARGET, shard, temperature=0.8, tiling=Tiling(4, kept, 2)
+    )
     logps.backward(torch.tensor([1.0, -3.0, 0.5, 2.0]))
 
 
@@ -36,7 +38,7 @@ def plain_gradient(dtype: torch.dtype) -> Tensor:
     """fp32 gradient of the same, without a buffer and without rounding."""
     weight = weight_with_buffer(dtype).detach().float().requires_grad_()
     logits = hidden(dtype).detach().float() @ weight[:VOCAB].t() / 0.8
-    logps = torch.log_softmax(logits, dim=-1)[TOKEN_ROW, TOKEN_TARGET]
+    logps = torch.log_softmax(logits, dim=-1)[TOKEN_PREDICTOR, TOKEN_TARGET]
     (gradient,) = torch.autograd.grad(logps, weight, torch.tensor([1.0, -3.0, 0.5, 2.0]))
     return gradient
 
@@ -70,7 +72,7 @@ def test_weight_tied_to_embeddings_of_the_same_stage() -> None:
     embedded = torch.nn.functional.embedding(torch.tensor([1, 1]), weight)
     shard = VocabShard(group=None, rank=0, ranks=1, vocab_size=VOCAB)
     logps = sharded_logprobs(
-        hidden(torch.float32), weight, TOKEN_ROW, TOKEN_TARGET, shard, temperature=0.8, tiling=Tiling(4, 1)
+        hidden(torch.float32), weight, TOKEN_PREDICTOR, TOKEN_TARGET, shard, temperature=0.8, tiling=Tiling(4, 1)
     )
     (embedded.sum() + (logps * torch.tensor([1.0, -3.0, 0.5, 2.0])).sum()).backward()
     torch.testing.assert_close(weight.main_grad, 2.0 + plain_gradient(torch.float32), rtol=1e-5, atol=1e-5)

@@ -1,11 +1,10 @@
-"""What the documents tell a reader to type is real: commands, configurations, settings, paths, extras.
-
-tests/unit/packaging/test_docs.py checks links, paths and names in README.md and docs/; here are their commands, and
-everything in the documents beside them.
+"""What the documents point at is there (files, functions, tests, configuration keys), and what they tell a reader to
+type is real: commands, configurations, settings, paths, extras.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import runpy
@@ -25,14 +24,18 @@ import yaml
 
 from exo_megatron.cli.main import main
 from exo_megatron.config.describe import describe_keys
-from exo_megatron.config.load import load_run_config, load_stage_config
-from exo_megatron.config.stages import STAGE_CONFIGS, RunConfig
+from exo_megatron.config.load import load_command_config, load_run_config, load_stage_config
+from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, RunConfig
+from exo_megatron.conversion.families import FAMILIES
 from exo_megatron.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BESIDES = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/README.md")]
-"""The documents that test_docs.py does not read."""
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *BESIDES]
+DOCUMENTS = [*PAGES, *BESIDES]
+
+SETTINGS = {**STAGE_CONFIGS, **COMMAND_CONFIGS, "run": RunConfig}
+"""The commands that have settings, and the classes of these."""
 
 OTHER_PROGRAMS = {".", "git", "lint-imports", "mypy", "pip", "pre-commit", "pytest", "python3 -m venv", "ruff"}
 """What may stand in a bash block besides the project's own commands."""
@@ -171,7 +174,7 @@ def stage_problems(stage: str, rest: Sequence[str], command: Command, document: 
     if text is None:
         yield f"exo-megatron has no command {stage}"
         return
-    if stage not in (*STAGE_CONFIGS, "run"):
+    if stage not in SETTINGS:
         yield from (f"{stage} has no option {word}" for word in rest if word.startswith("--") and word not in text)
         return
     config, settings, strange = parse_settings(rest)
@@ -210,7 +213,7 @@ def is_key(stage: str, key: str) -> bool:
     if stage == "run" and key.split(".")[0] in ("defaults", "stages"):
         inner = key.split(".", 1 if key.startswith("defaults") else 2)[-1]
         return any(is_key(each, inner) for each in STAGE_CONFIGS)
-    described = list(describe_keys(RunConfig if stage == "run" else STAGE_CONFIGS[stage]))
+    described = list(describe_keys(SETTINGS[stage]))
     return any(
         key == each.key
         or each.key.startswith(f"{key}.")
@@ -251,6 +254,8 @@ def load_problem(stage: str, file: Path | None, settings: Sequence[str]) -> str 
     try:
         if stage == "run":
             load_run_config(file, settings)
+        elif stage in COMMAND_CONFIGS:
+            load_command_config(stage, file, settings)
         else:
             load_stage_config(stage, file, settings)
     except ConfigError as error:
@@ -306,6 +311,64 @@ def job_problems(script: str, command: Command, document: Path) -> Iterator[str]
         yield f"STAGE={stage} needs CONFIG"
 
 
+def definitions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("document", PAGES, ids=name_of)
+def test_links_and_paths_exist(document: Path) -> None:
+    # test_extending.py applies the diffs, which may make files.
+    text = re.sub(r"```diff\n.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")}
+    missing = {link for link in links if not (document.parent / link).exists()}
+    paths = set(re.findall(r"\b(?:exo_megatron|tests|tools|slurm|examples)/[\w./-]*\w", text))
+    missing |= {path for path in paths if not (ROOT / path).exists()}
+    assert not missing
+
+
+@pytest.mark.parametrize("document", PAGES, ids=name_of)
+def test_named_functions_and_tests_exist(document: Path) -> None:
+    named = re.findall(r"\b((?:exo_megatron|tests)/[\w/]+\.py)::?(\w+)", document.read_text(encoding="utf-8"))
+    missing = {(path, name) for path, name in named if name not in definitions(ROOT / path)}
+    assert not missing
+
+
+def test_the_6b_configuration_is_valid() -> None:
+    config = load_stage_config("align", ROOT / "examples" / "configs" / "align_6b.yaml", [])
+    assert config.output == Path("outputs/align_6b")
+
+
+def yaml_block(document: Path, directory: Path) -> Path:
+    (block,) = re.findall(r"```yaml\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    file = directory / "document.yaml"
+    file.write_text(block, encoding="utf-8")
+    return file
+
+
+def test_the_configuration_of_the_readme_is_valid(tmp_path: Path) -> None:
+    file = yaml_block(ROOT / "README.md", tmp_path)
+    load_stage_config("align", file, ["loss.kind=dpo_rw", "output=outputs/dpo"])
+
+
+def test_the_run_file_of_the_documents_is_valid(tmp_path: Path) -> None:
+    run = load_run_config(yaml_block(ROOT / "docs" / "config.md", tmp_path), ["stages.exo.optimizer.lr=5e-7"])
+    assert [stage.upstream for stage in run.stages] == [(), ("sft",), ("rollout",), ("sft", "score")]
+
+
+def test_the_table_of_families_is_complete() -> None:
+    text = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    section = text.partition("## Families\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section, re.MULTILINE)
+    assert [model_type for model_type, _ in rows] == sorted(FAMILIES)
+    for model_type, row in rows:
+        models, cut, reward, embeddings, _ = (cell.strip() for cell in row.split("|"))
+        classifies = any(name.endswith("ForSequenceClassification") for name in FAMILIES[model_type].architectures)
+        assert models and embeddings
+        assert ("EP" in cut) == (model_type in ("mixtral", "qwen3_moe"))
+        assert reward.startswith("yes" if classifies else "no"), model_type
+
+
 @each_document
 def test_every_command_is_real(document: Path) -> None:
     problems = [
@@ -335,6 +398,8 @@ def test_commands_are_found() -> None:
         "exo-megatron align --config examples/configs/align_6b.yaml --verbose",
         "exo-megatron sft --config examples/configs/align_6b.yaml",
         "exo-megatron import hf=path/to/model",
+        "exo-megatron verify hf=path/to/model",
+        "exo-megatron verify hf=path/to/model checkpoint=checkpoints/base tensor=2",
         "exo-megatron run --config examples/configs/run.yaml stages.none.optimizer.lr=1e-5",
         "exo-megatron run --config examples/configs/run.yaml defaults.parallel.tensr=1",
         "torchrun --nproc-per-node 2 -m exo_megatron algn --config examples/configs/align_6b.yaml",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,9 +158,20 @@ def apply(diff: str, root: Path) -> None:
 
 
 def test_the_api_runs_as_documented() -> None:
-    names: dict[str, object] = {}
-    for text in re.findall(r"```python\n(.*?)```", API, re.DOTALL):
+    names: dict[str, Any] = {}
+    texts = re.findall(r"```python\n(.*?)```", API, re.DOTALL)
+    assert len(texts) == 3
+    for text in texts[:1]:
         exec(compile(text, "docs/api.md", "exec"), names)
+    # Log-ratios -0.5, -0.5 and -2, rewards 0.3, 1.2 and -0.4: candidate 1 is to gain, the others are to lose.
+    assert names["logps"].grad.sign().tolist() == [[1.0, -1.0, 1.0]]
+    for text in texts[1:]:
+        exec(compile(text, "docs/api.md", "exec"), names)
+    assert names["objective"].losses.shape == (2,)
+    assert bool((names["objective"].losses > 0).all())
+    assert names["logps"].grad.shape == (5,)
+    assert names["group"].num_tokens == 7
+    assert names["config"].loss.kind == "exo_rw"
 
 
 def test_the_api_is_documented_whole() -> None:
@@ -171,6 +183,7 @@ def test_the_api_is_documented_whole() -> None:
         assert getattr(exo_megatron, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = exo_megatron.no_such_name
+    assert dir(exo_megatron) == sorted(exo_megatron.__all__)
 
 
 def test_the_package_and_a_mistake_in_a_configuration_load_no_torch(tmp_path: Path) -> None:

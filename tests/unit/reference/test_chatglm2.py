@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import GlmConfig, GlmForCausalLM
 
 from tests.reference.chatglm2 import BUFFER, ChatGlm2, load_chatglm2, save_chatglm2, tiny_chatglm2
-from tests.reference.tiny_models import row_logits
+from tests.reference.tiny_models import sequence_logits
 
 ROW = [3, *range(5, 100, 3)]
 
@@ -52,9 +52,9 @@ def as_glm(model: ChatGlm2) -> GlmForCausalLM:
 
 def test_forward_is_that_of_glm() -> None:
     model = tiny_chatglm2(seed=4)
-    logits = model.row_logits(ROW)
+    logits = model.sequence_logits(ROW)
     assert logits.std() > 0.5
-    assert (logits - row_logits(as_glm(model), ROW)).abs().max() < 2e-5
+    assert (logits - sequence_logits(as_glm(model), ROW)).abs().max() < 2e-5
 
 
 def test_saved_as_published(tmp_path: Path) -> None:
@@ -64,4 +64,4 @@ def test_saved_as_published(tmp_path: Path) -> None:
     assert names == {*model.tensors, BUFFER}
     loaded = load_chatglm2(directory)
     assert loaded.config == model.config
-    assert torch.equal(loaded.row_logits(ROW), model.row_logits(ROW))
+    assert torch.equal(loaded.sequence_logits(ROW), model.sequence_logits(ROW))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.reference.tiny_models import ALTERNATING, GEMMA3, LANGUAGE_MODELS, LONGROPE, row_logits
+from tests.reference.tiny_models import ALTERNATING, GEMMA3, LANGUAGE_MODELS, LONGROPE, sequence_logits
 
 ROW = [3, *range(4, 90, 2)]
 TENSOR_VISIBLE = 0.02  # 200 times the tolerance of the parity tests
@@ -59,14 +59,14 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 def test_every_tensor_shows(name: str) -> None:
     """Rotated by one row, the least important tensor of the second and the last layer changes the logits."""
     model = LANGUAGE_MODELS[name].model().float()
-    logits = row_logits(model, ROW)
+    logits = sequence_logits(model, ROW)
     assert logits.std(dim=0).mean() > 0.3 and logits.std(dim=1).mean() > 0.3
     for parameter_name, parameter in model.named_parameters():
         if ".0." in parameter_name or ".2." in parameter_name:
             continue
         original = parameter.data
         parameter.data = original.roll(1, dims=0)
-        change = (row_logits(model, ROW) - logits).abs().max()
+        change = (sequence_logits(model, ROW) - logits).abs().max()
         parameter.data = original
         assert change > TENSOR_VISIBLE, parameter_name
 
@@ -75,5 +75,5 @@ def test_every_tensor_shows(name: str) -> None:
 def test_every_setting_shows(name: str, changes: dict[str, Any]) -> None:
     tiny = LANGUAGE_MODELS[name]
     with torch.no_grad():
-        change = row_logits(tiny.model(**changes), ROW) - row_logits(tiny.model(), ROW)
+        change = sequence_logits(tiny.model(**changes), ROW) - sequence_logits(tiny.model(), ROW)
     assert change.abs().max() > SETTING_VISIBLE

@@ -14,12 +14,13 @@ import torch
 
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import ScoreConfig
-from exo_megatron.data.candidates import Candidate, CandidateRecord, read_candidates, write_candidates
+from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.errors import DataError, RewardError
 from exo_megatron.rewards.records import score_records
 from exo_megatron.stages.score import run_score, summarize_rewards
 from exo_megatron.utils.files import read_json, write_json
+from tests.reference.candidates import read_candidates
 
 
 @dataclass

@@ -19,7 +19,7 @@ RAGGED = ([(5, (3, 7, 1, 3)), (1, (4,)), (9, (2, 2, 6)), (2, (1, 1))], 8)
 LAYOUTS = {
     "ragged groups and padding": RAGGED,
     "one group of one": ([(3, (2,))], 1),
-    "one-token prompt and answers": ([(1, (1, 1))], 1),
+    "one-token prompt and candidates": ([(1, (1, 1))], 1),
     "equal lengths, no padding": ([(4, (4, 4)), (4, (4, 4))], 4),
     "padding only": ([], 4),
 }
@@ -42,13 +42,13 @@ def visible(groups: list[tuple[int, tuple[int, ...]]], num_tokens: int) -> Tenso
         mask[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
 
     start = 0
-    for prompt, responses in groups:
+    for prompt, candidates in groups:
         causal(start, prompt)
         first = start + prompt
-        for response in responses:
-            causal(first, response)
-            mask[first : first + response, start : start + prompt] = True
-            first += response
+        for candidate in candidates:
+            causal(first, candidate)
+            mask[first : first + candidate, start : start + prompt] = True
+            first += candidate
         start = first
     causal(start, num_tokens - start)
     return mask
@@ -115,8 +115,8 @@ def test_bf16_stays_within_its_rounding() -> None:
     compare(RAGGED[0], layout, random_qkv(layout.num_tokens, 4, 2, torch.bfloat16), 2e-2)
 
 
-def test_long_rows_cross_the_kernels_blocks() -> None:
-    """Segments longer than the flash kernel's query and key blocks (32 to 512 rows)."""
+def test_long_segments_cross_the_kernels_blocks() -> None:
+    """Segments longer than the flash kernel's query and key blocks (32 to 512 positions)."""
     groups = [(530, (45, 300)), (33, (513,))]
     layout = make_layout(groups, 1)
     compare(groups, layout, random_qkv(layout.num_tokens, 2, 1, torch.float64), 1e-12)
@@ -179,7 +179,7 @@ class CountingKernel(PlainKernel):
 @pytest.mark.parametrize(
     ("groups", "calls"),
     [
-        # Prompt and answers of one length, and those of the next group behind them: one call a pass.
+        # Prompt and candidates of one length, and those of the next group behind them: one call a pass.
         ([(4, (4, 4)), (4, (4, 4))], [(6, 4), (2, 8)]),
         # Segments of other lengths lie between those of equal length: a call for each.
         ([(3, (2,)), (3, (2,))], [(1, 3), (1, 2), (1, 3), (1, 2), (2, 2)]),
@@ -210,7 +210,7 @@ def test_blocks_of_a_run_share_a_call_and_are_read_in_place(
     [(2, None), (4, None), (9, None), (10, None), (11, None), (50, None), (None, 1.5), (3, 1.5)],
 )
 def test_windows_and_soft_caps(name: str, window: int | None, softcap: float | None) -> None:
-    """Windows that end inside a response, inside its prompt, between them, and beyond: RAGGED's texts have 6 to 15."""
+    """Windows that end inside a candidate, inside its prompt, between them, and beyond: RAGGED's texts have 6 to 15."""
     groups, multiple = LAYOUTS[name]
     layout = make_layout(groups, multiple)
     rule = ScoreRule(0.37, softcap, window)

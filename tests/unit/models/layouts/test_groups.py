@@ -35,10 +35,10 @@ def random_groups(rng: random.Random, size: int) -> tuple[list[Ids], list[list[I
 
 def cells_of(prompts: list[Ids], candidates: list[list[Ids]]) -> list[Cell]:
     cells = []
-    for g, (prompt, responses) in enumerate(zip(prompts, candidates, strict=True)):
+    for g, (prompt, of_group) in enumerate(zip(prompts, candidates, strict=True)):
         cells += [Cell(g, -1, t, t, token) for t, token in enumerate(prompt)]
-        for k, response in enumerate(responses):
-            cells += [Cell(g, k, t, len(prompt) + t, token) for t, token in enumerate(response)]
+        for k, candidate in enumerate(of_group):
+            cells += [Cell(g, k, t, len(prompt) + t, token) for t, token in enumerate(candidate)]
     return cells
 
 
@@ -96,9 +96,9 @@ def test_prediction(size: int, multiple: int, seed: int) -> None:
     prompts, candidates = random_groups(random.Random(100 * seed + size), size)
     cells = cells_of(prompts, candidates)
     layout = build_layout(prompts, candidates, multiple=multiple)
-    responses = [response for group in candidates for response in group]
+    all_candidates = [candidate for group in candidates for candidate in group]
     numbers = {key: c for c, key in enumerate((g, k) for g, group in enumerate(candidates) for k in range(len(group)))}
-    starts = [sum(len(response) for response in responses[:c]) for c in range(len(responses) + 1)]
+    starts = [sum(len(candidate) for candidate in all_candidates[:c]) for c in range(len(all_candidates) + 1)]
 
     def predicting_index(cell: Cell) -> int:
         """The index of the token before this one in its own sequence."""
@@ -123,9 +123,9 @@ def test_prediction(size: int, multiple: int, seed: int) -> None:
     assert layout.token_candidate.tolist() == [c for _, c, _, _ in tokens]
     assert layout.token_target.tolist() == [token for *_, token in tokens]
     assert layout.token_order.tolist() == [starts[c] + place for _, c, place, _ in tokens]
-    assert layout.candidate_lengths.tolist() == [len(response) for response in responses]
+    assert layout.candidate_lengths.tolist() == [len(candidate) for candidate in all_candidates]
     assert layout.group_sizes == tuple(len(group) for group in candidates)
-    assert layout.num_candidates == len(responses)
+    assert sum(layout.group_sizes) == len(all_candidates)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -136,5 +136,5 @@ def test_spans(seed: int) -> None:
         assert cells[span.start] == Cell(g, -1, 0, 0, prompts[g][0])
         assert cells[span.candidates_start] == Cell(g, 0, 0, len(prompts[g]), candidates[g][0][0])
         assert span.prompt_length == len(prompts[g])
-        assert span.candidate_lengths == tuple(len(response) for response in candidates[g])
+        assert span.candidate_lengths == tuple(len(candidate) for candidate in candidates[g])
         assert span.candidates_total == sum(cell.group == g and cell.candidate >= 0 for cell in cells)

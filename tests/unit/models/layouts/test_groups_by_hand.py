@@ -32,7 +32,7 @@ def test_written_out_by_hand() -> None:
     assert layout.token_order.tolist() == [0, 2, 1, 3, 4, 7, 5, 6]
     assert layout.candidate_lengths.tolist() == [2, 1, 1, 3, 1]
     assert layout.group_sizes == (2, 3)
-    assert layout.num_candidates == 5
+    assert sum(layout.group_sizes) == 5
     segments = layout.segment_pass()
     assert max(segments.query_lengths) == max(segments.key_lengths) == segments.longest == 4
 
@@ -60,7 +60,7 @@ def test_micro_batch_without_groups_is_padding_that_predicts_nothing() -> None:
     assert layout.num_tokens == 2
     assert layout.segment_lengths == (2,)
     assert layout.predict_index.numel() == layout.token_predictor.numel() == layout.candidate_index.numel() == 0
-    assert layout.group_sizes == () and layout.num_candidates == 0
+    assert layout.group_sizes == () and sum(layout.group_sizes) == 0
 
 
 def test_to_moves_every_tensor_and_changes_nothing_else() -> None:
