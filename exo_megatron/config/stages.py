@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,8 +163,10 @@ def status_directory(config: StageConfig) -> Path:
 
     The output of an export holds only files that belong on a hub.
     """
-    output = config.output
-    return output.with_name(f".{output.name}.exo-megatron") if isinstance(config, ExportConfig) else output
+    if not isinstance(config, ExportConfig):
+        return config.output
+    output = Path(os.path.abspath(config.output))  # `.` has no name
+    return output.with_name(f".{output.name}.exo-megatron")
 
 
 StageName = Literal["import", "sft", "rollout", "score", "align", "evaluate", "export"]
