@@ -86,7 +86,7 @@ class ScoreConfig(StageConfig):
 
 
 class AlignConfig(StageConfig):
-    """EXO or DPO training on groups."""
+    """Preference optimisation on groups: EXO, DPO, IPO or a loss of your own."""
 
     model: ModelConfig
     reference: ModelConfig | None = Field(default=None, description="default: the checkpoint that training starts from")
@@ -140,7 +140,8 @@ class VerifyConfig(Section):
     tensors_only: bool = Field(default=False, description="do not run the models")
     made: Literal["import", "export"] | None = Field(
         default=None,
-        description="which side was made from the other, which matters where types differ; default: found by comparing",
+        description="which side was made from the other, which matters where types differ; "
+        "default: export for a checkpoint that a training stage saved, else import",
     )
 
 
