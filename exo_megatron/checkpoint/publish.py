@@ -62,7 +62,7 @@ def claim(target: Path, marker: str, status: Path) -> None:
     _check_staging(target)
     remove_tree(staging_path(target))
     if unfinished:
-        remove_tree(target)
+        _empty(target)
     if left_behind:
         _take_away(target, left_behind, marker)
     if not (status / COMPLETE_FILE).exists():
@@ -140,6 +140,12 @@ def remove_tree(path: Path) -> None:
 def _place(target: Path) -> Path:
     """Return where an output really is: a link and a path without a name cannot be renamed to."""
     return target.resolve() if target.is_symlink() or target.name in ("", "..") else target
+
+
+def _empty(target: Path) -> None:
+    """Remove an output in the making but for the files of the stage, its marker last."""
+    for name in sorted(_names(target) - STAGE_FILES, key=lambda name: name == STAGING_MARKER):
+        _remove(target / name)
 
 
 def _take_away(target: Path, names: set[str], marker: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from exo_megatron.checkpoint import publish
 from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.config.sections import ModelConfig
-from exo_megatron.config.stages import ExportConfig, ImportConfig
+from exo_megatron.config.stages import STAGE_FILES, ExportConfig, ImportConfig
 from exo_megatron.errors import CheckpointError
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.stages import run as stages
@@ -180,6 +180,18 @@ def test_a_conversion_without_a_stage_through_a_link(
         work(source, tmp_path / name)
         assert (tmp_path / name).is_symlink() and (real / "config.json" if name == "e" else real / "hf").exists()
     assert not (tmp_path / ".e.exo-megatron").exists()
+
+
+def test_an_import_after_one_without_a_stage_that_was_killed(
+    tmp_path: Path, hf: Path, convert: Imports, in_this_process: None
+) -> None:
+    """Right after the rename, the output still has the marker of staging; the files of the stage stay."""
+    output = convert(hf, tmp_path / "out")
+    (output / publish.STAGING_MARKER).touch()
+    stages.run_stage("import", ImportConfig(hf=hf, output=output))
+    verify_checkpoint(output)
+    assert {path.name for path in output.iterdir()} >= STAGE_FILES
+    assert not (output / publish.STAGING_MARKER).exists()
 
 
 def test_an_import_changed_by_the_user_is_not_replaced(tmp_path: Path, hf: Path, in_this_process: None) -> None:
