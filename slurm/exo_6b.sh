@@ -189,12 +189,12 @@ outcome() {
     fi
 }
 
-# The stage wrote its last file during this job.
+# The stage wrote its last file during this job, and its output is there.
 completed() {
     local status=$OUTPUT/stage.json
     # An export holds only what belongs on a hub; its status is beside it.
     [ "$STAGE" != export ] || status=$(dirname "$OUTPUT")/.$(basename "$OUTPUT").exo-megatron/stage.json
-    [ "$status" -nt "$STATE/started" ] && grep -q '"status": *"complete"' "$status"
+    [ -d "$OUTPUT" ] && [ "$status" -nt "$STATE/started" ] && grep -q '"status": *"complete"' "$status"
 }
 
 # Slurm ends the job by itself: it was cancelled, or Slurm requeues it.

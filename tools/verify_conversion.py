@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_tolerance,
         help=f"of logits, times the largest |logit| if that is above 1 (default {TOLERANCE:g})",
     )
+    parser.add_argument(
+        "--made",
+        choices=("import", "export"),
+        help="which side was made from the other (default: export for a checkpoint of training, else import)",
+    )
     parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
     arguments = parser.parse_args(argv)
     for option in ("prompts", "tolerance"):
@@ -52,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
         prompts=arguments.prompts,
         tensors_only=arguments.tensors_only,
+        made=arguments.made,
     )
     return run_program(lambda: run_command(config))
 

@@ -4,6 +4,9 @@ A target may already exist and hold the files that the command line writes for a
 (`config.yaml`, ...), which stay. Other files of the user are never touched: such a target is
 refused. So is a directory of the user's that has the name of the staging directory: ours hold, from
 their first moment to the last, a file that names the process that makes them.
+
+A stage keeps a record of what it has put into its target, beside its other files. It can so be run
+again after an interruption, or with other settings, and replaces what it has made itself.
 """
 
 from __future__ import annotations
@@ -22,26 +25,36 @@ from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import fsync_directory, read_json, write_json
 
 PUBLISHED_FILE = ".published"
-"""File in a target that was not empty: names moved into it, which are ours to remove."""
+"""File in a stage's status directory: name -> time of change of what was moved into the target.
+
+What still has that name and that time is ours to remove; everything else is the user's.
+"""
 
 _SAME_START = 5.0
 """Seconds by which two readings of a process's start may differ, as clocks are set."""
 
 
 def staging_path(target: Path) -> Path:
-    """Return the directory beside the target, on its file system, for making an output."""
-    return target.parent / f"tmp-{target.name}"
+    """Return the directory for making an output: beside the target, or beside what it links to."""
+    place = _place(target)
+    return place.parent / f"tmp-{place.name}"
 
 
-def claim(target: Path, marker: str) -> None:
-    """Check that `target` may be written, and remove what an interrupted run of ours left there.
+def claim(target: Path, marker: str, status: Path) -> None:
+    """Check that `target` may be written, and remove what an earlier run of the stage left there.
 
-    marker: the file that marks such an output as complete. Raises CheckpointError, with nothing
-    touched, if the target is a file, is already complete, or holds anything that is not ours, and
-    if the place of its staging directory is taken.
+    Args:
+        target: directory of the output, or a link to it.
+        marker: the file that marks such an output as complete.
+        status: directory of the stage's files, which may be the target itself.
+
+    Raises:
+        CheckpointError: with nothing touched, if the target is a file, is already complete, or
+            holds anything that is not ours, and if the place of its staging directory is taken.
     """
+    target = _place(target)
     unfinished = in_the_making(target)
-    left_behind = set() if unfinished else _left_behind(target)
+    left_behind = set() if unfinished else _left_behind(target, status)
     if unfinished:
         _check_unused(target)
     else:
@@ -49,10 +62,11 @@ def claim(target: Path, marker: str) -> None:
     _check_staging(target)
     remove_tree(staging_path(target))
     if unfinished:
-        remove_tree(target)
-    # The marker first, so that a partial removal leaves no complete output; the list of names last.
-    for name in sorted(left_behind, key=lambda name: (name != marker, name == PUBLISHED_FILE)):
-        _remove(target / name)
+        _empty(target)
+    if left_behind:
+        _take_away(target, left_behind, marker)
+    if not (status / COMPLETE_FILE).exists():
+        (status / PUBLISHED_FILE).unlink(missing_ok=True)
 
 
 def clear_staging(target: Path) -> None:
@@ -79,21 +93,25 @@ def make_staging(target: Path) -> Path:
     return staging
 
 
-def publish(staging: Path, target: Path, marker: str) -> None:
+def publish(staging: Path, target: Path, marker: str, status: Path) -> None:
     """Move a finished output from `staging` to `target`, which `claim` has cleared.
 
     This is one rename if the target is absent or empty; the output is complete once the staging
-    marker has been removed from it. Otherwise the files are moved one by one, `marker` last.
+    marker has been removed from it. Otherwise, and where the target is the working directory, which
+    a rename would replace, the files are moved one by one, `marker` last. If a stage has begun in
+    `status`, the record of what is moved is written there first.
     """
     sync_tree(staging)
-    if not _names(target):
+    target = _place(target)
+    names = sorted(_names(staging) - {STAGING_MARKER}, key=lambda name: (name == marker, name))
+    if _names(status) & STAGE_FILES:
+        write_json(status / PUBLISHED_FILE, {name: _time_of_change(staging / name) for name in names})
+    if not _names(target) and not (target.is_dir() and target.samefile(".")):
         os.rename(staging, target)
         fsync_directory(target.parent)
         (target / STAGING_MARKER).unlink()
         fsync_directory(target)
     else:
-        names = sorted(_names(staging) - {STAGING_MARKER}, key=lambda name: (name == marker, name))
-        write_json(target / PUBLISHED_FILE, names)
         for name in names:
             os.rename(staging / name, target / name)
         fsync_directory(target)
@@ -119,10 +137,33 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def _place(target: Path) -> Path:
+    """Return where an output really is: a link and a path without a name cannot be renamed to."""
+    return target.resolve() if target.is_symlink() or target.name in ("", "..") else target
+
+
+def _empty(target: Path) -> None:
+    """Remove an output in the making but for the files of the stage, its marker last."""
+    for name in sorted(_names(target) - STAGE_FILES, key=lambda name: name == STAGING_MARKER):
+        _remove(target / name)
+
+
+def _take_away(target: Path, names: set[str], marker: str) -> None:
+    """Remove what an earlier run made, the marker first, so that no part of it looks complete.
+
+    It goes through the staging directory: after an interruption every name is there as it was, or
+    gone, and the record still fits.
+    """
+    staging = make_staging(target)
+    for name in sorted(names, key=lambda name: name != marker):
+        os.rename(target / name, staging / name)
+    remove_tree(staging)
+
+
 def _check_target(target: Path, left_behind: set[str], marker: str) -> None:
     if target.exists() and not target.is_dir():
         raise _refuse(target, "is a file", "a directory that is empty or does not exist")
-    names = _names(target) - left_behind - STAGE_FILES
+    names = _names(target) - left_behind - STAGE_FILES - {PUBLISHED_FILE}
     if marker in names:
         raise _refuse(target, f"already holds a complete output ({marker})", "an output directory that is empty")
     if names:
@@ -166,11 +207,21 @@ def _names(directory: Path) -> set[str]:
     return {child.name for child in directory.iterdir()} if directory.is_dir() else set()
 
 
-def _left_behind(target: Path) -> set[str]:
-    """List what an incomplete stage has moved here, before it was stopped or is run once more."""
-    if (target / COMPLETE_FILE).exists() or not (target / PUBLISHED_FILE).is_file():
+def _left_behind(target: Path, status: Path) -> set[str]:
+    """List what an incomplete stage has moved here, before it was stopped or is run once more.
+
+    A file that was changed or replaced since then is not listed.
+    """
+    if (status / COMPLETE_FILE).exists() or not (status / PUBLISHED_FILE).is_file():
         return set()
-    return {PUBLISHED_FILE, *read_json(target / PUBLISHED_FILE)} & _names(target)
+    record = read_json(status / PUBLISHED_FILE)
+    times = record if isinstance(record, dict) else {}
+    return {name for name in _names(target) & times.keys() if _time_of_change(target / name) == times[name]}
+
+
+def _time_of_change(path: Path) -> int:
+    """Return when a file, or anything in a directory, was changed last, in nanoseconds; renames keep it."""
+    return max(each.lstat().st_mtime_ns for each in (path, *path.rglob("*")))
 
 
 def _remove(path: Path) -> None:

@@ -120,7 +120,7 @@ def _prepare(target: Path, hf_files: Path, kind: CheckpointKind, needed: int) ->
         if kind == "training":
             clear_staging(target)
         else:
-            claim(target, MANIFEST_FILE)
+            claim(target, MANIFEST_FILE, target)
         check_space(target, needed)
         weights_path(make_staging(target)).mkdir()
     except OSError as error:
@@ -185,7 +185,7 @@ def _put_in_place(staging: Path, target: Path, step: int | None, kind: Checkpoin
         if kind == "training" and target.exists():
             (target / MANIFEST_FILE).unlink(missing_ok=True)
             shutil.rmtree(target)
-        publish(staging, target, MANIFEST_FILE)
+        publish(staging, target, MANIFEST_FILE, target)
         if step is not None:
             write_text(target.parent / LATEST_FILE, f"{target.name}\n")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,7 +86,7 @@ class ScoreConfig(StageConfig):
 
 
 class AlignConfig(StageConfig):
-    """EXO or DPO training on groups."""
+    """Preference optimisation on groups: EXO, DPO, IPO or a loss of your own."""
 
     model: ModelConfig
     reference: ModelConfig | None = Field(default=None, description="default: the checkpoint that training starts from")
@@ -139,7 +140,8 @@ class VerifyConfig(Section):
     tensors_only: bool = Field(default=False, description="do not run the models")
     made: Literal["import", "export"] | None = Field(
         default=None,
-        description="which side was made from the other, which matters where types differ; default: found by comparing",
+        description="which side was made from the other, which matters where types differ; "
+        "default: export for a checkpoint that a training stage saved, else import",
     )
 
 
@@ -162,8 +164,10 @@ def status_directory(config: StageConfig) -> Path:
 
     The output of an export holds only files that belong on a hub.
     """
-    output = config.output
-    return output.with_name(f".{output.name}.exo-megatron") if isinstance(config, ExportConfig) else output
+    if not isinstance(config, ExportConfig):
+        return config.output
+    output = Path(os.path.abspath(config.output))  # `.` has no name
+    return output.with_name(f".{output.name}.exo-megatron")
 
 
 StageName = Literal["import", "sft", "rollout", "score", "align", "evaluate", "export"]

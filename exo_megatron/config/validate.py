@@ -84,6 +84,10 @@ def _paths(value: Any, key: Key) -> Iterator[tuple[Key, Path]]:
 
 
 def _check_output(config: StageConfig) -> Iterator[Problem]:
+    if not os.path.basename(os.path.abspath(config.output)):
+        yield Problem(
+            ("output",), f"got {show(str(config.output))}", "a directory with a name", "choose another output"
+        )
     for key, path in paths(config):
         if os.path.abspath(path) == os.path.abspath(config.output):
             yield Problem(

@@ -6,7 +6,7 @@ The models' descriptions are compared, and every tensor bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +83,11 @@ class Comparison:
         self._repeats = {embedding: output} if compared else {}
         self.problems = [*wrong_keys.values(), *wrong_names.values()]
         self.entries = [e for e in entries if e.rule.key not in wrong_keys and not wrong_names.keys() & e.sources]
-        self.stored_dtypes = {stored[entry.rule.key][1] for entry in self.entries}
-        self.hf_dtypes = {self._hf.tensors[name].dtype for entry in self.entries for name in entry.sources}
+        self._types = {
+            (self._hf.tensors[name].dtype, stored[e.rule.key][1]) for e in self.entries for name in e.sources
+        }
+        self.hf_dtypes = {hf for hf, _ in self._types}
+        self.stored_dtypes = {ours for _, ours in self._types}
 
     @property
     def names(self) -> int:
@@ -96,22 +99,23 @@ class Comparison:
         """Number of elements of the entries."""
         return sum(math.prod(entry.rule.shape) for entry in self.entries)
 
-    def differences(
-        self, entry: Entry, read: ReadEntry, directions: Sequence[Direction]
-    ) -> Iterator[tuple[Direction, TensorDifference]]:
-        """Yield the differences between one entry and HF's tensors, with the direction of each.
+    def rounded_to(self, made: Direction) -> list[str]:
+        """List the types to which the conversion `made` rounded values of the source."""
+        types = {pair if made == "import" else pair[::-1] for pair in self._types}
+        return sorted({str(to).removeprefix("torch.") for source, to in types if torch.promote_types(source, to) != to})
+
+    def differences(self, entry: Entry, read: ReadEntry, made: Direction) -> Iterator[TensorDifference]:
+        """Yield the differences between one entry and HF's tensors.
 
         The entry, which `read` reads by key and index, is taken apart by the family's rule. The
-        parts are compared with HF's tensors bit for bit, once for each of `directions`.
+        parts are compared with HF's tensors bit for bit, in the types of what was made.
         """
         parts = entry.rule.transform.split(read(entry.rule.key, entry.index))
         for name, part in zip(entry.sources, parts, strict=True):
             for each in (name, self._repeats[name]) if name in self._repeats else (name,):
-                hf = self._hf.read(each)
-                for made in directions:
-                    found = _compare(each, hf, part, made)
-                    if found is not None:
-                        yield made, found
+                found = _compare(each, self._hf.read(each), part, made)
+                if found is not None:
+                    yield found
 
 
 def spec_differences(hf: ModelSpec, stored: ModelSpec) -> list[str]:

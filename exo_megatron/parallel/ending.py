@@ -226,19 +226,31 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._time = 0.0
+        self._interrupted: float | None = None
 
     def __bool__(self) -> bool:
         return self.received is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Record the signal. A second Ctrl-C ends the process at once, as without a handler."""
+        """Record the signal. A second Ctrl-C ends the process at once, as without a handler.
+
+        The first one only asks to stop, also after another signal has asked for it.
+        """
+        if self.received is None:
+            self.received = number
+        if number != signal.SIGINT:
+            return
         now = time.monotonic()
-        if number == signal.SIGINT and self and now - self._time > SAME_KEY_PRESS:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        if not self:
-            self.received, self._time = number, now
+        if self._interrupted is None:
+            self._interrupted = now
+        elif now - self._interrupted > SAME_KEY_PRESS:
+            _leave_by(signal.SIGINT)
+
+
+def _leave_by(number: int) -> None:
+    """End this process by a signal, as without a handler."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from exo_megatron.checkpoint.hf_files import copy_hf_files
 from exo_megatron.checkpoint.publish import claim, make_staging, publish, remove_tree, staging_path
 from exo_megatron.checkpoint.safety import tensors_verified, verify_small_files
 from exo_megatron.checkpoint.tensors import StoredTensors
-from exo_megatron.config.stages import ExportConfig
+from exo_megatron.config.stages import ExportConfig, status_directory
 from exo_megatron.conversion.exporting import config_dtype, hf_tensors, plan_export
 from exo_megatron.conversion.hf_reader import HF_CONFIG_FILE, read_config
 from exo_megatron.conversion.hf_writer import ExportEntry, Shard, exported_config, plan_shards, write_index, write_shard
@@ -33,7 +33,8 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     Collective over the world. The checkpoint may be a converted model or any step of a training
     stage, saved at any topology. The ranks divide the safetensors files. With `dtype: keep` tensors
     have the dtype that they have in the checkpoint, and config.json names it. Checksums of tensors
-    are compared while they are read, and the output is moved into its place only if all agree.
+    are compared while they are read, and the output is moved into its place only if all agree. An
+    earlier export of this stage to the same place is replaced, unless it was changed since then.
 
     Raises CheckpointError for a damaged checkpoint and for an output directory that holds something
     else, and VerificationFailed with `verify`; nothing of the output is left then.
@@ -45,14 +46,14 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
         entries = _plan_export(checkpoint, config)
     shards = plan_shards(entries)
     staging = staging_path(config.output)
-    on_main(runtime, lambda: _prepare(config.output, entries))
+    on_main(runtime, lambda: _prepare(config, entries))
     try:
         with tensors_verified(checkpoint), failing_together():
             _write_shards(checkpoint, staging, shards, runtime)
         on_main(runtime, lambda: _write_small_files(checkpoint, staging, shards))
         if config.verify:
             check_conversion(staging, checkpoint, config.output, "export", runtime)
-        on_main(runtime, lambda: _put_in_place(staging, config.output))
+        on_main(runtime, lambda: _put_in_place(staging, config))
     except Exception:
         if runtime.is_main:
             remove_tree(staging)
@@ -65,10 +66,11 @@ def _plan_export(checkpoint: Path, config: ExportConfig) -> list[ExportEntry]:
     return plan_export(read_spec(checkpoint), read_config(hf), stored, config.dtype, str(hf / HF_CONFIG_FILE))
 
 
-def _prepare(output: Path, entries: Sequence[ExportEntry]) -> None:
+def _prepare(config: ExportConfig, entries: Sequence[ExportEntry]) -> None:
+    output = config.output
     needed = total_bytes(entries)
     try:
-        claim(output, HF_CONFIG_FILE)
+        claim(output, HF_CONFIG_FILE, status_directory(config))
         check_space(output, needed)
         make_staging(output)
     except OSError as error:
@@ -102,8 +104,8 @@ def _write_small_files(checkpoint: Path, staging: Path, shards: Sequence[Shard])
         raise write_failure(staging, error, needed=None) from error
 
 
-def _put_in_place(staging: Path, output: Path) -> None:
+def _put_in_place(staging: Path, config: ExportConfig) -> None:
     try:
-        publish(staging, output, HF_CONFIG_FILE)
+        publish(staging, config.output, HF_CONFIG_FILE, status_directory(config))
     except OSError as error:
-        raise write_failure(output, error, needed=None) from error
+        raise write_failure(config.output, error, needed=None) from error

@@ -28,14 +28,14 @@ def run_pickles(config: PicklesConfig) -> int:
     read_config(hf)
     parts = plan_parts(hf)
     needed = sum(part.bytes for part in parts) + _SMALL_FILES
-    claim(output, HF_CONFIG_FILE)
+    claim(output, HF_CONFIG_FILE, output)
     check_space(output, needed)
     try:
         staging = make_staging(output)
         try:
             copy_hf_files(hf, staging)
             write_parts(parts, staging)
-            publish(staging, output, HF_CONFIG_FILE)
+            publish(staging, output, HF_CONFIG_FILE, output)
         finally:
             remove_tree(staging)
     except OSError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -15,11 +16,13 @@ from typing import TypeVar
 import torch
 
 from exo_megatron import __version__
+from exo_megatron.checkpoint.directory import list_steps
 from exo_megatron.config.document import config_digest, render_config
 from exo_megatron.config.stages import (
     COMPLETE_FILE,
     CONFIG_FILE,
     STARTED_FILE,
+    EvaluateConfig,
     ExportConfig,
     ImportConfig,
     StageConfig,
@@ -27,6 +30,7 @@ from exo_megatron.config.stages import (
 )
 from exo_megatron.config.workflow import PlannedStage, Workflow
 from exo_megatron.errors import ConfigError, DataError
+from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.parallel.ending import leaving_together, on_main
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.utils.files import read_json, write_json, write_text
@@ -56,8 +60,9 @@ def run_stage(stage: str, config: StageConfig) -> None:
     digest = config_digest(config)
     with distributed_runtime() as runtime, leaving_together(runtime):
         check_agreement(digest, runtime)
+        digest = on_main(runtime, lambda: with_steps(config, digest))
         if on_main(runtime, lambda: is_complete(config, digest)):
-            done = f"complete already in {config.output} with this configuration"
+            done = f"complete already in {config.output} with this configuration (inputs are not compared)"
             say(runtime, f"{stage}: {done}, nothing to do; remove it to run it again")
         else:
             execute_stage(stage, stage, config, digest, runtime)
@@ -123,6 +128,7 @@ def run_planned_stage(stage: PlannedStage, workflow: Workflow, runtime: Runtime)
     this one starts, so that they run again even if the run is interrupted in between.
     """
     output = stage.config.output
+    stage = replace(stage, digest=on_main(runtime, lambda: with_steps(stage.config, stage.digest)))
     if on_main(runtime, lambda: is_complete(stage.config, stage.digest)):
         say(runtime, f"{stage.name}: complete already, skipped")
         return
@@ -138,11 +144,13 @@ def _make_way(stage: PlannedStage, workflow: Workflow) -> Path | None:
     for each in workflow.downstream(stage.name):
         mark_stale(status_directory(each.config))
     status = status_directory(stage.config)
-    if read_status(status).started in (None, stage.digest):
+    if started_digest(status) in (None, stage.digest):
         return None
+    # The output first: without its status nothing would say whose it is.
+    kept = set_aside(stage.config.output) if stage.config.output.exists() else None
     if status != stage.config.output:
         set_aside(status)
-    return set_aside(stage.config.output) if stage.config.output.exists() else None
+    return kept
 
 
 def _free_memory(runtime: Runtime) -> None:
@@ -188,14 +196,6 @@ def _compare(seen: Sequence[tuple[str, str]]) -> None:
                 expected="the same on all ranks",
                 fix="start all ranks with the same files and settings",
             )
-
-
-@dataclass(frozen=True)
-class StageStatus:
-    """Digests of the configurations with which an output directory was begun and completed."""
-
-    started: str | None
-    completed: str | None
 
 
 def begin_stage(output: Path, stage: str, *, config_text: str, digest: str) -> None:
@@ -250,14 +250,29 @@ def is_complete(config: StageConfig, digest: str) -> bool:
     return completed_digest(status_directory(config)) == digest and config.output.is_dir()
 
 
-def completed_digest(output: Path) -> str | None:
-    """Read the digest of the configuration that a stage was completed with, or None."""
-    return _digest(output / COMPLETE_FILE)
+def started_digest(status: Path) -> str | None:
+    """Read the digest that a stage was begun with; None for a missing or damaged file."""
+    return _digest(status / STARTED_FILE)
 
 
-def read_status(output: Path) -> StageStatus:
-    """Read the status of a directory; a missing or damaged file counts as none."""
-    return StageStatus(started=_digest(output / STARTED_FILE), completed=completed_digest(output))
+def completed_digest(status: Path) -> str | None:
+    """Read the digest that a stage was completed with; None for a missing or damaged file."""
+    return _digest(status / COMPLETE_FILE)
+
+
+def with_steps(config: StageConfig, digest: str) -> str:
+    """Return the digest that an evaluation is recorded with; the given one for every other stage.
+
+    It depends on the steps that the evaluated training outputs hold, and on the newest step of the
+    reference, so that an evaluation runs again when there are new ones.
+    """
+    if not isinstance(config, EvaluateConfig):
+        return digest
+    found = {name: [step for step, _ in list_steps(path)] for name, path in config.models.items()}
+    found[REFERENCE_NAME] = [step for step, _ in list_steps(config.reference.checkpoint)[-1:]]
+    if not any(found.values()):
+        return digest
+    return config_digest(config, {"configuration": digest, "steps": json.dumps(found, sort_keys=True)})
 
 
 def _digest(path: Path) -> str | None:

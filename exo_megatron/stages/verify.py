@@ -9,6 +9,7 @@ from pathlib import Path
 from exo_megatron.checkpoint.directory import (
     HF_DIRECTORY,
     SPEC_FILE,
+    read_manifest,
     read_spec,
     resolve_checkpoint,
     tokenizer_path,
@@ -105,7 +106,7 @@ def run_checks(config: VerifyConfig, runtime: Runtime) -> list[Check]:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Checks of the description and the tensors, and the conversion's direction that they show."""
+    """Checks of the description and the tensors, and the conversion's direction."""
 
     checks: list[Check]
     comparison: Comparison
@@ -118,8 +119,8 @@ def _check_weights(config: VerifyConfig, spec: ModelSpec, runtime: Runtime) -> _
         comparison = Comparison(config.hf, StoredTensors(weights_path(checkpoint)).of_model())
     with failing_together():
         description = _check_description(comparison, checkpoint, spec)
-    tensors, made = _check_tensors(comparison, config, runtime)
-    return _Weights([description, tensors], comparison, made)
+        made = _direction(config)
+    return _Weights([description, _check_tensors(comparison, config, made, runtime)], comparison, made)
 
 
 def _check_processes(cut: ParallelConfig, world_size: int) -> None:
@@ -161,40 +162,44 @@ def _check_description(comparison: Comparison, checkpoint: Path, spec: ModelSpec
     )
 
 
-def _check_tensors(comparison: Comparison, config: VerifyConfig, runtime: Runtime) -> tuple[Check, Direction]:
-    """Compare every tensor, the entries divided among the ranks. Collective over the world.
+def _direction(config: VerifyConfig) -> Direction:
+    """Tell which side was made: as asked, else HF's if a training stage saved the checkpoint.
 
-    Nothing in an HF checkpoint says whether it was exported. Where the types differ and `made` is
-    not given, tensors are compared in both directions, and the one in which all agree counts; an
-    import if none does.
+    Nothing in an HF checkpoint says whether it was exported. Trying both directions would call a
+    damaged checkpoint whole whose difference disappears in the rounding of the wrong one.
     """
-    either = config.made is None and comparison.stored_dtypes != comparison.hf_dtypes
-    directions: list[Direction] = ["import", "export"] if either else [config.made or "import"]
+    if config.made is not None:
+        return config.made
+    return "export" if read_manifest(config.checkpoint).kind == "training" else "import"
+
+
+def _check_tensors(comparison: Comparison, config: VerifyConfig, made: Direction, runtime: Runtime) -> Check:
+    """Compare every tensor, the entries divided among the ranks. Collective over the world."""
     mine = comparison.entries[runtime.rank :: runtime.world_size]
     with failing_together():
-        found = _differences(comparison, config.checkpoint, mine, directions, show=runtime.is_main)
-    gathered = runtime.broadcast_object(runtime.gather_objects(found) or [])
-    differing = {made: [each for part in gathered for way, each in part if way == made] for made in directions}
-    made = min(directions, key=lambda way: bool(differing[way]))
-    details = [*comparison.problems, *map(str, differing[made])]
-    exported = ", the checkpoint's values in the types of HF" if either and made == "export" else ""
-    check = Check(
+        found = _differences(comparison, config.checkpoint, mine, made, show=runtime.is_main)
+    differing = [each for part in runtime.broadcast_object(runtime.gather_objects(found) or []) for each in part]
+    details = [*comparison.problems, *map(str, differing)]
+    if differing and config.made is None and made == "import" and comparison.hf_dtypes != comparison.stored_dtypes:
+        details.insert(0, "types differ; fix: made=export if the HF checkpoint was exported from this one")
+    rounded = comparison.rounded_to(made)
+    equality = f", equal after rounding to {', '.join(rounded)}" if rounded else ""
+    return Check(
         "tensors",
-        f"{comparison.names} tensors{exported}",
-        f"{max((each.largest for each in differing[made]), default=0.0):.3g}",
+        f"{comparison.names} tensors ({made}{equality})",
+        f"{max((each.largest for each in differing), default=0.0):.3g}",
         "FAIL" if details else "pass",
         tuple(details),
     )
-    return check, made
 
 
 def _differences(
-    comparison: Comparison, checkpoint: Path, entries: Sequence[Entry], directions: Sequence[Direction], *, show: bool
-) -> list[tuple[Direction, TensorDifference]]:
+    comparison: Comparison, checkpoint: Path, entries: Sequence[Entry], made: Direction, *, show: bool
+) -> list[TensorDifference]:
     tensors = StoredTensors(weights_path(checkpoint))
-    found: list[tuple[Direction, TensorDifference]] = []
+    found: list[TensorDifference] = []
     with Progress("verify", len(entries), "entries", enabled=show) as progress:
         for entry in entries:
-            found += comparison.differences(entry, tensors.read, directions)
+            found += comparison.differences(entry, tensors.read, made)
             progress.advance()
     return found

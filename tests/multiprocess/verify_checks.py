@@ -22,6 +22,7 @@ from exo_megatron.config.stages import ExportConfig, ImportConfig, VerifyConfig
 from exo_megatron.conversion import families
 from exo_megatron.conversion.importing import ImportPlan
 from exo_megatron.conversion.transforms import Transform
+from exo_megatron.conversion.verifying import Direction
 from exo_megatron.errors import ExoError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
@@ -50,12 +51,19 @@ def convert(runtime: Runtime, *, hf: Path, checkpoint: Path, exported: Path, dty
 
 
 def find(
-    runtime: Runtime, *, hf: Path, checkpoint: Path, tensor: int = 1, pipeline: int = 1, prompts: Path | None = None
+    runtime: Runtime,
+    *,
+    hf: Path,
+    checkpoint: Path,
+    tensor: int = 1,
+    pipeline: int = 1,
+    prompts: Path | None = None,
+    made: Direction | None = None,
 ) -> Finding:
     """Verify without the exit code."""
     cut = ParallelConfig(tensor=tensor, pipeline=pipeline)
     try:
-        config = VerifyConfig(hf=hf, checkpoint=checkpoint, parallel=cut, prompts=prompts)
+        config = VerifyConfig(hf=hf, checkpoint=checkpoint, parallel=cut, prompts=prompts, made=made)
         checks = run_checks(config, runtime)
     except ExoError as error:
         return Finding({}, str(error))

@@ -13,7 +13,7 @@ from exo_megatron.config.describe import NAMES_ELSEWHERE, VALUES_ELSEWHERE, desc
 from exo_megatron.config.document import config_digest, dump_config
 from exo_megatron.config.load import load_stage_config
 from exo_megatron.config.sections import LossConfig
-from exo_megatron.config.stages import STAGE_CONFIGS, AlignConfig, SftConfig
+from exo_megatron.config.stages import STAGE_CONFIGS, AlignConfig, SftConfig, status_directory
 from exo_megatron.errors import ConfigError
 
 ALIGN = """\
@@ -191,6 +191,20 @@ SCORE = ["output=o", "candidates=c"]
 def test_contradictions_of_rewards(overrides, words):
     text = error_of("score", None, *SCORE, *overrides)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("output", ["/", "//", "/x/.."])
+def test_an_output_needs_a_name(output):
+    for stage, words in (("export", ["model.checkpoint=m"]), ("import", ["hf=h"])):
+        with pytest.raises(ConfigError, match=r"output: got '/.*'; expected a directory with a name"):
+            load_stage_config(stage, None, [f"output={output}", *words])
+
+
+def test_an_export_keeps_its_files_beside_its_output(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for output in (".", "../" + tmp_path.name, "x/..", str(tmp_path), f"{tmp_path}/"):
+        config = load_stage_config("export", None, [f"output={output}", "model.checkpoint=m"])
+        assert status_directory(config) == tmp_path.parent / f".{tmp_path.name}.exo-megatron"
 
 
 def test_evaluate_models():

@@ -24,6 +24,7 @@ from exo_megatron.checkpoint.directory import (
     write_manifest,
 )
 from exo_megatron.checkpoint.dist_format import template_shapes
+from exo_megatron.checkpoint.publish import PUBLISHED_FILE
 from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.checkpoint.tensors import StoredTensors
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
@@ -158,9 +159,9 @@ def test_an_export_holds_only_what_belongs_on_a_hub(tmp_path: Path, hf: Path, co
     run()
     assert {path.name for path in output.iterdir()} == {path.name for path in hf.iterdir()}
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in output.iterdir())
-    assert {path.name for path in (tmp_path / ".out.exo-megatron").iterdir()} == STAGE_FILES
+    assert {path.name for path in (tmp_path / ".out.exo-megatron").iterdir()} == STAGE_FILES | {PUBLISHED_FILE}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    done = f"complete already in {output} with this configuration"
+    done = f"complete already in {output} with this configuration (inputs are not compared)"
     assert run() == f"export: {done}, nothing to do; remove it to run it again\n"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     shutil.rmtree(output)
@@ -174,24 +175,70 @@ def changed(directory: Path, difference: float) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
+Verify = Callable[..., Check]
+
+
+@pytest.fixture
+def verify(runtime: Runtime) -> Verify:
+    """verify(hf, checkpoint, made=None): the check of the tensors."""
+
+    def verify(hf: Path, checkpoint: Path, made: Any = None) -> Check:
+        return run_checks(VerifyConfig(hf=hf, checkpoint=checkpoint, tensors_only=True, made=made), runtime)[1]
+
+    return verify
+
+
+def saved_by_training(checkpoint: Path) -> None:
+    """Let the manifest say what that of a training stage says."""
+    files = record_files(checkpoint, list_files(checkpoint))
+    write_manifest(checkpoint, make_manifest(files, step=3, kind="training"))
+
+
 @pytest.mark.parametrize(("imported", "exported"), [("keep", "bf16"), ("bf16", "fp32"), ("bf16", "keep")])
-def test_which_side_was_made_is_found_by_comparing(
-    tmp_path: Path, hf: Path, convert: Imports, export: Imports, runtime: Runtime, imported: str, exported: str
+def test_the_sides_of_a_conversion_agree_and_the_table_says_how(
+    tmp_path: Path, hf: Path, convert: Imports, export: Imports, verify: Verify, imported: str, exported: str
 ) -> None:
-    """Nothing in an export says that it is one; types differ, and the rounding of either direction is accepted."""
     checkpoint = convert(hf, tmp_path / "c", imported)
     out = export(checkpoint, tmp_path / "out", exported)
-
-    def verdict(directory: Path) -> Check:
-        return run_checks(VerifyConfig(hf=directory, checkpoint=checkpoint, tensors_only=True), runtime)[1]
-
-    for directory in (hf, out):
-        check = verdict(directory)
+    rounded = exported == "bf16"
+    for directory, made, bf16 in ((hf, None, imported == "bf16"), (out, "export" if rounded else None, rounded)):
+        check = verify(directory, checkpoint, made)
         assert check.verdict == "pass"
-        rounded = directory == out and (imported, exported) == ("keep", "bf16")
-        assert ("in the types of HF" in check.compared) == rounded
+        assert f"21 tensors ({made or 'import'}" in check.compared
+        if directory == hf or rounded:
+            assert ("equal after rounding to bfloat16)" in check.compared) == bf16
         changed(directory, 0.5)
-        assert verdict(directory).verdict == "FAIL"
+        assert verify(directory, checkpoint, made).verdict == "FAIL"
+
+
+@pytest.mark.parametrize("exported", ["bf16", "keep"])
+def test_an_export_of_training_needs_no_option(
+    tmp_path: Path, hf: Path, convert: Imports, export: Imports, verify: Verify, exported: str
+) -> None:
+    checkpoint = convert(hf, tmp_path / "c")
+    saved_by_training(checkpoint)
+    out = export(checkpoint, tmp_path / "out", exported)
+    check = verify(out, checkpoint)
+    rounding = ", equal after rounding to bfloat16" if exported == "bf16" else ""
+    assert (check.verdict, check.compared) == ("pass", f"21 tensors (export{rounding})")
+
+
+def test_damage_that_rounding_would_hide_is_found(
+    tmp_path: Path, convert: Imports, export: Imports, verify: Verify
+) -> None:
+    """HF in bf16, the checkpoint in fp32: a damage below the rounding to bf16, which an export would allow."""
+    wide = convert(make_hf(tmp_path / "hf", dtype=torch.bfloat16), tmp_path / "c", "fp32")
+    assert verify(tmp_path / "hf", wide).compared == "21 tensors (import)"
+    changed_hf = export(wide, tmp_path / "fp32", "fp32")
+    changed(changed_hf, 1e-4)
+    damaged = convert(changed_hf, tmp_path / "damaged")
+    check = verify(tmp_path / "hf", damaged)
+    assert check.verdict == "FAIL"
+    hint, line = check.details
+    assert hint == "types differ; fix: made=export if the HF checkpoint was exported from this one"
+    assert line.startswith("model.norm.weight[3]: ") and line.endswith("; 1 elements differ")
+    # Said to be an export, it is one: nothing but the checkpoint can tell its values.
+    assert verify(tmp_path / "hf", damaged, "export").verdict == "pass"
 
 
 def test_export_loads_in_transformers(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:
@@ -238,12 +285,8 @@ def test_verification_of_a_tied_output_layer(tmp_path: Path, convert: Imports, r
     comparison = Comparison(hf, stored.of_model())
     wrong = f"lm_head.weight has shape [{rows}, 64] in the HF checkpoint, and [101, 64] by its config.json"
     assert comparison.problems == ([] if differ else [wrong])
-    found = [
-        (made, each.name)
-        for entry in comparison.entries
-        for made, each in comparison.differences(entry, stored.read, ["import"])
-    ]
-    assert found == [("import", "lm_head.weight")] * differ
+    found = [each.name for entry in comparison.entries for each in comparison.differences(entry, stored.read, "import")]
+    assert found == ["lm_head.weight"] * differ
 
 
 def test_index_of_the_single_file(tmp_path: Path, hf: Path, convert: Imports, export: Imports) -> None:

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from exo_megatron.errors import DataError
-from exo_megatron.parallel.ending import SAME_KEY_PRESS, on_main, stop_on_signal
+from exo_megatron.parallel import ending
+from exo_megatron.parallel.ending import SAME_KEY_PRESS, StopRequest, on_main, stop_on_signal
 from tests.unit.conftest import Rank
 
 
@@ -60,6 +61,27 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_traceback() -> None:
         assert process.stderr.read() == ""
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_the_first_ctrl_c_after_another_signal_still_saves(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(ending.time, "monotonic", lambda: clock[0])
+    killed: list[int] = []
+    monkeypatch.setattr(ending, "_leave_by", killed.append)
+    stop = StopRequest()
+    for at, received, left in (
+        (0.0, number, []),
+        (100.0, number, []),
+        (200.0, signal.SIGINT, []),
+        (200.0 + SAME_KEY_PRESS / 2, signal.SIGINT, []),
+        (201.0 + SAME_KEY_PRESS, number, []),
+        (202.0 + SAME_KEY_PRESS, signal.SIGINT, [signal.SIGINT]),
+    ):
+        clock[0] = at
+        stop.handle(received, None)
+        assert stop.received == number
+        assert killed == left, at
 
 
 def test_restored_after_an_exception() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, make_manifest, step_directory, write_manifest
+from exo_megatron.cli.main import main
 from exo_megatron.errors import ConfigError
 from exo_megatron.stages.run import check_agreement, load_function
-from tests.unit.conftest import Rank
+from tests.unit.conftest import Calls, Rank
 
 
 def test_ranks_with_other_settings_or_versions():
@@ -21,3 +25,50 @@ def test_ranks_with_other_settings_or_versions():
 
 def test_targets():
     assert load_function("exo_megatron.stages.run:load_function") is load_function
+
+
+def add_step(output: Path, step: int) -> None:
+    checkpoint = step_directory(output / STEPS_DIRECTORY, step)
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, make_manifest({}, step=step, kind="training"))
+
+
+def test_an_evaluation_runs_again_when_there_are_new_steps(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, reference, output = tmp_path / "exo", tmp_path / "sft", tmp_path / "eval"
+    words = [f"output={output}", f"models.exo={trained}", "models.base=b", f"reference.checkpoint={reference}"]
+
+    def evaluate() -> list[str]:
+        assert main(["evaluate", *words, "data.path=d.jsonl", "reward.function=a:b"]) == 0
+        return calls.take()
+
+    for change in (lambda: None, lambda: add_step(trained, 3), lambda: add_step(trained, 7)):
+        change()
+        assert evaluate() == ["eval"]
+        assert evaluate() == []
+    add_step(reference, 2)
+    assert evaluate() == ["eval"]
+    add_step(reference, 1)  # an older one changes nothing
+    capsys.readouterr()
+    assert evaluate() == []
+    done = f"evaluate: complete already in {output} with this configuration (inputs are not compared)"
+    assert capsys.readouterr().out == f"{done}, nothing to do; remove it to run it again\n"
+
+
+def test_an_evaluation_in_a_workflow_runs_again_when_there_are_new_steps(calls: Calls, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    settings = f"models: {{exo: {tmp_path / 'exo'}}}, reference: {{checkpoint: b}}, data: {{path: d}}"
+    file.write_text(
+        f"stages:\n  - {{name: eval, stage: evaluate, config: {{{settings}, reward: {{function: 'a:b'}}}}}}\n"
+    )
+
+    def run() -> list[str]:
+        assert main(["run", "--config", str(file), f"output={tmp_path / 'out'}"]) == 0
+        return calls.take()
+
+    for step in (3, 7):
+        add_step(tmp_path / "exo", step)
+        assert run() == ["eval"]
+        assert run() == []
+    assert (tmp_path / "out" / "eval.old-1").is_dir()

@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from exo_megatron.stages.run import (
-    StageStatus,
     begin_stage,
     complete_stage,
     completed_digest,
     mark_stale,
-    read_status,
     set_aside,
+    started_digest,
 )
+
+
+def digests(output: Path) -> tuple[str | None, str | None]:
+    """Of the configurations with which a directory was begun and completed."""
+    return started_digest(output), completed_digest(output)
 
 
 def test_marks_of_a_stage(tmp_path):
     output = tmp_path / "out"
-    assert read_status(output) == StageStatus(None, None)
+    assert digests(output) == (None, None)
     begin_stage(output, "sft", config_text="a: 1\n", digest="d1")
     assert (output / "config.yaml").read_text() == "a: 1\n"
-    assert read_status(output) == StageStatus("d1", None)
+    assert digests(output) == ("d1", None)
     complete_stage(output, "sft", "d1")
-    assert read_status(output) == StageStatus("d1", "d1")
+    assert digests(output) == ("d1", "d1")
     assert json.loads((output / "stage.json").read_text()) == {
         "stage": "sft",
         "status": "complete",
@@ -32,7 +37,7 @@ def test_beginning_again_takes_completion_away(tmp_path):
     begin_stage(tmp_path, "sft", config_text="", digest="d1")
     complete_stage(tmp_path, "sft", "d1")
     begin_stage(tmp_path, "sft", config_text="", digest="d2")
-    assert read_status(tmp_path) == StageStatus("d2", None)
+    assert digests(tmp_path) == ("d2", None)
 
 
 def test_damaged_marks_count_as_none(tmp_path):
@@ -45,9 +50,9 @@ def test_stale_output_fits_no_digest(tmp_path):
     begin_stage(tmp_path, "sft", config_text="", digest="d1")
     complete_stage(tmp_path, "sft", "d1")
     mark_stale(tmp_path)
-    marks = read_status(tmp_path)
-    assert marks.completed is None
-    assert marks.started not in (None, "d1")
+    started, completed = digests(tmp_path)
+    assert completed is None
+    assert started not in (None, "d1")
 
 
 def test_directories_that_were_never_begun_stay_as_they_are(tmp_path):

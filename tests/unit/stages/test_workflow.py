@@ -10,6 +10,7 @@ import pytest
 
 from exo_megatron.cli.main import main
 from exo_megatron.config.load import load_run_config
+from exo_megatron.stages import run as stages
 
 RUN = """\
 stages:
@@ -67,6 +68,29 @@ def test_a_changed_stage_and_what_reads_it_run_again(run, tmp_path, capsys):
     assert f"sft: its configuration or inputs changed; the earlier output is kept in {tmp_path}/out/sft.old-1" in out
     assert (tmp_path / "out" / "sft.old-1" / "result").exists()
     assert run("stages.sft.optimizer.lr=0.5") == []
+
+
+@pytest.mark.parametrize("succeeding", [0, 1])
+def test_stopped_while_an_earlier_export_is_set_aside(run, tmp_path, monkeypatch, succeeding):
+    """Its output and its status are two directories: the status goes last, and so always says whose the output is."""
+    run()
+    done = []
+
+    def set_aside(path):
+        if len(done) == succeeding:
+            raise KeyboardInterrupt
+        done.append(path.name)
+        return rename(path)
+
+    with monkeypatch.context() as patch:
+        rename = stages.set_aside
+        patch.setattr(stages, "set_aside", set_aside)
+        run("stages.other.dtype=bf16", code=130)
+    assert done == ["other"][:succeeding]
+    assert run("stages.other.dtype=bf16") == ["other"]
+    assert (tmp_path / "out" / "other.old-1" / "result").exists()
+    assert (tmp_path / "out" / "other" / "result").exists()
+    assert run("stages.other.dtype=bf16") == []
 
 
 def test_output_of_another_configuration_is_not_found_by_the_stage(run, calls):
