@@ -104,6 +104,7 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
         ),
         module,
     )
+    accumulators = _take_accumulators(model)
     _keep_padding_between_buckets(model)
     optimizer = get_megatron_optimizer(settings, [model])
     _fuse_torch_adam(optimizer)
@@ -112,7 +113,7 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     # whose fp32 shards refer by their autograd graph to the model's hooks (see _take_accumulators).
     module.config.finalize_model_grads_func = finalize_model_grads
     module.config.no_sync_func = model.no_sync
-    return Trainee(policy, model, optimizer, config.weight_decay, _take_accumulators(model))
+    return Trainee(policy, model, optimizer, config.weight_decay, accumulators)
 
 
 def _take_accumulators(model: DistributedDataParallel) -> tuple[object, ...]:

@@ -102,7 +102,7 @@ def expected_weighted(policy: LlamaForCausalLM, group: ReferenceGroup, index: in
 
 def own_config(case: Case, name: str, root: Path, data: Path) -> dict[str, Any]:
     config = stage_config(case, root)
-    config["output"] += f"-{name}"
+    config["output"] = root / f"{case.name}-{name}"
     config["data"] = {"path": str(data)}
     config["loss"] = {"function": f"tests.multiprocess.own_loss:{name}", "temperature": TAU}
     config["batch"] |= {"max_steps": 1}

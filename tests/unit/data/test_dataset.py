@@ -280,12 +280,13 @@ def test_logprobs_of_tokens_are_in_all_records_or_in_none(file: Path, spm: Token
     """Otherwise whether the loss sees them would depend on the packing."""
     spec = LossSpec("", "rewards", (), token_logps=True)
     lengths = [len(candidate) for candidate in groups(file, spm, "rewards", REWARDED)[0].candidates]
-    full = {**REWARDED, name: [[-1.0] * length for length in lengths]}
-    found = load_groups(config(file, full, full), spm, purpose="rewards", loss=spec)
+    full, other, bare = ({**REWARDED, "id": number} for number in range(3))
+    full[name] = other[name] = [[-1.0] * length for length in lengths]
+    found = load_groups(config(file, full, other), spm, purpose="rewards", loss=spec)
     assert all(vars(group)[name] is not None for group in found)
-    assert len(load_groups(config(file, REWARDED, REWARDED), spm, purpose="rewards", loss=spec)) == 2
+    assert len(load_groups(config(file, REWARDED, bare), spm, purpose="rewards", loss=spec)) == 2
     with pytest.raises(DataError, match=rf":2: has no '{name}', but .*:1 has"):
-        load_groups(config(file, full, REWARDED, full), spm, purpose="rewards", loss=spec)
+        load_groups(config(file, full, bare, other), spm, purpose="rewards", loss=spec)
 
 
 def test_reading_imports_no_heavy_library() -> None:

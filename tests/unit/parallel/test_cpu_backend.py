@@ -138,8 +138,8 @@ def test_layers_add_to_their_buffers(spec: ModelSpec, precision: Literal["fp32",
         for number, parameter in enumerate(model.parameters()):
             parameter.data.copy_(random(*parameter.shape, seed=number) / 4)
     plain, trained = models
-    make_trainee(Policy(trained, topology, compute), OptimizerConfig())
-    for model in (plain, trained, trained):
+    trainee = make_trainee(Policy(trained, topology, compute), OptimizerConfig())
+    for model in (plain, trainee.policy.model, trainee.policy.model):
         layout = build_layout([[3, 4, 5]], [[[6, 7], [8, 9, 10]]])
         output = pipeline_forward(Policy(model, topology, compute), layout)
         assert output is not None

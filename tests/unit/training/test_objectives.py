@@ -95,7 +95,7 @@ def test_nll_of_the_best_candidates(temperature: float, asked: list[tuple[float,
     logits = torch.randn(len(batch.layout.predict_index), 12, generator=torch.Generator().manual_seed(3)).double()
     policy = LogitPolicy()
     result = AlignObjective.of(loss)(logits, batch, policy)
-    plain = AlignObjective.of(loss.model_copy(update={"nll_weight": 0.0}))(logits, batch, LogitPolicy())
+    plain = AlignObjective.of(loss.model_copy(update={"nll_weight": 0.0}))(logits, batch_of(GROUPS), LogitPolicy())
     expected = 0.0
     for group, best in zip(GROUPS, (0, 1, 0), strict=True):
         number = sum(len(each.candidates) for each in GROUPS[: GROUPS.index(group)]) + best
