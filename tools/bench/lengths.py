@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from dataclasses import dataclass
+
+from exo_megatron.data.groups import Group
 
 LONGEST = 512
 
@@ -22,6 +25,11 @@ class Lengths:
 
     prompt: int
     candidates: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: Group) -> Lengths:
+        """Take the lengths of a group of tokens."""
+        return cls(len(group.prompt), tuple(len(candidate) for candidate in group.candidates))
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,29 @@ class Distribution:
             prompt = _log_normal(generator, *self.prompt)
             drawn.append(Lengths(prompt, tuple(_log_normal(generator, *self.candidate) for _ in range(candidates))))
         return drawn
+
+    def spread(self, groups: int, candidates: int) -> list[Lengths]:
+        """Give few groups whose lengths are spread as the distribution is, and have its means.
+
+        They are its quantiles, in random order: a step of a few groups then stands for many.
+        """
+        generator = random.Random(f"{self.name} {groups} {candidates}")
+        prompts = _quantiles(groups, *self.prompt, generator)
+        answers = _quantiles(groups * candidates, *self.candidate, generator)
+        return [Lengths(prompts[i], tuple(answers[i * candidates : (i + 1) * candidates])) for i in range(groups)]
+
+
+def _quantiles(count: int, mean: float, deviation: float, generator: random.Random) -> list[int]:
+    """Give the quantiles (i + 1/2) / count of a log-normal distribution, cut and scaled to its mean."""
+    normal = statistics.NormalDist()
+    raw = [math.exp(deviation * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    scale = mean * count / sum(raw)
+    for _ in range(20):  # what is cut off goes to the others
+        values = [min(value * scale, LONGEST) for value in raw]
+        scale *= mean * count / sum(values)
+    lengths = [max(4, round(value)) for value in values]
+    generator.shuffle(lengths)
+    return lengths
 
 
 def _log_normal(generator: random.Random, mean: float, deviation: float) -> int:

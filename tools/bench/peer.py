@@ -5,13 +5,31 @@ settings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
+from tools.bench.timing import timed
 from tools.bench.training import ADAM, LEARNING_RATE
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """A setting of a peer: how much goes into a forward pass, and whether texts of like length go
+    together.
+    """
+
+    size: int
+    by_length: bool = False
+
+    def shown(self, unit: str) -> str:
+        """Describe the setting, in units of the peer."""
+        return f"{self.size} {unit}{'s' if self.size > 1 else ''} a batch{', by length' if self.by_length else ''}"
 
 
 class Peer(Protocol):
@@ -21,33 +39,81 @@ class Peer(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """Name of the peer, for tables."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What the size of a batch counts."""
+        ...
+
+    @property
+    def settings(self) -> tuple[Batching, ...]:
+        """The settings of which the fastest is taken."""
+        ...
+
+    @property
     def model(self) -> torch.nn.Module:
         """The model under training."""
         ...
 
-    def backward(self, groups: Sequence[Group]) -> None:
+    def backward(self, groups: Sequence[Group], batching: Batching) -> None:
         """Add the gradient of the mean loss over the groups to the model's."""
         ...
 
+    def batches(self, groups: Sequence[Group], batching: Batching) -> list[list[int]]:
+        """List the lengths of the sequences of each forward pass."""
+        ...
 
+
+@dataclass(frozen=True)
 class PeerSteps:
-    """Counterpart of `OurSteps` for a peer."""
+    """Counterpart of `OurSteps` for a peer at one of its settings."""
 
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
+    peer: Peer
+    batching: Batching
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def at_best(cls, peer: Peer, groups: Sequence[Group]) -> PeerSteps:
+        """Take the setting whose forward and backward is fastest on these groups.
+
+        Settings that do not divide the groups evenly are left out: a step would end with a smaller
+        batch. Each setting is timed twice, and the better time counts.
+        """
+        sequences = len(groups[0].candidates) if peer.unit == "sequence" else 1
+        possible = [each for each in peer.settings if len(groups) * sequences % each.size == 0]
+
+        def seconds(batching: Batching) -> float:
+            return min(timed(lambda: peer.backward(groups, batching)) for _ in range(2))
+
+        best = min(possible, key=seconds)
         betas = ADAM.beta1, ADAM.beta2
-        self.optimizer = torch.optim.AdamW(peer.model.parameters(), lr=LEARNING_RATE, betas=betas, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(peer.model.parameters(), lr=LEARNING_RATE, betas=betas, weight_decay=0.0)
+        optimizer.zero_grad()
+        return cls(peer, best, optimizer)
+
+    @property
+    def shown(self) -> str:
+        """Name the peer and its setting."""
+        return f"{self.peer.name}, {self.batching.shown(self.peer.unit)}"
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Compute the gradient of the mean loss over the groups, by HF's names."""
-        self.peer.backward(groups)
+        self.peer.backward(groups, self.batching)
         found = {name: p.grad.clone() for name, p in self.peer.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
 
     def step(self, groups: Sequence[Group]) -> None:
         """Run one optimizer step."""
-        self.peer.backward(groups)
+        self.peer.backward(groups, self.batching)
         torch.nn.utils.clip_grad_norm_(self.peer.model.parameters(), ADAM.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def chunks(items: Sequence[T], size: int) -> list[list[T]]:
+    """Split items into lists of `size`; the last may be shorter."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]

@@ -50,6 +50,49 @@ def draw_panels(path: Path, title: str, x_label: str, panels: Sequence[Panel]) -
         figure.savefig(file, format="png")
 
 
+@dataclass(frozen=True)
+class Bars:
+    """One case: names and lengths of its bars, from above to below."""
+
+    title: str
+    values: Sequence[tuple[str, float]]
+
+
+def draw_bars(path: Path, title: str, cases: Sequence[Bars]) -> None:
+    """Write a PNG of cases in two columns, each with its bars and their values."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = -(-len(cases) // 2)
+    figure = Figure(figsize=(10.5, 0.6 + 2.2 * lines), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(lines, 2, squeeze=False)
+    half = [cases[:lines], cases[lines:]]
+    for column, side in enumerate(half):
+        for line in range(lines):
+            if line < len(side):
+                _draw_case(panels[line][column], side[line])
+            else:
+                panels[line][column].axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path, "wb") as file:
+        figure.savefig(file, format="png")
+
+
+def _draw_case(axes: Axes, case: Bars) -> None:
+    names, values = zip(*case.values, strict=True)
+    ours = ["ours" in name for name in names]
+    drawn = axes.barh(range(len(values)), values, color=[COLOURS[0] if mine else "#9a9a9a" for mine in ours])
+    axes.bar_label(drawn, labels=[f"{value:.2f}" for value in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(case.title, fontsize=9, loc="left")
+    axes.set_xlim(0, 1.12 * max(values))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _draw(axes: Axes, panel: Panel) -> None:
     for i, line in enumerate(panel.lines):
         axes.plot(line.x, line.y, color=COLOURS[i], marker=MARKERS[i], markersize=5, linewidth=1.6, label=line.name)
