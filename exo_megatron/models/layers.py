@@ -34,8 +34,8 @@ from torch.nn import functional
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.experts import Router
 from exo_megatron.models.layouts.base import Layout
-from exo_megatron.models.rotary import rotary_table
-from exo_megatron.models.spec import ModelSpec, Rotary
+from exo_megatron.models.rotary import RotaryTable, rotary_table
+from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel import cpu_backend
 
 
@@ -108,9 +108,29 @@ def block_spec(
         linear: the linears to use.
         layers: numbers of the layers, from 0 over all pipeline stages.
     """
+    tables = _RotaryTables(spec)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(spec, config, linear, layer) for layer in layers], layer_norm=_norm(spec)
+        layer_specs=[_layer_spec(spec, config, linear, layer, tables.of(layer)) for layer in layers],
+        layer_norm=_norm(spec),
     )
+
+
+class _RotaryTables:
+    """The tables of a model's layers: one for layers with a window, one for the others."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._made: dict[bool, RotaryTable] = {}
+
+    def of(self, layer: int) -> RotaryTable | None:
+        """Return the table of a layer, numbered from 0 over all pipeline stages."""
+        if self._spec.rotary is None:
+            return None
+        local = self._spec.window(layer) is not None
+        if local not in self._made:
+            device = torch.device(torch.cuda.current_device())
+            self._made[local] = rotary_table(self._spec.rotary, local=local, device=device)
+        return self._made[local]
 
 
 class RMSNorm(torch.nn.Module):
@@ -232,7 +252,7 @@ class CoreAttention(torch.nn.Module):
         attention_type: str,
         *,
         rule: ScoreRule,
-        rotary: Rotary | None,
+        table: RotaryTable | None,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: object = None,
@@ -246,10 +266,7 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.rule = rule
-        device = torch.device(torch.cuda.current_device())
-        self.table = None
-        if rotary is not None:
-            self.table = rotary_table(rotary, local=rule.window is not None, device=device)
+        self.table = table
 
     def forward(
         self,
@@ -280,13 +297,15 @@ class CoreAttention(torch.nn.Module):
         return output.reshape(output.shape[0], 1, -1)
 
 
-def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int) -> ModuleSpec:
+def _layer_spec(
+    spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int, table: RotaryTable | None
+) -> ModuleSpec:
     """Specify pre-norm decoder layer `layer`: norm, attention, norm, feed-forward or experts."""
     return ModuleSpec(
         module=ParallelResidualLayer if spec.parallel_residual else SequentialLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm(spec),
-            self_attention=_attention(spec, linear, layer),
+            self_attention=_attention(spec, linear, layer, table),
             self_attn_bda=_residual(spec, config),
             pre_mlp_layernorm=_norm(spec),
             mlp=_experts(linear) if spec.experts else get_mlp_module_spec_for_backend(backend=linear),
@@ -295,7 +314,7 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBacken
     )
 
 
-def _attention(spec: ModelSpec, linear: LinearBackend, layer: int) -> ModuleSpec:
+def _attention(spec: ModelSpec, linear: LinearBackend, layer: int, table: RotaryTable | None) -> ModuleSpec:
     rule = ScoreRule(
         scale=spec.attention_scale or spec.head_dim**-0.5,
         softcap=spec.attention_softcap,
@@ -307,7 +326,7 @@ def _attention(spec: ModelSpec, linear: LinearBackend, layer: int) -> ModuleSpec
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear.column_parallel_linear(),
-            core_attention=ModuleSpec(module=CoreAttention, params={"rule": rule, "rotary": spec.rotary}),
+            core_attention=ModuleSpec(module=CoreAttention, params={"rule": rule, "table": table}),
             linear_proj=linear.row_parallel_linear(),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
