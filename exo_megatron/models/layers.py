@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -27,7 +26,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,6 +34,7 @@ from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.experts import Router
 from exo_megatron.models.layouts.base import Layout
 from exo_megatron.models.rotary import RotaryTable, rotary_table
+from exo_megatron.models.short_way import Attention, ColumnLinear, ParallelResidualLayer, RowLinear, SequentialLayer
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel import cpu_backend
 
@@ -73,7 +73,7 @@ def linear_backend(dtype: torch.dtype) -> LinearBackend:
 
         if transformer_engine.HAVE_TE:  # it and its torch part can be imported
             return LinearBackend(transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear)
-    return LinearBackend(ColumnParallelLinear, RowParallelLinear)
+    return LinearBackend(ColumnLinear, RowLinear)
 
 
 def add_gradients_in_place(model: torch.nn.Module) -> None:
@@ -205,38 +205,6 @@ def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     return parameter
 
 
-class ParallelResidualLayer(TransformerLayer):
-    """A layer whose attention and feed-forward block both read its input.
-
-    x + attention(x) + feed_forward(x).
-    """
-
-    def forward(
-        self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        """Run the layer: [S, 1, H] -> [S, 1, H] and no cross-attention context."""
-        attended = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
-        )
-        transformed = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        for part in (*attended, *transformed):  # outputs, and biases where there are any
-            if part is not None:
-                hidden_states = hidden_states + part
-        return hidden_states, None
-
-
-class SequentialLayer(TransformerLayer):
-    """A layer whose feed-forward block reads the output of attention.
-
-    megatron-core turns gradients on around residual connections, where a bias or a norm would then
-    keep the whole graph of a pass without gradients. Here the caller's mode holds everywhere.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.bias_dropout_add_exec_handler = nullcontext
-
-
 class CoreAttention(torch.nn.Module):
     """megatron-core's `core_attention`: rotates queries and keys, and attends as the layout does.
 
@@ -322,7 +290,7 @@ def _attention(spec: ModelSpec, linear: LinearBackend, layer: int, table: Rotary
     )
     head_norm = _norm(spec) if spec.qk_norm else None
     return ModuleSpec(
-        module=SelfAttention,
+        module=Attention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear.column_parallel_linear(),
