@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -319,7 +318,20 @@ def _norm(spec: ModelSpec) -> ModuleSpec:
     return ModuleSpec(module=RMSNorm, params={"zero_centered": spec.zero_centered_norm})
 
 
+def plain_residual(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """Return the function that adds. Dropout is 0 in training too, and nothing is fused.
+
+    It replaces megatron-core's bias-dropout-add and follows its calling convention.
+    """
+    return _added
+
+
+def _added(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+    output, bias = output_with_bias
+    return residual + (output if bias is None else output + bias)
+
+
 def _residual(spec: ModelSpec, config: TransformerConfig) -> Any:
     if not spec.post_norms:
-        return get_bias_dropout_add
+        return plain_residual
     return ModuleSpec(module=NormedResidual, params={"config": config, "zero_centered": spec.zero_centered_norm})

@@ -63,6 +63,20 @@ class KvCache:
         self.prompt_values = torch.zeros(prompt, dtype=dtype, device=device)
         self.candidate_keys = torch.zeros(candidate, dtype=dtype, device=device)
         self.candidate_values = torch.zeros(candidate, dtype=dtype, device=device)
+        self._of_prompts = _by_layer(self.prompt_keys, self.prompt_values)
+        self._of_candidates = _by_layer(self.candidate_keys, self.candidate_values)
+
+    def of_prompts(self, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
+        """View keys and values of the first slots and places, [slots * kv heads, length, d]."""
+        return self._seen(self._of_prompts[layer], slots, length)
+
+    def of_candidates(self, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
+        """View keys and values of the first slots and places, [slots * kv heads, length, d]."""
+        return self._seen(self._of_candidates[layer], slots, length)
+
+    def _seen(self, layer: tuple[Tensor, Tensor], slots: int, length: int) -> tuple[Tensor, Tensor]:
+        lines = slots * self.prompt_keys.shape[2]
+        return layer[0][:lines, :length], layer[1][:lines, :length]
 
     def candidate_places(self, own_index: Tensor) -> Tensor:
         """Compute where the tokens at own_index [m] of slots 0..m-1 are stored, [m * kv heads].
@@ -75,9 +89,8 @@ class KvCache:
 
     def store_newest(self, layer: int, key: Tensor, value: Tensor, places: Tensor) -> None:
         """Store key and value [m, kv heads, d] of a layer at `candidate_places`."""
-        head_dim = key.shape[2]
-        self.candidate_keys[layer].view(-1, head_dim).index_copy_(0, places, key.reshape(-1, head_dim))
-        self.candidate_values[layer].view(-1, head_dim).index_copy_(0, places, value.reshape(-1, head_dim))
+        for stored, newest in zip(self._of_candidates[layer], (key, value), strict=True):
+            stored.view(-1, newest.shape[2]).index_copy_(0, places, newest.reshape(-1, newest.shape[2]))
 
     def move_prompts(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy prompt slots of all layers, given (source, destination) pairs.
@@ -92,6 +105,11 @@ class KvCache:
         No destination may be the source of another pair.
         """
         _move_slots((self.candidate_keys, self.candidate_values), moves)
+
+
+def _by_layer(keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """View keys and values of each layer as [slots * kv heads, length, d]."""
+    return [(key.flatten(0, 1), value.flatten(0, 1)) for key, value in zip(keys, values, strict=True)]
 
 
 def _move_slots(caches: tuple[Tensor, Tensor], moves: Sequence[tuple[int, int]]) -> None:
@@ -235,26 +253,25 @@ def attend_cached(
     cache.store_newest(layer, k, v, active.store_index)
     grouped = q.reshape(count, kv_heads, query_heads // kv_heads, head_dim)
     prompt_length, own_length = active.longest_prompt, active.longest_own
-    own_keys = cache.candidate_keys[layer, :count, :, :own_length]
-    own_values = cache.candidate_values[layer, :count, :, :own_length]
-    prompt_keys = cache.prompt_keys[layer, : active.prompts, :, :prompt_length]
-    prompt_values = cache.prompt_values[layer, : active.prompts, :, :prompt_length]
+    prompt_keys, prompt_values = cache.of_prompts(layer, active.prompts, prompt_length)
+    own_keys, own_values = cache.of_candidates(layer, count, own_length)
 
     lines = active.on_grid(grouped)  # [prompts, kv heads, lanes, query heads of a kv head, d]
-    on_prompt = _products(lines.flatten(2, 3), prompt_keys.transpose(2, 3))
+    on_prompt = _products(lines, prompt_keys.transpose(1, 2))
     scores = on_prompt.new_empty(*lines.shape[:4], prompt_length + own_length)
-    scores[..., :prompt_length].copy_(on_prompt.view(*lines.shape[:4], prompt_length))
-    scores[..., prompt_length:].copy_(active.on_grid(_products(grouped, own_keys.transpose(2, 3))))
+    scores[..., :prompt_length].copy_(on_prompt)
+    scores[..., prompt_length:].copy_(active.on_grid(_products(grouped, own_keys.transpose(1, 2))))
     if rule.softcap is None:
         torch.add(active.bias(rule.window), scores, alpha=rule.scale, out=scores)
     else:
         soft_cap_(scores.mul_(rule.scale), rule.softcap).add_(active.bias(rule.window))
     weights = scores.softmax(-1).to(v.dtype)
-    from_prompt = _products(weights[..., :prompt_length].flatten(2, 3), prompt_values).view(lines.shape)
+    from_prompt = _products(weights[..., :prompt_length], prompt_values)
     attended = _products(active.from_grid(weights[..., prompt_length:]), own_values)
     return attended.add_(active.from_grid(from_prompt)).view(count, query_heads, head_dim).to(q.dtype)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply [n, h, a, b] and [n, h, b, c], without copying views of a cache: [n, h, a, c] fp32."""
-    return product(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:3], right.shape[3])
+    """Multiply [n, h, ..., b] by head with [n * h, b, c]: [n, h, ..., c] fp32."""
+    lines = left.reshape(right.shape[0], -1, left.shape[-1])
+    return product(lines, right).view(*left.shape[:-1], right.shape[2])
