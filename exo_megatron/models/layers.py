@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -27,15 +25,16 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn import functional
 
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.experts import Router
 from exo_megatron.models.layouts.base import Layout
-from exo_megatron.models.rotary import rotary_table
-from exo_megatron.models.spec import ModelSpec, Rotary
+from exo_megatron.models.rotary import RotaryTable, rotary_table
+from exo_megatron.models.short_way import Attention, ColumnLinear, ParallelResidualLayer, RowLinear, SequentialLayer
+from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel import cpu_backend
 
 
@@ -73,7 +72,7 @@ def linear_backend(dtype: torch.dtype) -> LinearBackend:
 
         if transformer_engine.HAVE_TE:  # it and its torch part can be imported
             return LinearBackend(transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear)
-    return LinearBackend(ColumnParallelLinear, RowParallelLinear)
+    return LinearBackend(ColumnLinear, RowLinear)
 
 
 def add_gradients_in_place(model: torch.nn.Module) -> None:
@@ -108,9 +107,29 @@ def block_spec(
         linear: the linears to use.
         layers: numbers of the layers, from 0 over all pipeline stages.
     """
+    tables = _RotaryTables(spec)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(spec, config, linear, layer) for layer in layers], layer_norm=_norm(spec)
+        layer_specs=[_layer_spec(spec, config, linear, layer, tables.of(layer)) for layer in layers],
+        layer_norm=_norm(spec),
     )
+
+
+class _RotaryTables:
+    """The tables of a model's layers: one for layers with a window, one for the others."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._made: dict[bool, RotaryTable] = {}
+
+    def of(self, layer: int) -> RotaryTable | None:
+        """Return the table of a layer, numbered from 0 over all pipeline stages."""
+        if self._spec.rotary is None:
+            return None
+        local = self._spec.window(layer) is not None
+        if local not in self._made:
+            device = torch.device(torch.cuda.current_device())
+            self._made[local] = rotary_table(self._spec.rotary, local=local, device=device)
+        return self._made[local]
 
 
 class RMSNorm(torch.nn.Module):
@@ -185,38 +204,6 @@ def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     return parameter
 
 
-class ParallelResidualLayer(TransformerLayer):
-    """A layer whose attention and feed-forward block both read its input.
-
-    x + attention(x) + feed_forward(x).
-    """
-
-    def forward(
-        self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        """Run the layer: [S, 1, H] -> [S, 1, H] and no cross-attention context."""
-        attended = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
-        )
-        transformed = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        for part in (*attended, *transformed):  # outputs, and biases where there are any
-            if part is not None:
-                hidden_states = hidden_states + part
-        return hidden_states, None
-
-
-class SequentialLayer(TransformerLayer):
-    """A layer whose feed-forward block reads the output of attention.
-
-    megatron-core turns gradients on around residual connections, where a bias or a norm would then
-    keep the whole graph of a pass without gradients. Here the caller's mode holds everywhere.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.bias_dropout_add_exec_handler = nullcontext
-
-
 class CoreAttention(torch.nn.Module):
     """megatron-core's `core_attention`: rotates queries and keys, and attends as the layout does.
 
@@ -232,7 +219,7 @@ class CoreAttention(torch.nn.Module):
         attention_type: str,
         *,
         rule: ScoreRule,
-        rotary: Rotary | None,
+        table: RotaryTable | None,
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: object = None,
@@ -246,10 +233,7 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.rule = rule
-        device = torch.device(torch.cuda.current_device())
-        self.table = None
-        if rotary is not None:
-            self.table = rotary_table(rotary, local=rule.window is not None, device=device)
+        self.table = table
 
     def forward(
         self,
@@ -280,13 +264,15 @@ class CoreAttention(torch.nn.Module):
         return output.reshape(output.shape[0], 1, -1)
 
 
-def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int) -> ModuleSpec:
+def _layer_spec(
+    spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int, table: RotaryTable | None
+) -> ModuleSpec:
     """Specify pre-norm decoder layer `layer`: norm, attention, norm, feed-forward or experts."""
     return ModuleSpec(
         module=ParallelResidualLayer if spec.parallel_residual else SequentialLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm(spec),
-            self_attention=_attention(spec, linear, layer),
+            self_attention=_attention(spec, linear, layer, table),
             self_attn_bda=_residual(spec, config),
             pre_mlp_layernorm=_norm(spec),
             mlp=_experts(linear) if spec.experts else get_mlp_module_spec_for_backend(backend=linear),
@@ -295,7 +281,7 @@ def _layer_spec(spec: ModelSpec, config: TransformerConfig, linear: LinearBacken
     )
 
 
-def _attention(spec: ModelSpec, linear: LinearBackend, layer: int) -> ModuleSpec:
+def _attention(spec: ModelSpec, linear: LinearBackend, layer: int, table: RotaryTable | None) -> ModuleSpec:
     rule = ScoreRule(
         scale=spec.attention_scale or spec.head_dim**-0.5,
         softcap=spec.attention_softcap,
@@ -303,11 +289,11 @@ def _attention(spec: ModelSpec, linear: LinearBackend, layer: int) -> ModuleSpec
     )
     head_norm = _norm(spec) if spec.qk_norm else None
     return ModuleSpec(
-        module=SelfAttention,
+        module=Attention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear.column_parallel_linear(),
-            core_attention=ModuleSpec(module=CoreAttention, params={"rule": rule, "rotary": spec.rotary}),
+            core_attention=ModuleSpec(module=CoreAttention, params={"rule": rule, "table": table}),
             linear_proj=linear.row_parallel_linear(),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -332,7 +318,20 @@ def _norm(spec: ModelSpec) -> ModuleSpec:
     return ModuleSpec(module=RMSNorm, params={"zero_centered": spec.zero_centered_norm})
 
 
+def plain_residual(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """Return the function that adds. Dropout is 0 in training too, and nothing is fused.
+
+    It replaces megatron-core's bias-dropout-add and follows its calling convention.
+    """
+    return _added
+
+
+def _added(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+    output, bias = output_with_bias
+    return residual + (output if bias is None else output + bias)
+
+
 def _residual(spec: ModelSpec, config: TransformerConfig) -> Any:
     if not spec.post_norms:
-        return get_bias_dropout_add
+        return plain_residual
     return ModuleSpec(module=NormedResidual, params={"config": config, "zero_centered": spec.zero_centered_norm})

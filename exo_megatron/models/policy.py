@@ -217,7 +217,7 @@ def _mark_tensor_parallel(policy: PolicyModel) -> None:
     """
     cut_along = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in policy.modules():
-        dim = cut_along.get(type(module))
+        dim = next((dim for kind, dim in cut_along.items() if isinstance(module, kind)), None)
         weight = vars(module)["_parameters"].get("weight")
         if dim is not None and weight is not None and "tensor_model_parallel" not in vars(weight):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

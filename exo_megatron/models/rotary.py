@@ -13,29 +13,75 @@ from torch import Tensor
 from exo_megatron.models.spec import Rotary, RotaryScaling
 
 
-@dataclass(frozen=True)
 class RotaryTable:
-    """The frequencies [dim / 2] fp32 of one layer, and how they are applied; see spec.Rotary."""
+    """The frequencies of some layers and how they are applied; see spec.Rotary.
 
-    frequencies: Tensor
-    attention_factor: float
-    interleaved: bool
+    Layers with equal frequencies share a table, which computes cosines and sines once for all of
+    them in a pass.
+    """
+
+    def __init__(self, frequencies: Tensor, attention_factor: float, interleaved: bool) -> None:
+        """Take frequencies [dim / 2] fp32."""
+        self.frequencies = frequencies
+        self.attention_factor = attention_factor
+        self.interleaved = interleaved
+        self._latest: _Turns | None = None
 
     def rotate(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate query [S, hq, d] and key [S, hkv, d] by position_ids [S]; the dtype stays.
 
         Cosines and sines are computed in fp32 and rounded to the dtype of the heads, as HF does.
         """
+        turns = self._turns(query, position_ids)
+        rotation: Callable[..., Tensor] = _Rotation.apply if torch.is_grad_enabled() else _rotated
+        cos, sin = turns.cos, turns.sin
+        return rotation(query, cos, sin, self.interleaved), rotation(key, cos, sin, self.interleaved)
+
+    def _turns(self, heads: Tensor, position_ids: Tensor) -> _Turns:
+        """Return the turns at these positions: the latest ones, if they are of this very tensor."""
+        latest = self._latest
+        if latest is None or not latest.are_of(position_ids, heads):
+            latest = self._latest = self._made(heads, position_ids)
+        return latest
+
+    def _made(self, heads: Tensor, position_ids: Tensor) -> _Turns:
         angles = position_ids.to(torch.float32).outer(self.frequencies)
         cos, sin = (
-            (part * self.attention_factor).to(query.dtype).unsqueeze(1) for part in (angles.cos(), angles.sin())
+            (part * self.attention_factor).to(heads.dtype).unsqueeze(1) for part in (angles.cos(), angles.sin())
         )
-        apply: Callable[..., Tensor] = _Rotation.apply
-        return apply(query, cos, sin, self.interleaved), apply(key, cos, sin, self.interleaved)
+        both = cos.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((cos, cos), dim=-1)
+        others = both.new_ones(*both.shape[:2], heads.shape[-1] - both.shape[-1])
+        return _Turns(position_ids, position_ids._version, torch.cat((both, others), dim=-1), sin)
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Cosines and sines at the positions of one pass.
+
+    Attributes:
+        positions, version: what they were computed from: the tensor, and the state that counts
+            changes of it in place.
+        cos: [S, 1, d], of each coordinate's angle; 1 for those that are not rotated.
+        sin: [S, 1, dim / 2], of each pair's angle.
+    """
+
+    positions: Tensor
+    version: int
+    cos: Tensor
+    sin: Tensor
+
+    def are_of(self, positions: Tensor, heads: Tensor) -> bool:
+        """Tell whether these are the turns of heads [S, h, d] at the positions."""
+        return (
+            self.positions is positions
+            and self.version == positions._version
+            and self.cos.dtype == heads.dtype
+            and self.cos.shape[-1] == heads.shape[-1]
+        )
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotation of the first 2 * cos.shape[-1] dimensions of heads [S, h, d].
+    """Rotation of the first 2 * sin.shape[-1] dimensions of heads [S, h, d].
 
     The gradient is rotated back by the same angles, so nothing of the heads is kept.
     """
@@ -49,26 +95,25 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin, ctx.interleaved), None, None, None
+        return _rotated(grads[0], cos, sin, ctx.interleaved, direction=-1), None, None, None
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    dim = 2 * cos.shape[-1]
-    turned = torch.empty_like(heads)
-    turned[..., dim:] = heads[..., dim:]
-    first, second = _pair(heads[..., :dim], interleaved)
-    first_turned, second_turned = _pair(turned[..., :dim], interleaved)
-    torch.mul(first, cos, out=first_turned).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=second_turned).addcmul_(first, sin)
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: int = 1) -> Tensor:
+    """Rotate by the angles of `_Turns`, or by their negatives with direction -1."""
+    dim = 2 * sin.shape[-1]
+    turned = heads * cos
+    first, second = _pair(heads, dim, interleaved)
+    first_turned, second_turned = _pair(turned, dim, interleaved)
+    first_turned.addcmul_(second, sin, value=-direction)
+    second_turned.addcmul_(first, sin, value=direction)
     return turned
 
 
-def _pair(heads: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def _pair(heads: Tensor, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Return views of the two coordinates that each angle rotates: neighbours, or halves."""
     if interleaved:
-        return heads[..., 0::2], heads[..., 1::2]
-    half = heads.shape[-1] // 2
-    return heads[..., :half], heads[..., half:]
+        return heads[..., 0:dim:2], heads[..., 1:dim:2]
+    return heads[..., : dim // 2], heads[..., dim // 2 : dim]
 
 
 def rotary_table(rotary: Rotary, *, local: bool, device: torch.device) -> RotaryTable:

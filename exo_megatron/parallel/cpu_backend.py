@@ -31,8 +31,11 @@ def swiglu(both: Tensor, bias: Tensor | None = None, *unused: object) -> Tensor:
     Replaces megatron-core's `bias_swiglu_impl`. unused: fp8 storage and offloading of activations,
     CUDA only.
     """
+    both = both if bias is None else both + bias
+    if not torch.is_grad_enabled():
+        return _swiglu(both)
     apply: Callable[..., Tensor] = _SwiGLU.apply
-    return apply(both if bias is None else both + bias)
+    return apply(both)
 
 
 def weighted_swiglu(both: Tensor, bias: Tensor | None, weights: Tensor, *unused: object) -> Tensor:
@@ -47,8 +50,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(both)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -62,12 +64,19 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+def _swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `torch.nn.functional.rms_norm` over the last dimension, in the dtype of `hidden`.
 
     hidden [..., H] and weight [H] -> [..., H]. As there, arithmetic is at least fp32. On CUDA torch
     has one kernel for it, on the CPU it makes a dozen passes over memory.
     """
+    if not torch.is_grad_enabled():
+        return _normed(hidden.reshape(-1, hidden.shape[-1]), weight, eps)[0].view(hidden.shape)
     apply: Callable[..., Tensor] = _RMSNorm.apply
     return apply(hidden, weight, eps)
 
@@ -82,10 +91,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        x = rows.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, scale = _normed(rows, weight, eps)
         ctx.save_for_backward(rows, weight, scale)
-        return torch.mul(x, scale).mul_(weight).to(hidden.dtype).view(hidden.shape)
+        return normed.view(hidden.shape)
 
     @staticmethod
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -96,6 +104,13 @@ class _RMSNorm(torch.autograd.Function):
         along_x = torch.mv(result, w).unsqueeze(-1).mul_(scale.pow(3)).div_(x.shape[-1])
         torch.mul(gradient, w, out=result).mul_(scale).addcmul_(x, along_x, value=-1)
         return result.to(output.dtype).view(output.shape), of_weight, None
+
+
+def _normed(vectors: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute y, like vectors [N, H], and s [N, 1] of at least fp32."""
+    x = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, scale).mul_(weight).to(vectors.dtype), scale
 
 
 class WeightGradients:

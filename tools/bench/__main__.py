@@ -39,6 +39,7 @@ BENCHMARKS = {
     "oversized": "a group split into parts against the same group in one micro-batch",
     "balance": "makespan of the 1F1B schedule over length distributions, random and balanced",
     "growth": "time and memory against K, prompt length, vocabulary and number of groups, with pictures",
+    "rollout": "candidates a second: ours, HF generate, and the floor of our own matrix products",
     "peak": "share of the machine's own matrix-multiply peak that a training step reaches",
 }
 

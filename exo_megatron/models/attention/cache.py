@@ -9,7 +9,7 @@ gathering.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,6 +63,34 @@ class KvCache:
         self.prompt_values = torch.zeros(prompt, dtype=dtype, device=device)
         self.candidate_keys = torch.zeros(candidate, dtype=dtype, device=device)
         self.candidate_values = torch.zeros(candidate, dtype=dtype, device=device)
+        self._of_prompts = _by_layer(self.prompt_keys, self.prompt_values)
+        self._of_candidates = _by_layer(self.candidate_keys, self.candidate_values)
+
+    def of_prompts(self, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
+        """View keys and values of the first slots and places, [slots * kv heads, length, d]."""
+        return self._seen(self._of_prompts[layer], slots, length)
+
+    def of_candidates(self, layer: int, slots: int, length: int) -> tuple[Tensor, Tensor]:
+        """View keys and values of the first slots and places, [slots * kv heads, length, d]."""
+        return self._seen(self._of_candidates[layer], slots, length)
+
+    def _seen(self, layer: tuple[Tensor, Tensor], slots: int, length: int) -> tuple[Tensor, Tensor]:
+        lines = slots * self.prompt_keys.shape[2]
+        return layer[0][:lines, :length], layer[1][:lines, :length]
+
+    def candidate_places(self, own_index: Tensor) -> Tensor:
+        """Compute where the tokens at own_index [m] of slots 0..m-1 are stored, [m * kv heads].
+
+        The places count those of all slots and heads of a layer.
+        """
+        heads, length = self.candidate_keys.shape[2:4]
+        slots = torch.arange(own_index.shape[0] * heads, device=own_index.device)
+        return slots.mul_(length).view(-1, heads).add_(own_index.unsqueeze(1)).flatten()
+
+    def store_newest(self, layer: int, key: Tensor, value: Tensor, places: Tensor) -> None:
+        """Store key and value [m, kv heads, d] of a layer at `candidate_places`."""
+        for stored, newest in zip(self._of_candidates[layer], (key, value), strict=True):
+            stored.view(-1, newest.shape[2]).index_copy_(0, places, newest.reshape(-1, newest.shape[2]))
 
     def move_prompts(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy prompt slots of all layers, given (source, destination) pairs.
@@ -79,6 +107,11 @@ class KvCache:
         _move_slots((self.candidate_keys, self.candidate_values), moves)
 
 
+def _by_layer(keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """View keys and values of each layer as [slots * kv heads, length, d]."""
+    return [(key.flatten(0, 1), value.flatten(0, 1)) for key, value in zip(keys, values, strict=True)]
+
+
 def _move_slots(caches: tuple[Tensor, Tensor], moves: Sequence[tuple[int, int]]) -> None:
     for source, destination in moves:
         for cache in caches:
@@ -89,39 +122,75 @@ def _move_slots(caches: tuple[Tensor, Tensor], moves: Sequence[tuple[int, int]])
 class ActiveTokens:
     """Index tensors of the newest tokens of the m active candidates; token i is of slot i.
 
-    Tokens are arranged in a grid of `prompts` x `lanes`, one line per prompt slot.
+    For the attention to prompts, tokens are arranged in a grid of `prompts` x `lanes`, one line per
+    prompt slot.
 
     Attributes:
-        index: [m] int64, 0..m-1.
         own_index: [m] int64, place of the token in the candidate's cache.
-        grid_index: [prompts * lanes] int64, the token at each place of the grid; 0 where there is
-            none.
-        grid_places: [m] int64, the place of each token in the grid.
-        prompt_bias: [prompts, 1, longest prompt] fp32, 0 on stored tokens, -inf behind them.
-        own_bias: [m, 1, longest candidate] fp32, likewise.
         positions: [m] int64, of the tokens.
+        store_index: [m * kv heads] int64, place of each token and head among all places of a
+            layer's candidate cache.
+        grid_index: [prompts * lanes] int64, the token at each place of the grid; 0 where there is
+            none. None: the grid holds the tokens in order, without a gap.
+        grid_places: [m] int64, the place of each token in the grid; None likewise.
+        longest_prompt, longest_own: places of the cache that are read, of prompts and candidates.
         longest: the largest position plus 1.
+        biases: those made so far, see `bias`.
     """
 
     prompts: int
     lanes: int
-    index: Tensor
     own_index: Tensor
-    grid_index: Tensor
-    grid_places: Tensor
-    prompt_bias: Tensor
-    own_bias: Tensor
     positions: Tensor
+    store_index: Tensor
+    grid_index: Tensor | None
+    grid_places: Tensor | None
+    longest_prompt: int
+    longest_own: int
     longest: int
+    biases: dict[int | None, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         """Number m of active candidates."""
-        return self.index.shape[0]
+        return self.own_index.shape[0]
+
+    def bias(self, window: int | None) -> Tensor:
+        """Return the bias of scores on the grid, [prompts, 1, lanes, 1, longest prompt + own] fp32.
+
+        0 on stored tokens inside of the window, -inf elsewhere. Layers with equal windows share it.
+        """
+        limit = None if window is None or self.longest <= window else window
+        if limit not in self.biases:
+            hidden = self._hidden(limit)[:, None, None, :]
+            bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self.biases[limit] = self.on_grid(bias)
+        return self.biases[limit]
+
+    def _hidden(self, window: int | None) -> Tensor:
+        """Tell which places of its prompt's cache and of its own each token does not see."""
+        places = torch.arange(max(self.longest_prompt, self.longest_own), device=self.own_index.device)
+        on_prompt, own = places[: self.longest_prompt], places[: self.longest_own]
+        stored = (self.positions - self.own_index).unsqueeze(1)
+        hidden = torch.cat((on_prompt >= stored, own > self.own_index.unsqueeze(1)), dim=1)
+        if window is not None:
+            first = (self.positions - window + 1).unsqueeze(1)  # the first position that a token sees
+            hidden |= torch.cat((on_prompt < first, own + stored < first), dim=1)
+        return hidden
+
+    def on_grid(self, tokens: Tensor) -> Tensor:
+        """Arrange [m, heads, queries, n] by prompts: [prompts, heads, lanes, queries, n]."""
+        placed = tokens if self.grid_index is None else tokens.index_select(0, self.grid_index)
+        return placed.view(self.prompts, self.lanes, *tokens.shape[1:]).transpose(1, 2)
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """Undo `on_grid`."""
+        by_lane = grid.transpose(1, 2).flatten(0, 1)
+        return by_lane if self.grid_places is None else by_lane.index_select(0, self.grid_places)
 
 
 def place_active(
-    active: Sequence[tuple[int, int, int]], prompt_lengths: Sequence[int], device: torch.device
+    cache: KvCache, active: Sequence[tuple[int, int, int]], prompt_lengths: Sequence[int], device: torch.device
 ) -> ActiveTokens:
     """Arrange the newest tokens by their prompts. See `build_decode_layout`."""
     of_slot: dict[int, list[int]] = {}
@@ -137,21 +206,19 @@ def place_active(
         for lane, token in enumerate(tokens):
             grid_index[slot * lanes + lane] = token
             grid_places[token] = slot * lanes + lane
-    stored = int64_on(device, [prompt_lengths[slot] for slot in range(prompts)])
-    longest_prompt = max(prompt_lengths[slot] for slot in range(prompts))
+    in_order = len(grid_index) == len(active) and grid_places == list(range(len(active)))
     own_index = int64_on(device, [cached for _, _, cached in active])
     positions = [prompt_lengths[slot] + cached for _, slot, cached in active]
-    longest_own = 1 + max(cached for _, _, cached in active)
     return ActiveTokens(
         prompts=prompts,
         lanes=lanes,
-        index=torch.arange(len(active), device=own_index.device),
         own_index=own_index,
-        grid_index=int64_on(device, grid_index),
-        grid_places=int64_on(device, grid_places),
-        prompt_bias=_length_bias(stored, longest_prompt),
-        own_bias=_length_bias(own_index + 1, longest_own),
         positions=int64_on(device, positions),
+        store_index=cache.candidate_places(own_index),
+        grid_index=None if in_order else int64_on(device, grid_index),
+        grid_places=None if in_order else int64_on(device, grid_places),
+        longest_prompt=max(prompt_lengths[slot] for slot in range(prompts)),
+        longest_own=1 + max(cached for _, _, cached in active),
         longest=1 + max(positions),
     )
 
@@ -161,40 +228,14 @@ def int64_on(device: torch.device, values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _length_bias(lengths: Tensor, longest: int) -> Tensor:
-    """Make a bias [n, 1, longest] fp32: 0 at places below lengths [n], -inf from there on."""
-    beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
-    return torch.zeros(beyond.shape, device=lengths.device).masked_fill_(beyond, float("-inf"))[:, None, :]
-
-
-def _biases(active: ActiveTokens, shared: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """Compute the biases of prompts and candidates, with -inf outside of each token's window.
-
-    With a window shorter than the texts, the bias of prompts has a line per query, [prompts, lanes
-    * shared, longest prompt], because the lanes of a prompt are at different positions. shared:
-    query heads per KV head.
-    """
-    if window is None or active.longest <= window:
-        return active.prompt_bias, active.own_bias
-    first = (active.positions - window + 1).unsqueeze(1)  # the first position that a token sees
-    on_grid = first[active.grid_index].view(active.prompts, active.lanes, 1).repeat_interleave(shared, dim=1)
-    prompt_length = (active.positions - active.own_index).unsqueeze(1)
-    on_own = (first - prompt_length).unsqueeze(1)
-
-    def hide(bias: Tensor, first: Tensor) -> Tensor:
-        places = torch.arange(bias.shape[-1], device=bias.device)
-        return bias.masked_fill(places < first, float("-inf"))
-
-    return hide(active.prompt_bias, on_grid), hide(active.own_bias, on_own)
-
-
 def attend_cached(
     q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, active: ActiveTokens, rule: ScoreRule
 ) -> Tensor:
     """Attend with one query per candidate over its prompt's cache and its own, as one softmax.
 
-    The new keys and values are stored in the candidates' cache first. The two parts are computed
-    with their own maximum and merged by their sums of exponentials.
+    The new keys and values are stored in the candidates' cache first. Scores of both parts are
+    computed where their keys are, a prompt's for all its candidates at once, and then lie side by
+    side.
 
     Args:
         q: [m, hq, d], rotated.
@@ -209,61 +250,28 @@ def attend_cached(
     """
     count, query_heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    shared = query_heads // kv_heads
-    own_keys, own_values = cache.candidate_keys[layer], cache.candidate_values[layer]
-    own_keys[active.index, :, active.own_index] = k
-    own_values[active.index, :, active.own_index] = v
+    cache.store_newest(layer, k, v, active.store_index)
+    grouped = q.reshape(count, kv_heads, query_heads // kv_heads, head_dim)
+    prompt_length, own_length = active.longest_prompt, active.longest_own
+    prompt_keys, prompt_values = cache.of_prompts(layer, active.prompts, prompt_length)
+    own_keys, own_values = cache.of_candidates(layer, count, own_length)
 
-    grouped = q.reshape(count, kv_heads, shared, head_dim)
-    prompt_bias, own_bias = _biases(active, shared, rule.window)
-    own_length = own_bias.shape[-1]
-    own = _weigh(grouped, own_keys[:count, :, :own_length], own_values[:count, :, :own_length], own_bias, rule)
-
-    lines, lanes = active.prompts, active.lanes
-    grid = grouped[active.grid_index].view(lines, lanes, kv_heads, shared, head_dim).transpose(1, 2)
-    grid = grid.reshape(lines, kv_heads, lanes * shared, head_dim)
-    length = prompt_bias.shape[-1]
-    on_prompt = _weigh(
-        grid,
-        cache.prompt_keys[layer, :lines, :, :length],
-        cache.prompt_values[layer, :lines, :, :length],
-        prompt_bias,
-        rule,
-    )
-
-    def to_tokens(part: Tensor) -> Tensor:
-        by_lane = part.view(lines, kv_heads, lanes, shared, -1).transpose(1, 2).flatten(0, 1)
-        return by_lane[active.grid_places]
-
-    sums, maxima, weights = (to_tokens(part) for part in on_prompt)
-    own_sums, own_maxima, own_weights = own
-    top = torch.maximum(maxima, own_maxima)
-    share, own_share = torch.exp(maxima - top), torch.exp(own_maxima - top)
-    merged = (sums * share + own_sums * own_share) / (weights * share + own_weights * own_share)
-    return merged.reshape(count, query_heads, head_dim).to(q.dtype)
+    lines = active.on_grid(grouped)  # [prompts, kv heads, lanes, query heads of a kv head, d]
+    on_prompt = _products(lines, prompt_keys.transpose(1, 2))
+    scores = on_prompt.new_empty(*lines.shape[:4], prompt_length + own_length)
+    scores[..., :prompt_length].copy_(on_prompt)
+    scores[..., prompt_length:].copy_(active.on_grid(_products(grouped, own_keys.transpose(1, 2))))
+    if rule.softcap is None:
+        torch.add(active.bias(rule.window), scores, alpha=rule.scale, out=scores)
+    else:
+        soft_cap_(scores.mul_(rule.scale), rule.softcap).add_(active.bias(rule.window))
+    weights = scores.softmax(-1).to(v.dtype)
+    from_prompt = _products(weights[..., :prompt_length], prompt_values)
+    attended = _products(active.from_grid(weights[..., prompt_length:]), own_values)
+    return attended.add_(active.from_grid(from_prompt)).view(count, query_heads, head_dim).to(q.dtype)
 
 
-def _weigh(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rule: ScoreRule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute unnormalised attention.
-
-    Args:
-        queries: [n, h, r, d].
-        keys, values: [n, h, l, d].
-        bias: [n, 1 or r, l] fp32, added to the scores.
-        rule: how scores are computed.
-
-    Returns:
-        fp32 sum_j e_j v_j [n, h, r, d], the maximum score [n, h, r, 1] and sum_j e_j [n, h, r, 1],
-        where e_j = exp(score_j - maximum). A query that sees no key has the smallest finite number
-        as its maximum and sums of 0.
-    """
-    lines, heads = queries.shape[:2]
-    scores = product(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    scores = soft_cap_(scores.view(lines, heads, *scores.shape[1:]).mul_(rule.scale), rule.softcap).add_(bias[:, None])
-    maxima = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-    exponentials = scores.sub_(maxima).exp_()
-    weights = exponentials.sum(-1, keepdim=True)
-    sums = product(exponentials.flatten(0, 1).to(values.dtype), values.flatten(0, 1))
-    return sums.view(queries.shape), maxima, weights
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply [n, h, ..., b] by head with [n * h, b, c]: [n, h, ..., c] fp32."""
+    lines = left.reshape(right.shape[0], -1, left.shape[-1])
+    return product(lines, right).view(*left.shape[:-1], right.shape[2])

@@ -73,7 +73,7 @@ class DecodeLayout:
             done = end
         if done < self.num_tokens:
             parts.append(query.new_zeros(self.num_tokens - done, *query.shape[1:]))
-        return torch.cat(parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def predicting(self, hidden: Tensor) -> Tensor:
         """See Layout."""
@@ -128,7 +128,7 @@ def build_decode_layout(
         position_ids=int64_on(device, positions),
         predict_index=int64_on(device, predict_index),
         num_tokens=len(ids),
-        active=place_active(active, prompt_lengths, device) if active else None,
+        active=place_active(cache, active, prompt_lengths, device) if active else None,
         prefill=prefill,
     )
 

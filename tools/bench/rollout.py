@@ -1,0 +1,249 @@
+"""Rollout against HF's `generate(num_return_sequences=K)` and against the floor of our own products.
+
+Both sides draw K candidates of R tokens for the same prompts of P tokens, at temperature 1 from the
+whole vocabulary, with the same weights. Nothing ends earlier: our end of sequence is a token that
+the model lacks, and HF is given none. HF runs at the best of several numbers of prompts in a batch,
+found by one timing of each, and with equal lengths has neither padding nor lines that wait.
+
+Before times are taken, the log-probs that our side reports are compared with those of HF's forward
+pass for the same tokens, and the tokens that went through the layers with those that the scheduler
+planned.
+
+The floor is a pass's own matrix products plus one read of the weights and of the distinct cache, as
+tools/bench/rollout_floor.py defines them: what decoding would take if nothing else counted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from exo_megatron.config.sections import ComputeConfig, SamplingConfig
+from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from exo_megatron.execution.policy import Policy
+from exo_megatron.models.policy import PolicyModel
+from exo_megatron.rollout.engine import GeneratedGroup
+from exo_megatron.rollout.native import NativeEngine
+from tools.bench.lengths import Lengths
+from tools.bench.models import Matched, Shape, matched_models, random_groups, words, world
+from tools.bench.options import Options
+from tools.bench.rollout_floor import Floor, PlannedPass, planned_passes
+from tools.bench.sides import Different, agree
+from tools.bench.table import Table
+from tools.bench.timing import Timings, alternate, timed
+
+CASES = ((400, 50, 8, 32), (47, 128, 4, 64))
+"""P, R, K and the number of prompts, which fill the active set."""
+QUICK_CASES = ((12, 6, 4, 6), (5, 9, 2, 8))
+SHAPE, QUICK_SHAPE = Shape(hidden=512, layers=6, vocab=2048), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
+HF_BATCHES = (1, 4, 8, 16)
+"""Prompts in a batch of HF; the last one's are what each is tried on."""
+COMPARED = 4
+"""Prompts whose log-probs HF computes."""
+TOLERANCE = 1e-5
+TARGET = 1.4
+SEED = 7
+
+
+def run(options: Options) -> Table:
+    """Run the benchmark. See the module."""
+    shape = QUICK_SHAPE if options.quick else SHAPE
+    lines: list[tuple[str, ...]] = []
+    with world() as runtime, matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
+        policy = replace(matched.load(), tokenizer=endless_tokenizer(shape.vocab))
+        for case in QUICK_CASES if options.quick else CASES:
+            lines.append(_line(matched, Sides(policy, matched.hf, *case), options.rounds))
+    return Table(
+        "Rollout against HF generate and against the floor of our own matrix products",
+        (
+            "P, R, K",
+            "ours, s",
+            "floor, s",
+            "products alone, s",
+            "ours / floor",
+            "target",
+            "HF's best batch",
+            "HF / ours",
+            "log-prob difference",
+        ),
+        lines,
+        (
+            f"{shape}, fp32. Median (range) of ratios round by round; ours / floor: less is better.",
+            "floor: the products of every pass, plus one read of the weights and of the distinct cache.",
+        ),
+    )
+
+
+def endless_tokenizer(vocab: int) -> Tokenizer:
+    """Make a tokenizer whose end of sequence is a token that a model of `vocab` tokens lacks."""
+    tokenizer = words(vocab)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with tempfile.TemporaryDirectory(prefix="exo-bench-") as place:
+        tokenizer.save_pretrained(place)
+        return load_tokenizer(Path(place))
+
+
+class Sides:
+    """Both sides on the same prompts."""
+
+    def __init__(
+        self, policy: Policy, hf: LlamaForCausalLM, prompt: int, length: int, candidates: int, prompts: int
+    ) -> None:
+        self.policy = policy
+        self.hf = hf.eval()
+        self.name = f"{prompt}, {length}, {candidates}"
+        groups = random_groups([Lengths(prompt, ())] * prompts, policy.spec.vocab_size)
+        self.prompts = [Prompt(id=group.id, text="", ids=group.prompt) for group in groups]
+        self.sampling = SamplingConfig(candidates=candidates, temperature=1.0, max_new_tokens=length)
+
+    def ours(self) -> list[GeneratedGroup]:
+        """Draw all candidates with our engine."""
+        return NativeEngine(self.policy).generate(self.prompts, self.sampling, seed=SEED, progress=None)
+
+    def theirs(self, batch: int, prompts: int | None = None) -> None:
+        """Draw the candidates of the first `prompts` prompts (None: all) with HF, `batch` prompts
+        at a time.
+        """
+        asked = self.prompts[:prompts]
+        for start in range(0, len(asked), batch):
+            ids = torch.tensor([prompt.ids for prompt in asked[start : start + batch]], device=self.hf.device)
+            drawn = self.hf.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=self.sampling.candidates,
+                max_new_tokens=self.sampling.max_new_tokens,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            wanted = (ids.shape[0] * self.sampling.candidates, ids.shape[1] + self.sampling.max_new_tokens)
+            if drawn.shape != wanted:
+                raise Different(f"HF drew {list(drawn.shape)} instead of {list(wanted)}")
+
+    def best_batch(self) -> int:
+        """Find the number of prompts in a batch at which HF is fastest, by one timing of each."""
+        tried = min(len(self.prompts), HF_BATCHES[-1])
+        self.theirs(tried, tried)  # the first run is slower than others
+        seconds = {batch: timed(partial(self.theirs, batch, tried)) for batch in HF_BATCHES if batch <= tried}
+        return min(seconds, key=seconds.__getitem__)
+
+    def planned(self) -> list[PlannedPass]:
+        """Plan the passes of our side."""
+        return planned_passes([prompt.ids for prompt in self.prompts], self.sampling)
+
+    def difference(self) -> float:
+        """Compare log-probs of our draws with HF's forward pass, and the passes with the plan.
+
+        Returns the largest difference relative to the largest log-prob. Raises Different.
+        """
+        counted = _CountedPasses(self.policy.model)
+        groups = counted.during(self)
+        if counted.passes != [(each.tokens, each.predicting) for each in self.planned()]:
+            raise Different("the passes that ran are not those that the scheduler planned")
+        compared = list(zip(self.prompts, groups, strict=True))[:COMPARED]
+        ours = [candidate.logprob for _, group in compared for candidate in group.candidates]
+        theirs = [value for prompt, group in compared for value in hf_logprobs(self.hf, prompt, group)]
+        of = partial(torch.tensor, dtype=torch.float64)
+        return agree({"log-probs": of(ours)}, {"log-probs": of(theirs)}, tolerance=TOLERANCE)
+
+
+class _CountedPasses:
+    """Counter of the tokens through the layers and of the hidden states that predict, per pass."""
+
+    def __init__(self, model: PolicyModel) -> None:
+        self._model = model
+        self.passes: list[tuple[int, int]] = []
+
+    def during(self, sides: Sides) -> list[GeneratedGroup]:
+        """Run our side and count its passes."""
+        tokens: list[int] = []
+
+        def layer(_module: object, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+            tokens.append((inputs[0] if inputs else keywords["hidden_states"]).shape[0])
+
+        def whole(_module: object, _inputs: object, output: Tensor) -> None:
+            self.passes.append((tokens.pop(), output.shape[0]))
+
+        hooks = (
+            self._model.decoder.layers[0].register_forward_pre_hook(layer, with_kwargs=True),
+            self._model.register_forward_hook(whole),
+        )
+        try:
+            return sides.ours()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Work of our side in whole numbers, which another machine repeats exactly.
+
+    passes: through the model. tokens: through the layers, prompts included. predicting: hidden
+    states through the output layer. prefilled: prompt tokens through the layers.
+    """
+
+    passes: int
+    tokens: int
+    predicting: int
+    prefilled: int
+
+
+def counts(sides: Sides) -> Counts:
+    """Run our side and count its work."""
+    counted = _CountedPasses(sides.policy.model)
+    groups = counted.during(sides)
+    tokens = sum(each for each, _ in counted.passes)
+    # Each drawn token but a candidate's last one is fed once; the rest are prompts.
+    fed = sum(len(candidate.token_ids) - 1 for group in groups for candidate in group.candidates)
+    return Counts(len(counted.passes), tokens, sum(each for _, each in counted.passes), tokens - fed)
+
+
+@torch.no_grad()
+def hf_logprobs(hf: LlamaForCausalLM, prompt: Prompt, group: GeneratedGroup) -> list[float]:
+    """Compute the log-probs of a group's candidates, all of one length, by HF's forward pass."""
+    ids = torch.tensor([prompt.ids + candidate.token_ids for candidate in group.candidates], device=hf.device)
+    logits = hf(input_ids=ids, use_cache=False).logits[:, len(prompt.ids) - 1 : -1]
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    picked = logprobs.gather(-1, ids[:, len(prompt.ids) :, None])
+    values: list[float] = picked.sum(dim=(1, 2)).tolist()
+    return values
+
+
+def _line(matched: Matched, sides: Sides, rounds: int) -> tuple[str, ...]:
+    difference = sides.difference()
+    batch = sides.best_batch()
+    floor = Floor(sides.policy, sides.planned())
+    timings = alternate(
+        {"ours": sides.ours, "products": floor.products, "read": floor.read, "HF": partial(sides.theirs, batch)},
+        rounds=rounds,
+        warmup=0,  # all have just run, or need no start
+    )
+    with_floor = Timings(
+        {
+            **timings.seconds,
+            "floor": tuple(sum(pair) for pair in zip(*(timings.seconds[s] for s in ("products", "read")), strict=True)),
+        }
+    )
+    return (
+        sides.name,
+        f"{timings.median('ours'):.2f}",
+        f"{with_floor.median('floor'):.2f}",
+        f"{timings.median('products'):.2f}",
+        with_floor.shown("ours", "floor"),
+        f"{TARGET}",
+        f"{batch}",
+        timings.shown("HF", "ours"),
+        f"{difference:.1e}",
+    )
