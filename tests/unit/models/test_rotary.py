@@ -113,3 +113,26 @@ def test_rotation_by_hand(interleaved: bool) -> None:
     torch.testing.assert_close(ours[..., first], turned.real)
     torch.testing.assert_close(ours[..., second], turned.imag)
     assert torch.equal(ours[..., 4:], query[..., 4:]) and torch.equal(key, ours[:, :1])
+
+
+def test_turns_are_computed_once_for_the_positions_of_a_pass() -> None:
+    """Of the same tensor with the same values; a change in place, other positions and another dtype give new ones."""
+    table = RotaryTable(torch.tensor([1.0, 0.5]), 1.0, False)
+    heads = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([0, 1, 2])
+
+    def fresh(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return RotaryTable(table.frequencies, 1.0, False).rotate(heads, heads, positions)[0]
+
+    def angles(call: Any) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::cos")
+
+    assert angles(lambda: [table.rotate(heads, heads, positions) for _ in range(3)]) == 1
+    positions += 5
+    assert torch.equal(table.rotate(heads, heads, positions)[0], fresh(heads, positions))
+    assert torch.equal(table.rotate(heads, heads, positions.flip(0))[0], fresh(heads, positions.flip(0)))
+    half = heads.to(torch.bfloat16)
+    assert torch.equal(table.rotate(half, half, positions)[0], fresh(half, positions))
+    assert torch.equal(table.rotate(heads, heads, positions)[0], fresh(heads, positions))

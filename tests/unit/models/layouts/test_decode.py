@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exo_megatron.models.attention.cache import KvCache
+from exo_megatron.models.attention.cache import ActiveTokens, KvCache, place_active
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.layouts.decode import build_decode_layout
 
@@ -123,6 +123,37 @@ def test_prefill_decode_moves_and_reused_slots(dtype: torch.dtype, multiple: int
     plan = [("b1", "B"), ("c1", "C"), ("c0", "C")]
     run(cache, truth, plan, {"C": 0, "B": 1, "D": 2}, [("D", 6)], multiple)
     run(cache, truth, [*plan, ("d0", "D")], {"C": 0, "B": 1, "D": 2}, [], multiple)
+
+
+@pytest.mark.parametrize("rule", [PLAIN, ScoreRule(0.3, 2.0, None), ScoreRule(0.3, None, 4)])
+def test_candidates_in_the_order_of_their_prompts(rule: ScoreRule) -> None:
+    """As many of each prompt, at different places: nothing is gathered then."""
+    cache, truth = make_cache(), Sequences(2, torch.float32, rule)
+    run(cache, truth, [], {"A": 0, "B": 1}, [("A", 4), ("B", 7)], 1)
+    run(cache, truth, [("a0", "A"), ("a1", "A")], {"A": 0, "B": 1}, [], 1)
+    in_order = [("a0", "A"), ("a1", "A"), ("b0", "B"), ("b1", "B")]
+    run(cache, truth, in_order, {"A": 0, "B": 1}, [], 1)
+    run(cache, truth, in_order, {"A": 0, "B": 1, "C": 2}, [("C", 5)], 2)
+
+
+def test_only_candidates_out_of_order_are_gathered() -> None:
+    def placed(slots: list[int]) -> ActiveTokens:
+        active = [(1, slot, 0) for slot in slots]
+        return place_active(make_cache(), active, [4, 2, 3], torch.device("cpu"))
+
+    assert placed([0, 0, 1, 1]).grid_index is None and placed([0, 1, 2]).grid_places is None
+    for slots in ([0, 1, 0, 1], [0, 0, 1], [1, 1], [1, 0]):
+        assert placed(slots).grid_index is not None and placed(slots).grid_places is not None
+    tokens = torch.arange(4.0).view(4, 1, 1, 1)
+    for slots in ([0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 2, 1]):
+        assert torch.equal(placed(slots).from_grid(placed(slots).on_grid(tokens)), tokens)
+
+
+def test_layers_with_equal_windows_share_a_bias() -> None:
+    active = place_active(make_cache(), [(1, 0, 0), (2, 0, 3)], [4], torch.device("cpu"))
+    assert active.longest == 8
+    assert active.bias(5) is active.bias(5) and active.bias(5) is not active.bias(None)
+    assert active.bias(8) is active.bias(None)  # nothing is longer
 
 
 def test_padding_and_stale_slots_do_not_disturb_others() -> None:
