@@ -33,11 +33,11 @@ from exo_megatron.models.policy import PolicyModel
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.native import NativeEngine
 from tools.bench.lengths import Lengths
-from tools.bench.models import Matched, Shape, matched_models, random_groups, words, world
+from tools.bench.models import Shape, matched_models, random_groups, words, world
 from tools.bench.options import Options
 from tools.bench.rollout_floor import Floor, PlannedPass, planned_passes
 from tools.bench.sides import Different, agree
-from tools.bench.table import Table
+from tools.bench.table import Record, Table
 from tools.bench.timing import Timings, alternate, timed
 
 CASES = ((400, 50, 8, 32), (47, 128, 4, 64), (400, 50, 8, 4), (47, 128, 4, 4))
@@ -58,10 +58,13 @@ def run(options: Options) -> Table:
     """Run the benchmark. See the module."""
     shape = QUICK_SHAPE if options.quick else SHAPE
     lines: list[tuple[str, ...]] = []
+    records: list[Record] = []
     with world() as runtime, matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
         policy = replace(matched.load(), tokenizer=endless_tokenizer(shape.vocab))
         for case in QUICK_CASES if options.quick else CASES:
-            lines.append(_line(matched, Sides(policy, matched.hf, *case), options.rounds))
+            line, record = _measured(Sides(policy, matched.hf, *case), options.rounds)
+            lines.append(line)
+            records.append(record)
     return Table(
         "Rollout against HF generate and against the floor of our own matrix products",
         (
@@ -81,6 +84,7 @@ def run(options: Options) -> Table:
             f"{shape}, fp32. Median (range) of ratios round by round; ours / floor: less is better.",
             "floor: the products of every pass, plus one read of the weights and of the distinct cache.",
         ),
+        records,
     )
 
 
@@ -223,7 +227,8 @@ def hf_logprobs(hf: LlamaForCausalLM, prompt: Prompt, group: GeneratedGroup) -> 
     return values
 
 
-def _line(matched: Matched, sides: Sides, rounds: int) -> tuple[str, ...]:
+def _measured(sides: Sides, rounds: int) -> tuple[tuple[str, ...], Record]:
+    """Compare both sides and time them: a line of the table, and what is kept of it."""
     difference = sides.difference()
     batch = sides.best_batch()
     floor = Floor(sides.policy, sides.planned())
@@ -238,7 +243,7 @@ def _line(matched: Matched, sides: Sides, rounds: int) -> tuple[str, ...]:
             "floor": tuple(sum(pair) for pair in zip(*(timings.seconds[s] for s in ("products", "read")), strict=True)),
         }
     )
-    return (
+    line = (
         sides.name,
         f"{len(sides.prompts)}",
         f"{timings.median('ours'):.2f}",
@@ -250,3 +255,5 @@ def _line(matched: Matched, sides: Sides, rounds: int) -> tuple[str, ...]:
         timings.shown("HF", "ours"),
         f"{difference:.1e}",
     )
+    ratios = {"HF / ours": timings.ratio("HF", "ours"), "floor / ours": with_floor.ratio("floor", "ours")}
+    return line, Record(f"{sides.name}; {len(sides.prompts)} prompts", vars(counts(sides)), ratios)

@@ -58,13 +58,13 @@ def run(*arguments: str, program: tuple[str, ...] = ("-m", "tools.bench")) -> su
 
 
 def test_small_versions_run_and_are_as_good_as_the_committed_figures(tmp_path: Path) -> None:
-    names = ["steps", "sharing", "peak"]
+    names = ["steps", "rollout", "sharing", "peak"]
     files = ["--json", str(tmp_path / "tables.json"), "--pictures", str(tmp_path), "--compare", str(COMMITTED)]
     done = run(*names, "--quick", *files)
     assert done.returncode == 0, done.stderr[-2000:]
     tables = json.loads((tmp_path / "tables.json").read_text())
     assert list(tables) == names
-    assert [len(table["rows"]) for table in tables.values()] == [9 + 7, 2, 2]
+    assert [len(table["rows"]) for table in tables.values()] == [9 + 7, 2, 2, 2]
     assert all(0 < float(row["gradient difference"]) < 1e-4 for row in tables["sharing"]["rows"])
     assert (tmp_path / "quick-steps.png").read_bytes().startswith(b"\x89PNG")
     assert tables["steps"]["records"].keys() == {"HH-like, K=2", "TL;DR-like, K=8"}
