@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from torch import Tensor
 from torch.autograd.function import Function
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.execution.forward import forward_only, stage_output
+from exo_megatron.models.layers import plain_residual
 from exo_megatron.models.layouts.groups import build_layout
 from exo_megatron.models.policy import PolicyModel, build_policy
 from exo_megatron.models.spec import Experts
@@ -78,6 +80,14 @@ def test_layers_run_no_function_of_autograd_without_gradients(
         counts.append(sorted(ran))
     # Attention of whole groups is one; that of generation is none.
     assert counts[1] == sorted([*counts[0], "_Attention", "_Attention"])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_residual_connection_is_that_of_megatron(biased: bool) -> None:
+    output, residual, bias = torch.randn(3, 2, 1, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    given = (output, bias if biased else None)
+    expected = get_bias_dropout_add(training=True, fused=False)(given, residual, 0.0)
+    assert torch.equal(plain_residual(True, False)(given, residual, 0.0), expected)
 
 
 def test_layers_of_equal_frequencies_share_their_turns(topology: Topology) -> None:
