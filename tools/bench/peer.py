@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
-from tools.bench.timing import timed
+from tools.bench.timing import Clock, timed
 from tools.bench.training import ADAM, LEARNING_RATE
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class PeerSteps:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def at_best(cls, peer: Peer, groups: Sequence[Group]) -> PeerSteps:
+    def at_best(cls, peer: Peer, groups: Sequence[Group], clock: Clock) -> PeerSteps:
         """Take the setting whose forward and backward is fastest on these groups.
 
         Settings that do not divide the groups evenly are left out: a step would end with a smaller
@@ -89,7 +89,7 @@ class PeerSteps:
 
         seconds = dict.fromkeys(possible, math.inf)
         for batching in possible * 3:
-            seconds[batching] = min(seconds[batching], timed(partial(peer.backward, groups, batching)))
+            seconds[batching] = min(seconds[batching], timed(partial(peer.backward, groups, batching), clock))
         best = min(possible, key=seconds.__getitem__)
         betas = ADAM.beta1, ADAM.beta2
         optimizer = torch.optim.AdamW(peer.model.parameters(), lr=LEARNING_RATE, betas=betas, weight_decay=0.0)

@@ -16,6 +16,7 @@ tools/bench/rollout_floor.py defines them: what decoding would take if nothing e
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from tools.bench.options import Options
 from tools.bench.rollout_floor import Floor, PlannedPass, planned_passes
 from tools.bench.sides import Different, agree
 from tools.bench.table import Record, Table
-from tools.bench.timing import Timings, alternate, timed
+from tools.bench.timing import Clock, Timings, alternate, steady_clock, timed
 
 CASES = ((400, 50, 8, 32), (47, 128, 4, 64), (400, 50, 8, 4), (47, 128, 4, 4))
 """P, R, K and the number of prompts: enough to fill the active set, and few, where the time of the
@@ -59,10 +60,11 @@ def run(options: Options) -> Table:
     shape = QUICK_SHAPE if options.quick else SHAPE
     lines: list[tuple[str, ...]] = []
     records: list[Record] = []
+    clock = steady_clock() if options.quick else time.perf_counter
     with world() as runtime, matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
         policy = replace(matched.load(), tokenizer=endless_tokenizer(shape.vocab))
         for case in QUICK_CASES if options.quick else CASES:
-            line, record = _measured(Sides(policy, matched.hf, *case), options.rounds)
+            line, record = _measured(Sides(policy, matched.hf, *case), options.rounds, clock)
             lines.append(line)
             records.append(record)
     return Table(
@@ -227,7 +229,7 @@ def hf_logprobs(hf: LlamaForCausalLM, prompt: Prompt, group: GeneratedGroup) -> 
     return values
 
 
-def _measured(sides: Sides, rounds: int) -> tuple[tuple[str, ...], Record]:
+def _measured(sides: Sides, rounds: int, clock: Clock) -> tuple[tuple[str, ...], Record]:
     """Compare both sides and time them: a line of the table, and what is kept of it."""
     difference = sides.difference()
     batch = sides.best_batch()
@@ -235,6 +237,7 @@ def _measured(sides: Sides, rounds: int) -> tuple[tuple[str, ...], Record]:
     timings = alternate(
         {"ours": sides.ours, "products": floor.products, "read": floor.read, "HF": partial(sides.theirs, batch)},
         rounds=rounds,
+        clock=clock,
         warmup=0,  # all have just run, or need no start
     )
     with_floor = Timings(

@@ -17,6 +17,7 @@ time of our plain step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +27,14 @@ from exo_megatron.data.groups import Group
 from exo_megatron.parallel.runtime import Runtime
 from tools.bench.counting import counted
 from tools.bench.hf_peer import StraightforwardLoss
-from tools.bench.lengths import HH, TLDR, Distribution, Lengths
+from tools.bench.lengths import HH, TLDR, Lengths
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.peer import Peer, PeerSteps
 from tools.bench.pictures import Bars, draw_bars
 from tools.bench.sides import agree
 from tools.bench.table import Record, Table
-from tools.bench.timing import Timings, alternate
+from tools.bench.timing import Clock, Timings, alternate, steady_clock
 from tools.bench.training import OurSteps
 from tools.bench.trl_peer import TrlTrainer
 from tools.bench.variants import Variant
@@ -77,7 +78,10 @@ def run(options: Options) -> Table:
     with world() as runtime:
         for lengths, candidates, count in QUICK_CELLS if options.quick else CELLS:
             rounds = options.rounds if candidates < SLOW else min(options.rounds, SLOW_ROUNDS)
-            cells.append(Cell.measure(lengths, candidates, count, shape, rounds, runtime))
+            groups = random_groups(lengths.spread(count, candidates), shape.vocab)
+            clock = steady_clock() if options.quick else time.perf_counter
+            title = f"{lengths.name}, K={candidates}"
+            cells.append(Cell.measure(title, groups, shape, runtime, rounds=rounds, clock=clock))
             print(f"{cells[-1].title}: {cells[-1].summary()}", flush=True)
     prefix = "quick-" if options.quick else ""
     draw_bars(
@@ -144,20 +148,20 @@ class Cell:
 
     @classmethod
     def measure(
-        cls, lengths: Distribution, candidates: int, count: int, shape: Shape, rounds: int, runtime: Runtime
+        cls, title: str, groups: Sequence[Group], shape: Shape, runtime: Runtime, *, rounds: int, clock: Clock
     ) -> Cell:
         """Compare all sides' gradients, count our work and time all sides.
 
         Raises Different if gradients differ.
         """
-        loss = PAIR if candidates == 2 else REWARDS
+        pairs = len(groups[0].candidates) == 2
+        loss = PAIR if pairs else REWARDS
         with matched_models(shape, runtime, COMPUTE) as matched:
-            groups = random_groups(lengths.spread(count, candidates), shape.vocab)
             ours = OurSteps.of(matched, loss)
             stored = ours.stored(groups)
             kinds: list[Peer] = [StraightforwardLoss(matched, loss)]
-            kinds += [TrlTrainer(matched, loss)] if candidates == 2 else []
-            peers = [PeerSteps.at_best(kind, groups) for kind in kinds]
+            kinds += [TrlTrainer(matched, loss)] if pairs else []
+            peers = [PeerSteps.at_best(kind, groups, clock) for kind in kinds]
             variants = {name: Variant(ours, **switches) for name, switches in SWITCHES.items()}
             wanted = peers[0].gradients(groups)
             found = [each.gradients(groups) for each in variants.values()]
@@ -168,9 +172,8 @@ class Cell:
             for peer in peers:
                 steps[peer.peer.name] = partial(peer.step, groups)
                 steps[_stored(peer)] = partial(peer.step, stored)
-            timings = alternate(steps, rounds=rounds, warmup=0)  # all but the peers' Adam has just run
+            timings = alternate(steps, rounds=rounds, warmup=0, clock=clock)  # all but the peers' Adam has run
         rungs = waterfall([Lengths.of(group) for group in groups])
-        title = f"{lengths.name}, K={candidates}"
         return cls(title, size_of(shape), groups, peers, rungs, timings, counts, difference)
 
     def lines(self) -> list[tuple[str, ...]]:
