@@ -4,20 +4,23 @@ Norms work under sequence parallelism on every device. Each tensor-parallel rank
 own tokens, so the gradient of weight and bias is a partial sum: the flag `sequence_parallel` makes
 megatron-core's finalize_model_grads all-reduce it over the tensor group. (Norms of query and key
 heads, which see this rank's heads of all tokens, are all-reduced because of `config.qk_layernorm`.)
+
+Passes without gradients take a short way through megatron-core's modules: a pass of generation
+carries few tokens, and what is done around a product for the sake of gradients, tensor ranks and
+unused features takes the host longer than the product. Values, names and checkpoints stay the same.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -25,17 +28,45 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn import functional
 
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.experts import Router
 from exo_megatron.models.layouts.base import Layout
-from exo_megatron.models.rotary import RotaryTable, rotary_table
-from exo_megatron.models.short_way import Attention, ColumnLinear, ParallelResidualLayer, RowLinear, SequentialLayer
+from exo_megatron.models.rotary import RotaryTable, RotaryTables
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel import cpu_backend
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Linear that is cut along its output; without gradients, a product where it is whole."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Multiply [S, 1, I] -> [S, 1, O / t] and return it with the bias that is yet to be added."""
+        if torch.is_grad_enabled() or self.output_size_per_partition != self.output_size:
+            result: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
+            return result
+        return _whole_product(self, input_)
+
+
+class RowLinear(RowParallelLinear):
+    """Linear that is cut along its input; without gradients, a product where it is whole."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiply [S, 1, I / t] -> [S, 1, O] and return it with the bias that is yet to be added."""
+        if torch.is_grad_enabled() or self.input_size_per_partition != self.input_size:
+            result: tuple[Tensor, Tensor | None] = super().forward(input_)
+            return result
+        return _whole_product(self, input_)
+
+
+def _whole_product(linear: ColumnLinear | RowLinear, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    output = torch.matmul(input_, linear.weight.t())
+    if linear.bias is None or linear.skip_bias_add:
+        return output, linear.bias
+    return output + linear.bias, None
 
 
 @dataclass(frozen=True)
@@ -75,27 +106,6 @@ def linear_backend(dtype: torch.dtype) -> LinearBackend:
     return LinearBackend(ColumnLinear, RowLinear)
 
 
-def add_gradients_in_place(model: torch.nn.Module) -> None:
-    """Make megatron-core's own linears add weight gradients to its buffers (`main_grad`).
-
-    They then allocate no matrix of the weight's size per backward pass, and do not round its sum to
-    half precision. Only for a model whose parameters have such buffers. No effect on CUDA without
-    apex, whose kernel is used there, and on the layers of Transformer Engine.
-    """
-    if torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        return
-    for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            module.gradient_accumulation_fusion = True
-
-
-ACTIVATIONS = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-}
-
-
 def block_spec(
     spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layers: range
 ) -> TransformerBlockSubmodules:
@@ -107,29 +117,11 @@ def block_spec(
         linear: the linears to use.
         layers: numbers of the layers, from 0 over all pipeline stages.
     """
-    tables = _RotaryTables(spec)
+    tables = RotaryTables(spec, torch.device(torch.cuda.current_device()))
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(spec, config, linear, layer, tables.of(layer)) for layer in layers],
         layer_norm=_norm(spec),
     )
-
-
-class _RotaryTables:
-    """The tables of a model's layers: one for layers with a window, one for the others."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
-        self._made: dict[bool, RotaryTable] = {}
-
-    def of(self, layer: int) -> RotaryTable | None:
-        """Return the table of a layer, numbered from 0 over all pipeline stages."""
-        if self._spec.rotary is None:
-            return None
-        local = self._spec.window(layer) is not None
-        if local not in self._made:
-            device = torch.device(torch.cuda.current_device())
-            self._made[local] = rotary_table(self._spec.rotary, local=local, device=device)
-        return self._made[local]
 
 
 class RMSNorm(torch.nn.Module):
@@ -202,6 +194,76 @@ def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     parameter = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
     vars(parameter)["sequence_parallel"] = config.sequence_parallel
     return parameter
+
+
+class Attention(SelfAttention):
+    """megatron-core's self-attention; without gradients, only the steps that a layout needs."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None, *args: Any, packed_seq_params: Layout, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend: [S, 1, H] (S / t under sequence parallelism) -> the same, and a bias to be added."""
+        if torch.is_grad_enabled():
+            result: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+            return result
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
+        projected: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
+        return projected
+
+
+class SequentialLayer(TransformerLayer):
+    """A layer whose feed-forward block reads the output of attention.
+
+    megatron-core turns gradients on around residual connections, where a bias or a norm would then
+    keep the whole graph of a pass without gradients. Here the caller's mode holds everywhere.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias_dropout_add_exec_handler = nullcontext
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Run the layer: [S, 1, H] -> [S, 1, H] and no cross-attention context."""
+        if torch.is_grad_enabled():
+            result: tuple[Tensor, None] = super().forward(
+                hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+            return result
+        attended = self.self_attention(self.input_layernorm(hidden_states), None, packed_seq_params=packed_seq_params)
+        hidden_states = self._add(self.self_attn_bda, attended, hidden_states)
+        transformed = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return self._add(self.mlp_bda, transformed, hidden_states), None
+
+    def _add(self, residual_connection: Any, output: tuple[Tensor, Tensor | None], hidden: Tensor) -> Tensor:
+        added: Tensor = residual_connection(self.training, self.config.bias_dropout_fusion)(
+            output, hidden, self.hidden_dropout
+        )
+        return added
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """A layer whose attention and feed-forward block both read its input.
+
+    x + attention(x) + feed_forward(x).
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Layout, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Run the layer: [S, 1, H] -> [S, 1, H] and no cross-attention context."""
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
+        )
+        transformed = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        for part in (*attended, *transformed):  # outputs, and biases where there are any
+            if part is not None:
+                hidden_states = hidden_states + part
+        return hidden_states, None
 
 
 class CoreAttention(torch.nn.Module):

@@ -6,6 +6,7 @@ A policy ends in hidden states instead of logits, a reward model in scores of ev
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.errors import TopologyError
 from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
-from exo_megatron.models.layers import ACTIVATIONS, block_spec, linear_backend
+from exo_megatron.models.layers import block_spec, linear_backend
 from exo_megatron.models.layouts.base import Layout
 from exo_megatron.models.numerics import product
 from exo_megatron.models.spec import ModelSpec
@@ -147,6 +149,11 @@ class PolicyModel(GPTModel):
         return packed_seq_params.predicting(hidden_states)
 
 
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -260,7 +267,7 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "bias_activation_fusion": spec.gated and spec.activation == "silu",
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        # Only where parameters have gradient buffers: layers.add_gradients_in_place.
+        # Only where parameters have gradient buffers: training/optimizer.py.
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         **(expert_settings(spec.experts, topology) if spec.experts is not None else {}),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exo_megatron.models.spec import Rotary, RotaryScaling
+from exo_megatron.models.spec import ModelSpec, Rotary, RotaryScaling
 
 
 class RotaryTable:
@@ -114,6 +114,24 @@ def _pair(heads: Tensor, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     if interleaved:
         return heads[..., 0:dim:2], heads[..., 1:dim:2]
     return heads[..., : dim // 2], heads[..., dim // 2 : dim]
+
+
+class RotaryTables:
+    """The tables of a model's layers: one for layers with a window, one for the others."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self._spec = spec
+        self._device = device
+        self._made: dict[bool, RotaryTable] = {}
+
+    def of(self, layer: int) -> RotaryTable | None:
+        """Return the table of a layer, numbered from 0 over all pipeline stages."""
+        if self._spec.rotary is None:
+            return None
+        local = self._spec.window(layer) is not None
+        if local not in self._made:
+            self._made[local] = rotary_table(self._spec.rotary, local=local, device=self._device)
+        return self._made[local]
 
 
 def rotary_table(rotary: Rotary, *, local: bool, device: torch.device) -> RotaryTable:
