@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from exo_megatron.models.spec import ModelSpec, Rotary, RotaryScaling
 
@@ -17,7 +18,7 @@ class RotaryTable:
     """The frequencies of some layers and how they are applied; see spec.Rotary.
 
     Layers with equal frequencies share a table, which computes cosines and sines once for all of
-    them in a pass.
+    them in a pass. It keeps those of the latest pass, as long as that has its positions.
     """
 
     def __init__(self, frequencies: Tensor, attention_factor: float, interleaved: bool) -> None:
@@ -25,7 +26,7 @@ class RotaryTable:
         self.frequencies = frequencies
         self.attention_factor = attention_factor
         self.interleaved = interleaved
-        self._latest: _Turns | None = None
+        self._latest = WeakTensorKeyDictionary()  # positions -> turns, at most one
 
     def rotate(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate query [S, hq, d] and key [S, hkv, d] by position_ids [S]; the dtype stays.
@@ -39,10 +40,12 @@ class RotaryTable:
 
     def _turns(self, heads: Tensor, position_ids: Tensor) -> _Turns:
         """Return the turns at these positions: the latest ones, if they are of this very tensor."""
-        latest = self._latest
-        if latest is None or not latest.are_of(position_ids, heads):
-            latest = self._latest = self._made(heads, position_ids)
-        return latest
+        turns: _Turns | None = self._latest.get(position_ids)
+        if turns is None or not turns.are_of(position_ids, heads):
+            turns = self._made(heads, position_ids)
+            self._latest.clear()
+            self._latest[position_ids] = turns
+        return turns
 
     def _made(self, heads: Tensor, position_ids: Tensor) -> _Turns:
         angles = position_ids.to(torch.float32).outer(self.frequencies)
@@ -51,7 +54,7 @@ class RotaryTable:
         )
         both = cos.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((cos, cos), dim=-1)
         others = both.new_ones(*both.shape[:2], heads.shape[-1] - both.shape[-1])
-        return _Turns(position_ids, position_ids._version, torch.cat((both, others), dim=-1), sin)
+        return _Turns(position_ids._version, torch.cat((both, others), dim=-1), sin)
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,19 @@ class _Turns:
     """Cosines and sines at the positions of one pass.
 
     Attributes:
-        positions, version: what they were computed from: the tensor, and the state that counts
-            changes of it in place.
+        version: number of changes in place that the positions had seen.
         cos: [S, 1, d], of each coordinate's angle; 1 for those that are not rotated.
         sin: [S, 1, dim / 2], of each pair's angle.
     """
 
-    positions: Tensor
     version: int
     cos: Tensor
     sin: Tensor
 
     def are_of(self, positions: Tensor, heads: Tensor) -> bool:
-        """Tell whether these are the turns of heads [S, h, d] at the positions."""
+        """Tell whether these are the turns of heads [S, h, d] at their positions as they are now."""
         return (
-            self.positions is positions
-            and self.version == positions._version
+            self.version == positions._version
             and self.cos.dtype == heads.dtype
             and self.cos.shape[-1] == heads.shape[-1]
         )

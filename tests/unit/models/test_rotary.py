@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from exo_megatron.models.rotary import RotaryTable, rotary_table
+from exo_megatron.models.rotary import RotaryTable, _Turns, rotary_table
 from exo_megatron.models.spec import Rotary, RotaryScaling
 
 CPU = torch.device("cpu")
@@ -136,3 +137,22 @@ def test_turns_are_computed_once_for_the_positions_of_a_pass() -> None:
     half = heads.to(torch.bfloat16)
     assert torch.equal(table.rotate(half, half, positions)[0], fresh(half, positions))
     assert torch.equal(table.rotate(heads, heads, positions)[0], fresh(heads, positions))
+
+
+def test_turns_are_forgotten_with_the_positions_of_their_pass() -> None:
+    """Between passes a model keeps no memory of theirs, and of several passes only that of the latest."""
+    table = RotaryTable(torch.tensor([1.0, 0.5]), 1.0, False)
+    heads = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    passes = [torch.tensor([0, 1, 2]), torch.tensor([2, 3, 4])]
+
+    def kept() -> int:
+        gc.collect()
+        return sum(isinstance(each, _Turns) for each in gc.get_objects())
+
+    before = kept()
+    for positions in passes:
+        table.rotate(heads, heads, positions)
+        assert kept() == before + 1
+    del positions
+    passes.clear()
+    assert kept() == before
