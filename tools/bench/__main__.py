@@ -3,7 +3,7 @@
     python -m tools.bench                      the names
     python -m tools.bench steps                one benchmark (or several names)
     python -m tools.bench steps --quick        a small version of it, as CI runs it
-    python -m tools.bench steps --quick --compare docs/benchmarks/quick-2-cores.json
+    python -m tools.bench steps --quick --compare docs/benchmarks/cpu-2-cores-quick.json
     python -m tools.bench predict --lengths hh --k 8 --model 7b    the formula for your own data and model
 
 The sides of a comparison run in turn in one process; the ratios are the result. Both sides' results
@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 
 from exo_megatron.errors import ExoError
-from tools.bench import predict
 from tools.bench.compare import better, compare, read_committed
 from tools.bench.options import Options
 from tools.bench.sides import Different
@@ -50,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        return predict.main(given[1:]) if given[:1] == ["predict"] else _benchmark(given)
+        if given[:1] == ["predict"]:
+            from tools.bench import predict  # it loads large packages, as benchmarks do
+
+            return predict.main(given[1:])
+        return _benchmark(given)
     except ExoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -82,11 +85,12 @@ def _benchmark(argv: Sequence[str]) -> int:
     options = Options(arguments.quick, arguments.rounds or (2 if arguments.quick else 5), arguments.pictures)
     committed = read_committed(arguments.compare, arguments.names) if arguments.compare is not None else {}
     tables = {name: run(name, options) for name in arguments.names}
-    worse = [name for name, records in committed.items() if not holds(name, tables[name], records, options)]
+    compared = [(name, table, committed[name]) for name, table in tables.items() if table and name in committed]
+    held = [holds(*each, options) for each in compared]
     if arguments.json is not None:
         figures = {name: table.as_json() for name, table in tables.items() if table is not None}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    return int(None in tables.values() or bool(worse))
+    return int(None in tables.values() or not all(held))
 
 
 def run(name: str, options: Options) -> Table | None:
@@ -102,21 +106,21 @@ def run(name: str, options: Options) -> Table | None:
     return table
 
 
-def holds(name: str, table: Table | None, committed: Sequence[Record], options: Options) -> bool:
+def holds(name: str, table: Table, committed: Sequence[Record], options: Options) -> bool:
     """Tell whether a benchmark's figures are as good as the committed ones; what is worse goes to
     stderr.
 
     Times that are too slow are measured a second time, and the better ratio counts, because other
     programs disturb a run.
     """
-    findings = compare(table.records, committed) if table is not None else []
-    if table is not None and any(finding.fails and finding.is_time for finding in findings):
+    findings = compare(table.records, committed)
+    if any(finding.fails and finding.is_time for finding in findings):
         again = run(name, options)
         records = table.records if again is None else better(table.records, again.records)
         findings = compare(records, committed)
     for finding in findings:
         print(f"{name}: {'error' if finding.fails else 'warning'}: {finding.message}", file=sys.stderr)
-    return table is not None and not any(finding.fails for finding in findings)
+    return not any(finding.fails for finding in findings)
 
 
 def load(name: str) -> Callable[[Options], Table]:

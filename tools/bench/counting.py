@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -15,34 +16,41 @@ from exo_megatron.models.policy import PolicyModel
 Sizes = torch.Size
 
 
-def counted(work: Callable[[], object], *models: PolicyModel) -> dict[str, int]:
-    """Run `work` and count, over all these models, which are whole in this process.
+@contextmanager
+def counted_passes(*models: PolicyModel) -> Iterator[list[tuple[int, int]]]:
+    """Record passes through models that are whole in this process, in a list that grows meanwhile.
 
-    tokens: that entered the first layer. projected: hidden states that were given out to be
-    projected onto the vocabulary. flops: of every matrix product and attention kernel, forward and
-    backward, by torch's FlopCounterMode; an attention kernel counts its whole query-key rectangle,
-    causal or not.
+    Of each pass: the tokens that entered the first layer, and the hidden states that were given out
+    to be projected onto the vocabulary.
     """
-    tokens = projected = 0
+    passes: list[tuple[int, int]] = []
+    tokens: list[int] = []
 
-    def enter(_module: object, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        nonlocal tokens
-        hidden: Tensor = named["hidden_states"] if "hidden_states" in named else inputs[0]
-        tokens += hidden.shape[0]
+    def enter(_module: object, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        tokens.append((inputs[0] if inputs else named["hidden_states"]).shape[0])
 
     def leave(_module: object, _inputs: object, output: Tensor) -> None:
-        nonlocal projected
-        projected += output.shape[0]
+        passes.append((tokens.pop(), output.shape[0]))
 
     hooks = [model.decoder.layers[0].register_forward_pre_hook(enter, with_kwargs=True) for model in models]
     hooks += [model.register_forward_hook(leave) for model in models]
-    flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     try:
-        with flops:
-            work()
+        yield passes
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def counted(work: Callable[[], object], *models: PolicyModel) -> dict[str, int]:
+    """Run `work` and count, over all these models, tokens and projected hidden states of all passes.
+
+    flops: of every matrix product and attention kernel, forward and backward, by torch's
+    FlopCounterMode; an attention kernel counts its whole query-key rectangle, causal or not.
+    """
+    flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with counted_passes(*models) as passes, flops:
+        work()
+    tokens, projected = (sum(each) for each in zip(*passes, strict=True))
     return {"tokens": tokens, "projected": projected, "flops": flops.get_total_flops()}
 
 

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 from exo_megatron.config.sections import LossConfig
 from exo_megatron.data.groups import Group
 from tools.bench.models import Matched
-from tools.bench.peer import Batching, chunks
+from tools.bench.peer import Batching
+from tools.bench.work import chunks
 
 SETTINGS = (Batching(1), Batching(2), Batching(4), Batching(8), Batching(8, by_length=True))
 
@@ -38,6 +39,10 @@ class StraightforwardLoss:
         self.reference = copy.deepcopy(matched.hf).eval()
         self.loss = loss
 
+    def units(self, groups: Sequence[Group]) -> int:
+        """See Peer."""
+        return sum(len(group.candidates) for group in groups)
+
     def backward(self, groups: Sequence[Group], batching: Batching) -> None:
         """See Peer."""
         for taken in self._taken(groups, batching):
@@ -45,10 +50,11 @@ class StraightforwardLoss:
 
     def batches(self, groups: Sequence[Group], batching: Batching) -> list[list[int]]:
         """See Peer."""
-        found = []
-        for taken in self._taken(groups, batching):
-            found += [[len(text) for text, _ in batch] for batch in chunks(_texts(taken, batching), batching.size)]
-        return found
+        return [
+            [len(ids) for _, ids, _ in batch]
+            for taken in self._taken(groups, batching)
+            for batch in chunks(_texts(taken, batching), batching.size)
+        ]
 
     def _taken(self, groups: Sequence[Group], batching: Batching) -> list[list[Group]]:
         """Split into whole groups with the same number of candidates, as many as fill a batch."""
@@ -70,11 +76,8 @@ class StraightforwardLoss:
         """Compute log pi(y_k|x) at temperature tau, [groups, K]."""
         texts = _texts(groups, batching)
         parts = [sequence_logprobs(model, batch, self.loss.temperature) for batch in chunks(texts, batching.size)]
-        found = torch.cat(parts)
-        if batching.by_length:
-            order = sorted(range(len(texts)), key=_lengths_of(groups).__getitem__, reverse=True)
-            found = torch.empty_like(found).index_copy(0, torch.tensor(order, device=found.device), found)
-        return found.view(len(groups), -1)
+        found, places = torch.cat(parts), torch.tensor([place for place, _, _ in texts], device=model.device)
+        return torch.empty_like(found).index_copy(0, places, found).view(len(groups), -1)
 
 
 def _log_target(groups: Sequence[Group], loss: LossConfig) -> Tensor:
@@ -85,25 +88,23 @@ def _log_target(groups: Sequence[Group], loss: LossConfig) -> Tensor:
     return torch.tensor([[1 - smoothing, smoothing]]).log().expand(len(groups), 2)
 
 
-def _lengths_of(groups: Sequence[Group]) -> list[int]:
-    return [len(group.prompt) + len(candidate) for group in groups for candidate in group.candidates]
+Text = tuple[int, list[int], int]
+"""Number of a candidate among those of the groups, its ids with its prompt, and its length."""
 
 
-def _texts(groups: Sequence[Group], batching: Batching) -> list[tuple[list[int], int]]:
-    """List the ids of every candidate with its prompt, and the candidate's length."""
-    texts = [([*group.prompt, *candidate], len(candidate)) for group in groups for candidate in group.candidates]
-    return sorted(texts, key=lambda text: -len(text[0])) if batching.by_length else texts
+def _texts(groups: Sequence[Group], batching: Batching) -> list[Text]:
+    """List the texts of all candidates, in the order in which they go through the model."""
+    candidates = [(group.prompt, candidate) for group in groups for candidate in group.candidates]
+    texts = [(place, [*prompt, *candidate], len(candidate)) for place, (prompt, candidate) in enumerate(candidates)]
+    return sorted(texts, key=lambda text: -len(text[1])) if batching.by_length else texts
 
 
-def sequence_logprobs(model: LlamaForCausalLM, texts: Sequence[tuple[list[int], int]], temperature: float) -> Tensor:
-    """Compute log pi(y|x) at temperature tau of each text, [n], in one padded forward pass.
-
-    texts: ids of prompt and candidate, and length of the candidate.
-    """
-    longest = max(len(ids) for ids, _ in texts)
-    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in texts], device=model.device)
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in texts])
-    of_candidate = torch.tensor([[0] * (len(ids) - r) + [1] * r + [0] * (longest - len(ids)) for ids, r in texts])
+def sequence_logprobs(model: LlamaForCausalLM, texts: Sequence[Text], temperature: float) -> Tensor:
+    """Compute log pi(y|x) at temperature tau of each text, [n], in one padded forward pass."""
+    longest = max(len(ids) for _, ids, _ in texts)
+    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in texts], device=model.device)
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids, _ in texts])
+    of_candidate = torch.tensor([[0] * (len(ids) - r) + [1] * r + [0] * (longest - len(ids)) for _, ids, r in texts])
     padded = None if bool(attention_mask.all()) else attention_mask.to(model.device)
     logits = model(input_ids=input_ids, attention_mask=padded, use_cache=False).logits
     logps = torch.log_softmax(logits[:, :-1].float() / temperature, dim=-1)

@@ -31,6 +31,7 @@ from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.stages.import_hf import run_import
 from exo_megatron.training.optimizer import Trainee
 from tools.bench.lengths import Lengths
+from tools.bench.work import ModelSize, llama_size
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 
@@ -50,9 +51,10 @@ class Shape:
         return -(-8 * self.hidden // (3 * 64)) * 64
 
     @property
-    def linear_parameters(self) -> int:
-        """Number of weights of the decoder's matrices, without embeddings and head."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn)
+    def size(self) -> ModelSize:
+        """What the FLOPs of the model depend on."""
+        sizes = {"hidden": self.hidden, "layers": self.layers, "ffn": self.ffn, "kv": self.hidden, "vocab": self.vocab}
+        return llama_size(str(self), **sizes)
 
     def config(self) -> LlamaConfig:
         """Return the HF config: as many key/value heads as query heads, embeddings and output

@@ -29,6 +29,7 @@ from tools.bench.options import Options
 from tools.bench.table import Table
 from tools.bench.timing import alternate, timed
 from tools.bench.training import OurSteps
+from tools.bench.work import shared_work
 
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, temperature=0.8)
 CANDIDATES = 4
@@ -74,14 +75,8 @@ def draw(lengths: Distribution, tokens: int) -> list[Lengths]:
 
 def step_flops(shape: Shape, groups: Sequence[Group]) -> float:
     """Count the FLOPs of a step. See the module."""
-    tokens = sum(group.num_tokens for group in groups)
-    predicting = sum(1 + sum(len(each) - 1 for each in group.candidates) for group in groups)
-    pairs = sum(
-        len(group.prompt) ** 2 / 2 + sum(len(each) * (len(group.prompt) + len(each) / 2) for each in group.candidates)
-        for group in groups
-    )
-    matrices = 6 * (shape.linear_parameters * tokens + shape.hidden * shape.vocab * predicting)
-    return matrices + 12 * shape.hidden * shape.layers * pairs
+    work = shared_work([Lengths.of(group) for group in groups], response_only=True)
+    return work.step_flops(shape.size, live=False)
 
 
 @dataclass(frozen=True)

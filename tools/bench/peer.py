@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from torch import Tensor
 from exo_megatron.data.groups import Group
 from tools.bench.timing import Clock, timed
 from tools.bench.training import ADAM, LEARNING_RATE
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,10 @@ class Peer(Protocol):
         """The model under training."""
         ...
 
+    def units(self, groups: Sequence[Group]) -> int:
+        """Count the units that the groups have."""
+        ...
+
     def backward(self, groups: Sequence[Group], batching: Batching) -> None:
         """Add the gradient of the mean loss over the groups to the model's."""
         ...
@@ -84,9 +86,7 @@ class PeerSteps:
         Settings that do not divide the groups evenly are left out: a step would end with a smaller
         batch. Each setting is timed three times, the settings in turn, and its best time counts.
         """
-        sequences = len(groups[0].candidates) if peer.unit == "sequence" else 1
-        possible = [each for each in peer.settings if len(groups) * sequences % each.size == 0]
-
+        possible = [each for each in peer.settings if peer.units(groups) % each.size == 0]
         seconds = dict.fromkeys(possible, math.inf)
         for batching in possible * 3:
             seconds[batching] = min(seconds[batching], timed(partial(peer.backward, groups, batching), clock))
@@ -114,8 +114,3 @@ class PeerSteps:
         torch.nn.utils.clip_grad_norm_(self.peer.model.parameters(), ADAM.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def chunks(items: Sequence[T], size: int) -> list[list[T]]:
-    """Split items into lists of `size`; the last may be shorter."""
-    return [list(items[i : i + size]) for i in range(0, len(items), size)]

@@ -12,6 +12,7 @@ from exo_megatron.utils.files import atomic_open
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def draw_panels(path: Path, title: str, x_label: str, panels: Sequence[Panel]) -
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
         _draw(axes, panel)
         axes.set_xlabel(x_label)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path, "wb") as file:
         figure.savefig(file, format="png")
@@ -75,9 +80,7 @@ def draw_bars(path: Path, title: str, cases: Sequence[Bars]) -> None:
                 _draw_case(panels[line][column], side[line])
             else:
                 panels[line][column].axis("off")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(path, "wb") as file:
-        figure.savefig(file, format="png")
+    _save(figure, path)
 
 
 def _draw_case(axes: Axes, case: Bars) -> None:

@@ -31,7 +31,7 @@ from exo_megatron.data.tokenizer import load_tokenizer
 from exo_megatron.errors import ConfigError, DataError
 from tools.bench.lengths import HH, TLDR, Lengths
 from tools.bench.table import Table
-from tools.bench.work import MODELS, ModelSize, model_size, padded_work, waterfall
+from tools.bench.work import MODELS, ModelSize, chunks, model_size, padded_work, waterfall
 
 DRAWN = 512
 """Groups that are drawn of a named kind of lengths."""
@@ -132,8 +132,7 @@ def predict(groups: Sequence[Lengths], model: ModelSize) -> Table:
     rungs = waterfall(groups)
     plain = rungs[0].flops(model)
     texts = [group.prompt + candidate for group in groups for candidate in group.candidates]
-    batches = [texts[i : i + PADDED] for i in range(0, len(texts), PADDED)]
-    padded = replace(rungs[0], name=f"padded, {PADDED} sequences a batch", work=padded_work(batches))
+    padded = replace(rungs[0], name=f"padded, {PADDED} sequences a batch", work=padded_work(chunks(texts, PADDED)))
     lines, before = [], padded.flops(model)
     for rung in (padded, *rungs):
         flops = rung.flops(model)

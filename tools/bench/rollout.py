@@ -16,30 +16,28 @@ tools/bench/rollout_floor.py defines them: what decoding would take if nothing e
 from __future__ import annotations
 
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from exo_megatron.config.sections import ComputeConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.execution.policy import Policy
-from exo_megatron.models.policy import PolicyModel
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.native import NativeEngine
+from tools.bench.counting import counted_passes
 from tools.bench.lengths import Lengths
 from tools.bench.models import Shape, matched_models, random_groups, words, world
 from tools.bench.options import Options
 from tools.bench.rollout_floor import Floor, PlannedPass, planned_passes
 from tools.bench.sides import Different, agree
 from tools.bench.table import Record, Table
-from tools.bench.timing import Clock, Timings, alternate, steady_clock, timed
+from tools.bench.timing import Clock, Timings, alternate, choose_clock, timed
 
 CASES = ((400, 50, 8, 32), (47, 128, 4, 64), (400, 50, 8, 4), (47, 128, 4, 4))
 """P, R, K and the number of prompts: enough to fill the active set, and few, where the time of the
@@ -60,7 +58,7 @@ def run(options: Options) -> Table:
     shape = QUICK_SHAPE if options.quick else SHAPE
     lines: list[tuple[str, ...]] = []
     records: list[Record] = []
-    clock = steady_clock() if options.quick else time.perf_counter
+    clock = choose_clock(quick=options.quick)
     with world() as runtime, matched_models(shape, runtime, ComputeConfig(precision="fp32")) as matched:
         policy = replace(matched.load(), tokenizer=endless_tokenizer(shape.vocab))
         for case in QUICK_CASES if options.quick else CASES:
@@ -150,48 +148,22 @@ class Sides:
         """Plan the passes of our side."""
         return planned_passes([prompt.ids for prompt in self.prompts], self.sampling)
 
-    def difference(self) -> float:
+    def checked(self) -> tuple[float, Counts]:
         """Compare log-probs of our draws with HF's forward pass, and the passes with the plan.
 
-        Returns the largest difference relative to the largest log-prob. Raises Different.
+        Returns the largest difference relative to the largest log-prob, and what our side did.
+        Raises Different.
         """
-        counted = _CountedPasses(self.policy.model)
-        groups = counted.during(self)
-        if counted.passes != [(each.tokens, each.predicting) for each in self.planned()]:
+        with counted_passes(self.policy.model) as passes:
+            groups = self.ours()
+        if passes != [(each.tokens, each.predicting) for each in self.planned()]:
             raise Different("the passes that ran are not those that the scheduler planned")
         compared = list(zip(self.prompts, groups, strict=True))[:COMPARED]
         ours = [candidate.logprob for _, group in compared for candidate in group.candidates]
         theirs = [value for prompt, group in compared for value in hf_logprobs(self.hf, prompt, group)]
         of = partial(torch.tensor, dtype=torch.float64)
-        return agree({"log-probs": of(ours)}, {"log-probs": of(theirs)}, tolerance=TOLERANCE)
-
-
-class _CountedPasses:
-    """Counter of the tokens through the layers and of the hidden states that predict, per pass."""
-
-    def __init__(self, model: PolicyModel) -> None:
-        self._model = model
-        self.passes: list[tuple[int, int]] = []
-
-    def during(self, sides: Sides) -> list[GeneratedGroup]:
-        """Run our side and count its passes."""
-        tokens: list[int] = []
-
-        def layer(_module: object, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-            tokens.append((inputs[0] if inputs else keywords["hidden_states"]).shape[0])
-
-        def whole(_module: object, _inputs: object, output: Tensor) -> None:
-            self.passes.append((tokens.pop(), output.shape[0]))
-
-        hooks = (
-            self._model.decoder.layers[0].register_forward_pre_hook(layer, with_kwargs=True),
-            self._model.register_forward_hook(whole),
-        )
-        try:
-            return sides.ours()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        difference = agree({"log-probs": of(ours)}, {"log-probs": of(theirs)}, tolerance=TOLERANCE)
+        return difference, Counts.of(passes, groups)
 
 
 @dataclass(frozen=True)
@@ -207,15 +179,13 @@ class Counts:
     predicting: int
     prefilled: int
 
-
-def counts(sides: Sides) -> Counts:
-    """Run our side and count its work."""
-    counted = _CountedPasses(sides.policy.model)
-    groups = counted.during(sides)
-    tokens = sum(each for each, _ in counted.passes)
-    # Each drawn token but a candidate's last one is fed once; the rest are prompts.
-    fed = sum(len(candidate.token_ids) - 1 for group in groups for candidate in group.candidates)
-    return Counts(len(counted.passes), tokens, sum(each for _, each in counted.passes), tokens - fed)
+    @classmethod
+    def of(cls, passes: Sequence[tuple[int, int]], groups: Sequence[GeneratedGroup]) -> Counts:
+        """Sum up the passes that drew these groups."""
+        tokens, predicting = (sum(each) for each in zip(*passes, strict=True))
+        # Each drawn token but a candidate's last one is fed once; the rest are prompts.
+        fed = sum(len(candidate.token_ids) - 1 for group in groups for candidate in group.candidates)
+        return cls(len(passes), tokens, predicting, tokens - fed)
 
 
 @torch.no_grad()
@@ -231,7 +201,7 @@ def hf_logprobs(hf: LlamaForCausalLM, prompt: Prompt, group: GeneratedGroup) -> 
 
 def _measured(sides: Sides, rounds: int, clock: Clock) -> tuple[tuple[str, ...], Record]:
     """Compare both sides and time them: a line of the table, and what is kept of it."""
-    difference = sides.difference()
+    difference, counts = sides.checked()
     batch = sides.best_batch()
     floor = Floor(sides.policy, sides.planned())
     timings = alternate(
@@ -259,4 +229,4 @@ def _measured(sides: Sides, rounds: int, clock: Clock) -> tuple[tuple[str, ...],
         f"{difference:.1e}",
     )
     ratios = {"HF / ours": timings.ratio("HF", "ours"), "floor / ours": with_floor.ratio("floor", "ours")}
-    return line, Record(f"{sides.name}; {len(sides.prompts)} prompts", vars(counts(sides)), ratios)
+    return line, Record(f"{sides.name}; {len(sides.prompts)} prompts", vars(counts), ratios)

@@ -16,6 +16,7 @@ attention. (A 7B Llama is twice as wide, with heads of the same 128.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from tools.bench.sides import agree
 from tools.bench.table import Table
 from tools.bench.timing import alternate
 from tools.bench.training import OurSteps, backward
+from tools.bench.work import separate_work, shared_work
 
 SHAPES = ((47, 230, 4), (400, 50, 4), (400, 50, 8), (512, 512, 4), (1024, 128, 8), (2048, 256, 8))
 QUICK_SHAPES = ((12, 20, 4), (40, 5, 8))
@@ -68,13 +70,11 @@ def run(options: Options) -> Table:
 
 
 def formula(shape: Shape, prompt: int, length: int, candidates: int) -> float:
-    """Compute the ratio of the work without sharing to the work with it, in FLOPs."""
-    linear = 2 * shape.linear_parameters
-    pair = 4 * shape.hidden * shape.layers
-    text = prompt + length
-    separate = linear * candidates * text + pair * candidates * text**2 / 2
-    pairs = prompt**2 / 2 + candidates * (prompt * length + length**2 / 2)
-    return separate / (linear * (prompt + candidates * length) + pair * pairs)
+    """Compute the ratio of the work without sharing to the work with it, in FLOPs without the
+    head's.
+    """
+    model, groups = replace(shape.size, head=0), [Lengths(prompt, (length,) * candidates)]
+    return separate_work(groups).flops(model) / shared_work(groups, response_only=True).flops(model)
 
 
 class Sides:

@@ -17,7 +17,6 @@ time of our plain step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from tools.bench.peer import Peer, PeerSteps
 from tools.bench.pictures import Bars, draw_bars
 from tools.bench.sides import agree
 from tools.bench.table import Record, Table
-from tools.bench.timing import Clock, Timings, alternate, steady_clock
+from tools.bench.timing import Clock, Timings, alternate, choose_clock
 from tools.bench.training import OurSteps
 from tools.bench.trl_peer import TrlTrainer
 from tools.bench.variants import Variant
@@ -79,9 +78,8 @@ def run(options: Options) -> Table:
         for lengths, candidates, count in QUICK_CELLS if options.quick else CELLS:
             rounds = options.rounds if candidates < SLOW else min(options.rounds, SLOW_ROUNDS)
             groups = random_groups(lengths.spread(count, candidates), shape.vocab)
-            clock = steady_clock() if options.quick else time.perf_counter
-            title = f"{lengths.name}, K={candidates}"
-            cells.append(Cell.measure(title, groups, shape, runtime, rounds=rounds, clock=clock))
+            clock = choose_clock(quick=options.quick)
+            cells.append(Cell.measure(lengths.name, groups, shape, runtime, rounds=rounds, clock=clock))
             print(f"{cells[-1].title}: {cells[-1].summary()}", flush=True)
     prefix = "quick-" if options.quick else ""
     draw_bars(
@@ -94,7 +92,7 @@ def run(options: Options) -> Table:
         COLUMNS,
         [line for cell in cells for line in cell.lines()],
         (
-            f"{shape}, fp32; output layer {size_of(shape).head_share:.1%} of the linear FLOPs "
+            f"{shape}, fp32; output layer {shape.size.head_share:.1%} of the linear FLOPs "
             f"(Llama 2 7B {MODELS['7b'].head_share:.1%}, Llama 3.1 8B {MODELS['8b'].head_share:.1%}).",
             "HF / this: median (range) of ratios round by round, HF with a live reference. formula: the same "
             "ratio in FLOPs, for this model and for the two large ones.",
@@ -104,16 +102,18 @@ def run(options: Options) -> Table:
     )
 
 
-def size_of(shape: Shape) -> ModelSize:
-    """Return what the formula needs to know of a benchmark's model."""
-    return ModelSize(str(shape), shape.linear_parameters, shape.layers * shape.hidden, shape.vocab * shape.hidden)
+def variants_of(ours: OurSteps) -> dict[str, Variant]:
+    """Return our steps with some ideas switched off, by the names of the waterfall."""
+    return {name: Variant(ours, **switches) for name, switches in SWITCHES.items()}
 
 
-def our_steps(ours: OurSteps, groups: Sequence[Group]) -> dict[str, Callable[[], object]]:
-    """Return our steps on these groups, by the names of the waterfall."""
-    stored = ours.stored(groups)
+def our_steps(ours: OurSteps, groups: Sequence[Group], stored: Sequence[Group]) -> dict[str, Callable[[], object]]:
+    """Return our steps on these groups, by the names of the waterfall.
+
+    stored: the same groups with reference log-probs.
+    """
     return {
-        **{name: partial(Variant(ours, **switches).step, groups) for name, switches in SWITCHES.items()},
+        **{name: partial(variant.step, groups) for name, variant in variants_of(ours).items()},
         RESPONSE_ONLY: partial(ours.step, groups),
         STORED: partial(ours.step, stored),
     }
@@ -130,14 +130,14 @@ class Cell:
     """The measurement of one kind of lengths and one K.
 
     Attributes:
-        title: lengths and K.
+        lengths: name of their kind.
         peers: at their best settings; HF first.
         rungs: our steps and the formula's view of them, the plain one first.
         timings: of all sides.
         counts: what passed through the models in each of our steps.
     """
 
-    title: str
+    lengths: str
     size: ModelSize
     groups: Sequence[Group]
     peers: Sequence[PeerSteps]
@@ -148,7 +148,7 @@ class Cell:
 
     @classmethod
     def measure(
-        cls, title: str, groups: Sequence[Group], shape: Shape, runtime: Runtime, *, rounds: int, clock: Clock
+        cls, lengths: str, groups: Sequence[Group], shape: Shape, runtime: Runtime, *, rounds: int, clock: Clock
     ) -> Cell:
         """Compare all sides' gradients, count our work and time all sides.
 
@@ -162,19 +162,28 @@ class Cell:
             kinds: list[Peer] = [StraightforwardLoss(matched, loss)]
             kinds += [TrlTrainer(matched, loss)] if pairs else []
             peers = [PeerSteps.at_best(kind, groups, clock) for kind in kinds]
-            variants = {name: Variant(ours, **switches) for name, switches in SWITCHES.items()}
             wanted = peers[0].gradients(groups)
-            found = [each.gradients(groups) for each in variants.values()]
+            found = [variant.gradients(groups) for variant in variants_of(ours).values()]
             found += [ours.gradients(groups), *(peer.gradients(groups) for peer in peers[1:])]
             difference = max(agree(each, wanted, tolerance=TOLERANCE) for each in found)
-            steps = our_steps(ours, groups)
+            steps = our_steps(ours, groups, stored)
             counts = count_work(ours, steps)
             for peer in peers:
                 steps[peer.peer.name] = partial(peer.step, groups)
                 steps[_stored(peer)] = partial(peer.step, stored)
             timings = alternate(steps, rounds=rounds, warmup=0, clock=clock)  # all but the peers' Adam has run
         rungs = waterfall([Lengths.of(group) for group in groups])
-        return cls(title, size_of(shape), groups, peers, rungs, timings, counts, difference)
+        return cls(lengths, shape.size, groups, peers, rungs, timings, counts, difference)
+
+    @property
+    def candidates(self) -> int:
+        """The number K of candidates of a group."""
+        return len(self.groups[0].candidates)
+
+    @property
+    def title(self) -> str:
+        """Name of the case."""
+        return f"{self.lengths}, K={self.candidates}"
 
     def lines(self) -> list[tuple[str, ...]]:
         """Make the table's lines: peers, then ours from the plain step on."""
@@ -192,7 +201,8 @@ class Cell:
         formula = [f"{base.flops(size) / rung.flops(size):.2f}" for size in (self.size, MODELS["7b"], MODELS["8b"])]
         passes = 2 if rung.live else 1
         return (
-            *self.title.split(", K="),
+            self.lengths,
+            str(self.candidates),
             shown,
             str(counts.get("tokens", passes * rung.work.tokens)),
             str(counts.get("projected", passes * rung.work.projected)),

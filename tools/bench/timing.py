@@ -39,12 +39,12 @@ Clock = Callable[[], float]
 """Function that gives seconds: of the wall, or of this process's use of the processor."""
 
 
-def steady_clock() -> Clock:
-    """Choose the clock for ratios that are compared with kept ones while other programs run.
+def choose_clock(*, quick: bool) -> Clock:
+    """Choose the wall clock, but for quick versions on the CPU the processor time of this process.
 
-    On the CPU the processor time of this process, on CUDA the wall clock.
+    Their ratios are compared with kept ones while other programs run.
     """
-    return time.perf_counter if torch.cuda.is_available() else time.process_time
+    return time.process_time if quick and not torch.cuda.is_available() else time.perf_counter
 
 
 def alternate(

@@ -10,7 +10,7 @@ from torch import Tensor
 from exo_megatron.config.sections import LossConfig, OptimizerConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.execution.policy import Policy
-from exo_megatron.training.objectives import AlignObjective, DeviceBatch, MicroBatchObjective
+from exo_megatron.training.objectives import AlignObjective, MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
 from exo_megatron.training.reference import add_logprobs
 from exo_megatron.training.step import forward_gradients, plan_step, train_step
@@ -56,14 +56,6 @@ class OurSteps:
         """Compute the gradient of the mean loss over the groups, by HF's names."""
         backward(self.trainee, self.stored(groups), self.objective)
         return hf_gradients(self.trainee, self.matched)
-
-
-def forward_backward(
-    ours: OurSteps, batches: Sequence[DeviceBatch], objective: MicroBatchObjective
-) -> dict[str, Tensor]:
-    """Compute the gradient of the mean loss over micro-batches, by HF's names."""
-    forward_gradients(ours.trainee, batches, objective)
-    return hf_gradients(ours.trainee, ours.matched)
 
 
 def backward(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchObjective) -> None:

@@ -17,8 +17,9 @@ import torch
 from exo_megatron.config.sections import LossConfig
 from exo_megatron.data.groups import Group
 from tools.bench.models import Matched
-from tools.bench.peer import Batching, chunks
+from tools.bench.peer import Batching
 from tools.bench.training import LEARNING_RATE
+from tools.bench.work import chunks
 
 SETTINGS = (Batching(1), Batching(2), Batching(4), Batching(8), Batching(4, by_length=True))
 
@@ -57,6 +58,10 @@ class TrlTrainer:
         )
         self.model = self.trainer.model
         self.model.train()
+
+    def units(self, groups: Sequence[Group]) -> int:
+        """See Peer."""
+        return len(groups)
 
     def backward(self, groups: Sequence[Group], batching: Batching) -> None:
         """See Peer."""

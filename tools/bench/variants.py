@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
-from exo_megatron.data.packing import MicroBatch, plan_microbatches
+from exo_megatron.data.packing import MicroBatch, make_microbatch, plan_microbatches
 from exo_megatron.execution.forward import forward_only, stage_output
 from exo_megatron.execution.policy import Policy
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
-from exo_megatron.models.layouts.groups import GroupLayout, build_layout
+from exo_megatron.models.layouts.groups import GroupLayout
 from exo_megatron.training.objectives import AlignObjective, DeviceBatch, UnitSum
-from exo_megatron.training.step import train_step
-from tools.bench.training import LEARNING_RATE, OurSteps, forward_backward
+from exo_megatron.training.step import forward_gradients, train_step
+from tools.bench.likelihood import unshared
+from tools.bench.models import hf_gradients
+from tools.bench.training import LEARNING_RATE, OurSteps
 
 UNUSED = -1
 """Candidate number of the positions that are projected for nothing."""
@@ -63,14 +65,19 @@ class Variant:
     shared: bool
     packed: bool
 
+    @property
+    def objective(self) -> EveryPosition:
+        """The objective of these steps."""
+        return EveryPosition(self.ours.objective)
+
     def step(self, groups: Sequence[Group]) -> None:
         """Run one optimizer step."""
-        batches, objective = self._batches(groups), EveryPosition(self.ours.objective)
-        train_step(self.ours.trainee, batches, objective, learning_rate=LEARNING_RATE)
+        train_step(self.ours.trainee, self._batches(groups), self.objective, learning_rate=LEARNING_RATE)
 
     def gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Compute the gradient of the mean loss over the groups, by HF's names."""
-        return forward_backward(self.ours, self._batches(groups), EveryPosition(self.ours.objective))
+        forward_gradients(self.ours.trainee, self._batches(groups), self.objective)
+        return hf_gradients(self.ours.trainee, self.ours.matched)
 
     def _batches(self, groups: Sequence[Group]) -> list[DeviceBatch]:
         policy = self.ours.trainee.policy
@@ -87,19 +94,15 @@ class Variant:
         return [self._with_reference(DeviceBatch.of(self._lay_out([groups[i] for i in each]), device)) for each in plan]
 
     def _lay_out(self, groups: Sequence[Group]) -> MicroBatch:
-        if self.shared:
-            layout = build_layout([group.prompt for group in groups], [group.candidates for group in groups])
-        else:
-            pairs = [(group.prompt, candidate) for group in groups for candidate in group.candidates]
-            layout = build_layout([prompt for prompt, _ in pairs], [[candidate] for _, candidate in pairs])
-            layout = replace(layout, group_sizes=tuple(len(group.candidates) for group in groups))
+        layout = make_microbatch(groups if self.shared else unshared(groups), multiple=1).layout
+        layout = replace(layout, group_sizes=tuple(len(group.candidates) for group in groups))
         return MicroBatch(tuple(groups), project_every_position(layout))
 
     def _with_reference(self, batch: DeviceBatch) -> DeviceBatch:
         reference = self.ours.reference
         with forward_only(reference.model):
             hidden = stage_output(reference.model, batch.layout)
-            logps = EveryPosition(self.ours.objective).candidate_logps(hidden, batch.layout, reference)
+            logps = self.objective.candidate_logps(hidden, batch.layout, reference)
         return replace(batch, reference_logps=logps)
 
 

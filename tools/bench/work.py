@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from exo_megatron.config.describe import nearest
 from exo_megatron.conversion.importing import hf_spec
 from exo_megatron.errors import ConfigError
 from exo_megatron.models.spec import ModelSpec
 from tools.bench.lengths import Lengths
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,15 @@ class ModelSize:
         return self.head / (self.linear + self.head)
 
 
-def _llama(name: str, *, hidden: int, layers: int, ffn: int, kv: int, vocab: int) -> ModelSize:
-    """Give the sizes of a Llama whose keys have `kv` channels."""
+def llama_size(name: str, *, hidden: int, layers: int, ffn: int, kv: int, vocab: int) -> ModelSize:
+    """Compute the sizes of a Llama whose keys have `kv` channels."""
     weights = layers * hidden * (2 * hidden + 2 * kv + 3 * ffn)
     return ModelSize(name, weights, layers * hidden, vocab * hidden)
 
 
 MODELS = {
-    "7b": _llama("Llama 2 7B", hidden=4096, layers=32, ffn=11008, kv=4096, vocab=32_000),
-    "8b": _llama("Llama 3.1 8B", hidden=4096, layers=32, ffn=14336, kv=1024, vocab=128_256),
+    "7b": llama_size("Llama 2 7B", hidden=4096, layers=32, ffn=11008, kv=4096, vocab=32_000),
+    "8b": llama_size("Llama 3.1 8B", hidden=4096, layers=32, ffn=14336, kv=1024, vocab=128_256),
 }
 
 
@@ -114,6 +117,11 @@ def padded_work(batches: Iterable[Sequence[int]]) -> Work:
     sizes = [(len(batch), max(batch)) for batch in batches]
     tokens = sum(count * longest for count, longest in sizes)
     return Work(tokens, sum(count * longest**2 for count, longest in sizes) / 2, tokens)
+
+
+def chunks(items: Sequence[T], size: int) -> list[list[T]]:
+    """Split items into lists of `size`; the last may be shorter."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 def shared_work(groups: Iterable[Lengths], *, response_only: bool) -> Work:

@@ -28,7 +28,7 @@ def sides() -> Iterator[rollout.Sides]:
 
 def test_counts_by_hand(sides: rollout.Sides) -> None:
     """6 prompts of 12 in the first pass; then their 24 candidates feed a token in each of 5 passes."""
-    assert rollout.counts(sides) == rollout.Counts(passes=6, tokens=72 + 5 * 24, predicting=6 + 5 * 24, prefilled=72)
+    assert sides.checked()[1] == rollout.Counts(passes=6, tokens=72 + 5 * 24, predicting=6 + 5 * 24, prefilled=72)
 
 
 def test_wrong_log_probs_are_seen(sides: rollout.Sides, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,10 +38,10 @@ def test_wrong_log_probs_are_seen(sides: rollout.Sides, monkeypatch: pytest.Monk
         candidates = position_ids >= sides.planned()[1].lanes[0][1]
         return rotate(self, query, key, position_ids + candidates)
 
-    assert 0 < sides.difference() < rollout.TOLERANCE
+    assert 0 < sides.checked()[0] < rollout.TOLERANCE
     monkeypatch.setattr(RotaryTable, "rotate", further)
     with pytest.raises(Different, match="relative difference"):
-        sides.difference()
+        sides.checked()
 
 
 def test_planned_passes_by_hand() -> None:

@@ -21,7 +21,7 @@ from tools.bench.lengths import HH, TLDR, Lengths
 from tools.bench.likelihood import unshared
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.sharing import formula
-from tools.bench.steps import COMPUTE, QUICK_CELLS, QUICK_SHAPE, REWARDS, count_work, our_steps, size_of
+from tools.bench.steps import COMPUTE, QUICK_CELLS, QUICK_SHAPE, REWARDS, count_work, our_steps
 from tools.bench.table import Record
 from tools.bench.training import OurSteps
 from tools.bench.work import PLAIN, STORED, waterfall
@@ -94,8 +94,8 @@ def count() -> Callable[[], Record]:
     def counted() -> Record:
         with world() as runtime, matched_models(QUICK_SHAPE, runtime, COMPUTE) as matched:
             ours = OurSteps.of(matched, REWARDS)
-            steps = our_steps(ours, random_groups(lengths.spread(groups, candidates), QUICK_SHAPE.vocab))
-            found = count_work(ours, steps)
+            drawn = random_groups(lengths.spread(groups, candidates), QUICK_SHAPE.vocab)
+            found = count_work(ours, our_steps(ours, drawn, ours.stored(drawn)))
         counts = {f"{name}: {what}": n for name, each in found.items() for what, n in each.items()}
         return Record("TL;DR-like, K=8", counts, {})
 
@@ -116,8 +116,8 @@ def test_counts_are_the_committed_ones_and_those_of_the_formula(count: Callable[
         assert record.counts[f"{rung.name}: tokens"] == passes * rung.work.tokens
         assert record.counts[f"{rung.name}: projected"] == passes * rung.work.projected
         # Kernels count whole rectangles of queries and keys, and five products backward instead of four.
-        assert rung.flops(size_of(QUICK_SHAPE)) < record.counts[f"{rung.name}: flops"]
-        assert record.counts[f"{rung.name}: flops"] < 1.4 * rung.flops(size_of(QUICK_SHAPE))
+        assert rung.flops(QUICK_SHAPE.size) < record.counts[f"{rung.name}: flops"]
+        assert record.counts[f"{rung.name}: flops"] < 1.4 * rung.flops(QUICK_SHAPE.size)
 
 
 def repeated_prompt(groups: Sequence[Group], *, multiple: int) -> MicroBatch:
@@ -162,7 +162,7 @@ def test_ratios_fail_and_warn_below_the_committed_ones() -> None:
 def test_formula_of_sharing_by_hand() -> None:
     # One layer, H = 4, ffn 64: 4 * 16 + 3 * 4 * 64 = 832 weights, 1664 FLOPs a token, 16 FLOPs a pair.
     shape = Shape(hidden=4, layers=1, vocab=10, head_dim=4)
-    assert shape.linear_parameters == 832
+    assert shape.size.linear == 832
     # P = 3, R = 2, K = 2. Separate: 2 sequences of 5. Shared: 3 + 4 tokens; pairs 4.5 + 2 * (6 + 2).
     assert formula(shape, 3, 2, 2) == pytest.approx((1664 * 10 + 16 * 25) / (1664 * 7 + 16 * 20.5))
 
