@@ -147,7 +147,7 @@ def test_turns_are_forgotten_with_the_positions_of_their_pass() -> None:
 
     def kept() -> int:
         gc.collect()
-        return sum(isinstance(each, _Turns) for each in gc.get_objects())
+        return sum(type(each) is _Turns for each in gc.get_objects())
 
     before = kept()
     for positions in passes:
