@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
 
 from exo_megatron.data.candidates import CandidateRecord
 
+Values = NDArray[np.float64]
+
 REFERENCE_NAME = "reference"
 """Name of the reference policy among the models of an evaluation."""
+
+
+@dataclass(frozen=True)
+class PromptMeans:
+    """The rewards and KLs of one policy at P prompts: means of each prompt's samples.
+
+    Attributes:
+        rewards: [P] fp64.
+        kls: [P] fp64, estimates of the sequence-level KL(pi_theta || pi_ref), in nats.
+    """
+
+    rewards: Values
+    kls: Values
+
+    @classmethod
+    def of(cls, rewards: Iterable[float], kls: Iterable[float]) -> PromptMeans:
+        """Make one of any numbers."""
+        return cls(np.array(list(rewards), dtype=np.float64), np.array(list(kls), dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -39,40 +62,49 @@ class Estimate:
     finished: float
 
 
-def estimate(
-    name: str,
-    step: int | None,
+def average_samples(
     records: Sequence[CandidateRecord],
     policy_logprobs: Sequence[Sequence[float]],
     reference_logprobs: Sequence[Sequence[float]],
-) -> Estimate:
-    """Summarise scored samples of a policy at two or more prompts.
+) -> PromptMeans:
+    """Compute the means of rewards and log-ratios of each prompt's samples.
 
     The samples are drawn from the policy at the sampling temperature tau, so the mean of log
     pi_theta - log pi_ref is an unbiased estimate of their KL. With top-p below 1 it estimates the
     same mean under the truncated policy.
 
     Args:
-        name: name of the policy.
-        step: optimizer steps behind it; None for a converted model.
         records: P prompts with M samples and rewards each.
         policy_logprobs: [P][M] sums over the tokens of each sample under softmax(logits / tau) of
             the policy, the distribution that the loss compares, too.
         reference_logprobs: [P][M], the same under the reference.
     """
-    rewards = [fmean(record.rewards or ()) for record in records]
-    kls = [
-        fmean(p - q for p, q in zip(policy, reference, strict=True))
-        for policy, reference in zip(policy_logprobs, reference_logprobs, strict=True)
-    ]
+    return PromptMeans.of(
+        rewards=(fmean(record.rewards or ()) for record in records),
+        kls=(
+            fmean(p - q for p, q in zip(policy, reference, strict=True))
+            for policy, reference in zip(policy_logprobs, reference_logprobs, strict=True)
+        ),
+    )
+
+
+def estimate(name: str, step: int | None, records: Sequence[CandidateRecord], means: PromptMeans) -> Estimate:
+    """Summarise scored samples of a policy at two or more prompts.
+
+    Args:
+        name: name of the policy.
+        step: optimizer steps behind it; None for a converted model.
+        records: P prompts with M samples each.
+        means: result of `average_samples` for them.
+    """
     candidates = [candidate for record in records for candidate in record.candidates]
     return Estimate(
         name=name,
         step=step,
-        reward=fmean(rewards),
-        reward_stderr=standard_error(rewards),
-        kl=fmean(kls),
-        kl_stderr=standard_error(kls),
+        reward=float(means.rewards.mean()),
+        reward_stderr=standard_error(means.rewards),
+        kl=float(means.kls.mean()),
+        kl_stderr=standard_error(means.kls),
         prompts=len(records),
         samples=len(records[0].candidates),
         tokens=fmean(len(candidate.token_ids) for candidate in candidates),
@@ -80,6 +112,6 @@ def estimate(
     )
 
 
-def standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Values) -> float:
     """Compute the standard error of the mean of two or more independent values."""
-    return stdev(values) / math.sqrt(len(values))
+    return float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -9,8 +9,9 @@ from pathlib import Path
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import EvaluateConfig
 from exo_megatron.data.candidates import CandidateRecord, write_candidates
-from exo_megatron.evaluation.estimates import Estimate, estimate
+from exo_megatron.evaluation.estimates import Estimate, PromptMeans, average_samples, estimate
 from exo_megatron.evaluation.picture import draw_frontier
+from exo_megatron.evaluation.prompt_means import write_prompt_means
 from exo_megatron.evaluation.report import render_report
 from exo_megatron.evaluation.samples import Compared, Sampler
 from exo_megatron.evaluation.targets import Plan, make_plan
@@ -24,11 +25,12 @@ from exo_megatron.utils.files import write_json, write_text
 EVALUATION_FILE = "evaluation.json"
 PICTURE_FILE = "frontier.png"
 REPORT_FILE = "report.html"
+PROMPTS_FILE = "prompts.jsonl"
 SAMPLES_DIRECTORY = "samples"
 
 
 def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
-    """Write evaluation.json, frontier.png, report.html and all samples with rewards.
+    """Write evaluation.json, frontier.png, report.html, all samples with rewards, and prompts.jsonl.
 
     Collective over the world. Every checkpoint draws sampling.candidates candidates for each
     prompt. Errors in checkpoints, prompts, sizes and the reward source are raised before the first
@@ -37,18 +39,22 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     plan = make_plan(config)
     source = build_reward(config.reward, runtime.device)
     estimates: list[Estimate] = []
+    means: list[PromptMeans] = []
     last: dict[str, Sequence[CandidateRecord]] = {}
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         for compared, scored in _score_all(
             Sampler(config, plan, topology, runtime).run(), source, config.reward, runtime
         ):
             target = compared.drawn.target
-            found = estimate(target.name, target.step, scored, compared.drawn.logprobs, compared.reference_logprobs)
+            by_prompt = average_samples(scored, compared.drawn.logprobs, compared.reference_logprobs)
+            found = estimate(target.name, target.step, scored, by_prompt)
             write_candidates(_samples_file(config.output, found), scored)
             print(_line(found), flush=True)
             estimates.append(found)
+            means.append(by_prompt)
             last[target.name] = scored
     if runtime.is_main:
+        write_prompt_means(config.output / PROMPTS_FILE, estimates, means)
         _write_results(config, describe_settings(config, plan), estimates, last)
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from exo_megatron.data.candidates import CandidateRecord
+from exo_megatron.evaluation.prompt_means import read_prompt_means
 from exo_megatron.utils.files import read_json
 from tests.multiprocess.evaluate_checks import score
 from tests.multiprocess.harness import Check, Outcome, run_checks
@@ -133,6 +134,18 @@ def test_kl_is_nothing_for_the_reference_and_grows_with_the_distance(
     assert 0 < found["reference"]["finished"] < 1
 
 
+def test_values_of_every_prompt_average_to_the_estimates(outcomes: dict[str, Outcome], directory: Path) -> None:
+    means = read_prompt_means(directory / "data parallel" / "prompts.jsonl")
+    found = evaluation(outcomes, directory, "data parallel")
+    assert set(means) == set(found)
+    for name, each in found.items():
+        assert each["reward"] == pytest.approx(means[name][None].rewards.mean(), abs=1e-12)
+        assert each["kl"] == pytest.approx(means[name][None].kls.mean(), abs=1e-12)
+        records = samples(directory, "data parallel", name)
+        by_record = [sum(record.rewards or ()) / SAMPLES for record in records]
+        assert means[name][None].rewards.tolist() == pytest.approx(by_record, abs=1e-12)
+
+
 def test_samples_do_not_depend_on_the_topology(outcomes: dict[str, Outcome], directory: Path) -> None:
     for name in evaluation(outcomes, directory, "tensor parallel"):
         ids = [
@@ -145,7 +158,8 @@ def test_samples_do_not_depend_on_the_topology(outcomes: dict[str, Outcome], dir
 def test_picture_report_and_nothing_else(outcomes: dict[str, Outcome], directory: Path) -> None:
     evaluation(outcomes, directory, "data parallel")
     output = directory / "data parallel"
-    assert {path.name for path in output.iterdir()} == {"evaluation.json", "frontier.png", "report.html", "samples"}
+    files = {"evaluation.json", "prompts.jsonl", "frontier.png", "report.html", "samples"}
+    assert {path.name for path in output.iterdir()} == files
     assert (output / "frontier.png").read_bytes().startswith(b"\x89PNG")
     page = (output / "report.html").read_text()
     for name in ("reference", "near", "far"):
