@@ -8,11 +8,13 @@ Leaves DIR/summary.json, DIR/report.html and DIR/frontier.png, and tries the exp
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from exo_megatron.evaluation.equal_kl import COVERAGE, Bounded, lead_at_kl, lead_of, spans
+from exo_megatron.evaluation.estimates import REFERENCE_NAME, PromptMeans
+from exo_megatron.evaluation.prompt_means import read_prompt_means
 from exo_megatron.evaluation.summary import summarize_evaluation
 from exo_megatron.utils.files import read_jsonl, write_json
 
@@ -20,6 +22,8 @@ SHOWN_PROMPTS = 3
 NEW_TOKENS = 48
 
 Summary = Mapping[str, Mapping[str, float]]
+Checkpoints = Mapping[int | None, PromptMeans]
+Means = Mapping[str, Checkpoints]
 
 
 def main() -> None:
@@ -33,7 +37,9 @@ def main() -> None:
         shutil.copyfile(output / "evaluate" / name, output / name)
     records = read_jsonl(output / "inputs" / "test_prompts.jsonl")
     prompts = [record["prompt"] for (_, record), _ in zip(records, range(SHOWN_PROMPTS), strict=False)]
-    print(f"\n{describe(summary)}\n\nThe exported model, loaded with transformers, goes on from unseen prompts:")
+    sentences = "\n".join(compare(read_prompt_means(output / "evaluate" / "prompts.jsonl")))
+    print(f"\n{describe(summary)}\n{sentences}\n")
+    print("The exported model, loaded with transformers, goes on from unseen prompts:")
     for prompt, text in zip(prompts, continue_prompts(output / "hf", prompts), strict=True):
         print(f"  {prompt} ...{text.removeprefix(prompt)}")
     print(f"\nreport      {output / 'report.html'}\npicture     {output / 'frontier.png'}")
@@ -41,21 +47,53 @@ def main() -> None:
 
 
 def describe(summary: Summary) -> str:
-    """The summary as a table, and what EXO and DPO gained over SFT in words."""
+    """The summary as a table."""
     lines = [f"{'policy':<8}{'mean oracle reward':>20}{'KL to SFT (nats)':>20}"]
     for name, each in summary.items():
-        reward = f"{each['reward']:.3f} ± {each['reward_stderr']:.3f}"
-        lines.append(f"{name:<8}{reward:>20}{each['kl']:>20.3f}")
-    sft = summary["sft"]
-    gains = (f"{name.upper()} {gain(each, sft)}" for name, each in summary.items() if name != "sft")
-    return "\n".join([*lines, f"Over SFT, on {sft['prompts']} unseen prompts: {', '.join(gains)}."])
+        reward, kl = (f"{each[key]:.3f} ± {each[f'{key}_stderr']:.3f}" for key in ("reward", "kl"))
+        lines.append(f"{name:<8}{reward:>20}{kl:>20}")
+    return "\n".join(lines)
 
 
-def gain(policy: Mapping[str, float], sft: Mapping[str, float]) -> str:
-    """The difference of rewards, and how many of its standard errors it is."""
-    difference = policy["reward"] - sft["reward"]
-    error = math.hypot(policy["reward_stderr"], sft["reward_stderr"])
-    return f"{difference:+.2f} ({difference / error:.0f} standard errors)"
+def compare(means: Means) -> list[str]:
+    """What EXO and DPO gained, in words that the intervals bear out. means: by name and step."""
+    exo, dpo, sft = means["exo"], means["dpo"], means[REFERENCE_NAME][None]
+    step = max(last_step(exo), last_step(dpo))
+    gains = (f"{name} {show(lead_of(last(each), sft)[0])}" for name, each in (("EXO", exo), ("DPO", dpo)))
+    reward, kl = lead_of(last(exo), last(dpo))
+    return [
+        f"Gain of reward over SFT: {', '.join(gains)}.",
+        f"At equal steps ({step}), EXO minus DPO: reward {show(reward)}, KL {show(kl)}.",
+        at_equal_kl(exo, dpo),
+        f"In brackets: {COVERAGE} % intervals by bootstrap over the {len(sft.rewards)} unseen prompts, for these two "
+        "runs; another seed may fall otherwise. examples/frontier shows where which loss is better.",
+    ]
+
+
+def at_equal_kl(exo: Checkpoints, dpo: Checkpoints) -> str:
+    """EXO's reward minus DPO's at the largest KL that both reach, interpolated between checkpoints."""
+    level = min(max(float(each.kls.mean()) for each in method.values()) for method in (exo, dpo))
+    curves = [list(method.values()) for method in (exo, dpo)]
+    if not all(spans(curve, level) for curve in curves):
+        return "At equal KL: nothing to say, since no KL lies between checkpoints of both."
+    lead = lead_at_kl(curves[0], curves[1], level)
+    verdict = {1: "EXO's reward is higher", 0: "no difference can be told", -1: "DPO's reward is higher"}[lead.sign]
+    return f"At equal KL ({level:.2f} nats, the most that both reach), {verdict}: EXO minus DPO {show(lead)}."
+
+
+def last_step(method: Checkpoints) -> int:
+    """The step of the last checkpoint."""
+    return max(step for step in method if step is not None)
+
+
+def last(method: Checkpoints) -> PromptMeans:
+    """The last checkpoint."""
+    return method[last_step(method)]
+
+
+def show(value: Bounded) -> str:
+    """An estimate with its interval."""
+    return f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
 def continue_prompts(model_path: Path, prompts: Sequence[str]) -> list[str]:
@@ -79,7 +117,7 @@ def continue_prompts(model_path: Path, prompts: Sequence[str]) -> list[str]:
             top_k=0,
             pad_token_id=model.config.eos_token_id,
         )
-        texts.append(tokenizer.decode(drawn[0], skip_special_tokens=True))
+        texts.append(str(tokenizer.decode(drawn[0], skip_special_tokens=True)))
     return texts
 
 
