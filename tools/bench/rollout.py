@@ -63,6 +63,8 @@ def run(options: Options) -> Table:
         policy = replace(matched.load(), tokenizer=endless_tokenizer(shape.vocab))
         for case in QUICK_CASES if options.quick else CASES:
             line, record = _measured(Sides(policy, matched.hf, *case), options.rounds, clock)
+            ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in record.ratios.items())
+            print(f"{record.case}: {ratios}", flush=True)
             lines.append(line)
             records.append(record)
     return Table(
