@@ -48,10 +48,11 @@ def test_the_temperature_of_a_training(tmp_path: Path) -> None:
 def test_where_none_is_known_none_is_told(tmp_path: Path) -> None:
     """Of SFT, of a converted model, of a checkpoint that was copied, and beside a file of another program."""
     assert training_temperature(trained(tmp_path / "sft", SftConfig.model_validate(BASE))) is None
-    (tmp_path / "base").mkdir()
-    assert training_temperature(tmp_path / "base") is None
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    assert training_temperature(base) is None
     dump_config(aligned(0.7), tmp_path / CONFIG_FILE)
-    assert training_temperature(tmp_path / "base") is None, "the configuration of something else"
+    assert training_temperature(base) is None, "the configuration of something else"
     checkpoint = trained(tmp_path / "exo", aligned(0.7))
     for text in ("loss: [", "loss: 3\n", "loss: {temperature: high}\n", "other: !!python/name:os.system\n", ""):
         (tmp_path / "exo" / CONFIG_FILE).write_text(text)
