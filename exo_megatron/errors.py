@@ -51,6 +51,10 @@ class DataError(ExoError):
     """A record, file or tokenizer that was read from disk is not usable."""
 
 
+class TieError(DataError):
+    """Neither candidate of a preference pair is preferred: equal rewards, or the same text twice."""
+
+
 class RewardError(ExoError):
     """A reward source cannot be loaded, or did not return one finite number per candidate."""
 

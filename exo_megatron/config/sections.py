@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -45,13 +45,27 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that digests leave out at their defaults, because an earlier version did not have them."""
+
     def digest_json(self) -> str:
         """Return the settings as JSON for digests that tell whether two runs are the same work.
 
-        Keys that a later version has added are left out while they have no effect, so that what an
-        earlier version has begun can be resumed.
+        Keys that a later version has added are left out at their defaults, so that what an earlier
+        version has begun can be resumed.
         """
         return self.model_dump_json(context=_FOR_DIGEST)
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults_in_digests(
+        self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> Any:
+        """See digest_json."""
+        values = serialize(self)
+        if info.context == _FOR_DIGEST:
+            defaults = {key: type(self).model_fields[key].default for key in self.added_later}
+            return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
+        return values
 
 
 class ParallelConfig(Section):
@@ -200,6 +214,8 @@ else:
 class LossConfig(Section):
     """The alignment objective, in the paper's symbols."""
 
+    added_later = frozenset({"function", "nll_weight"})
+
     kind: LossKind = Field(
         default="exo_rw",
         description=", ".join(f"{kind}: {row.equation}" for kind, row in LOSSES.items())
@@ -228,11 +244,3 @@ class LossConfig(Section):
         if isinstance(data, dict) and data.get("function") is not None and "kind" not in data:
             return {**data, "kind": FUNCTION}
         return data
-
-    @model_serializer(mode="wrap")
-    def _without_unused_in_digests(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
-        """See Section.digest_json."""
-        values = serialize(self)
-        if info.context == _FOR_DIGEST:
-            return {key: value for key, value in values.items() if value or key not in ("function", "nll_weight")}
-        return values

@@ -85,8 +85,14 @@ class ScoreConfig(StageConfig):
     log: LogConfig = LogConfig()
 
 
+PairRule = Literal["two_draws", "best_and_worst"]
+TieRule = Literal["error", "skip"]
+
+
 class AlignConfig(StageConfig):
     """Preference optimisation on groups: EXO, DPO, IPO or a loss of your own."""
+
+    added_later = frozenset({"pairs", "ties"})
 
     model: ModelConfig
     reference: ModelConfig | None = Field(default=None, description="default: the checkpoint that training starts from")
@@ -104,7 +110,15 @@ class AlignConfig(StageConfig):
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
     candidates: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="K that every group must have; default: any K >= 2, which may differ between groups"
+        default=None,
+        description="K of every group: the first K candidates of a record; default: all, which may differ in number",
+    )
+    pairs: PairRule = Field(
+        default="two_draws",
+        description="of rewarded candidates, a preference loss compares the first two; or best and worst of all",
+    )
+    ties: TieRule = Field(
+        default="error", description="pairs without a preference (equal rewards, equal texts): an error; left out"
     )
 
 

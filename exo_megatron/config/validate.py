@@ -49,7 +49,8 @@ def find_problems(config: StageConfig) -> Iterator[Problem]:
     match config:
         case AlignConfig():
             yield from _check_training(config.batch, config.optimizer, config.save)
-            yield from _check_loss(config.loss, config.candidates)
+            yield from _check_loss(config.loss)
+            yield from _check_pairs(config)
         case SftConfig():
             yield from _check_training(config.batch, config.optimizer, config.save)
         case ScoreConfig():
@@ -127,24 +128,34 @@ def _check_training(batch: BatchConfig, optimizer: OptimizerConfig, save: SaveCo
         yield _no_effect(("save", "keep"), save.keep, "save.all_steps keeps every checkpoint")
 
 
-def _check_loss(loss: LossConfig, candidates: int | None) -> Iterator[Problem]:
+def _check_loss(loss: LossConfig) -> Iterator[Problem]:
     if loss.kind == FUNCTION:
         yield from _check_function(("loss", "function"), loss.function, "my_losses.clipped:loss")
         used: tuple[str, ...] = FUNCTION_KEYS
     else:
-        row = LOSSES[loss.kind]
-        used = row.keys
-        if row.compares == "preference" and candidates not in (None, 2):
-            yield Problem(
-                ("candidates",),
-                f"got {candidates}, but loss.kind {loss.kind} compares two",
-                "2 or null",
-                f"remove candidates, or choose {kinds_comparing('rewards')}",
-            )
+        used = LOSSES[loss.kind].keys
     for name, value in loss:
         if name not in (*COMMON_KEYS, *used) and value != _default(LossConfig, name):
             flaw = _no_effect(("loss", name), value, f"loss.kind is {loss.kind}")
             yield replace(flaw, fix=f"set loss.kind={FUNCTION}, or {flaw.fix}") if name == "function" else flaw
+
+
+def _check_pairs(config: AlignConfig) -> Iterator[Problem]:
+    """Check the keys about pairs. `load_groups` does it for a loss of the user's, whose spec it gets."""
+    kind = config.loss.kind
+    if kind == FUNCTION:
+        return
+    if LOSSES[kind].compares == "rewards":
+        for name, value in (("pairs", config.pairs), ("ties", config.ties)):
+            if value != _default(AlignConfig, name):
+                yield _no_effect((name,), value, f"loss.kind {kind} compares rewards")
+    elif config.pairs == "two_draws" and config.candidates not in (None, 2):
+        yield Problem(
+            ("candidates",),
+            f"got {config.candidates}, but loss.kind {kind} compares two and pairs is two_draws",
+            "2 or null",
+            f"remove candidates, set pairs=best_and_worst, or choose {kinds_comparing('rewards')}",
+        )
 
 
 def _check_function(key: Key, value: str | None, example: str) -> Iterator[Problem]:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from exo_megatron.config.losses import Compares, LossSpec, kinds_comparing
 from exo_megatron.config.sections import DataConfig
+from exo_megatron.config.stages import PairRule, TieRule
 from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
 from exo_megatron.data.groups import Group
+from exo_megatron.data.loss_fields import check_token_logprobs, read_loss_fields
+from exo_megatron.data.pairs import check_different, choose_pair
 from exo_megatron.data.records import (
     SourceRecord,
     completion_text,
     completion_texts,
-    finite_number_lists,
     finite_numbers,
     prompt_text,
     read_records,
 )
-from exo_megatron.data.stored_logprobs import WantedLogprobs, reference_logprobs
+from exo_megatron.data.stored_logprobs import WantedLogprobs, describe_temperatures, reference_logprobs
 from exo_megatron.data.text import Text
 from exo_megatron.data.tokenizer import Tokenizer
-from exo_megatron.errors import DataError
+from exo_megatron.errors import ConfigError, DataError, TieError
 
 Purpose = Literal["sft"] | Compares
 
-TOKEN_LOGPROBS = ("reference_token_logprobs", "behaviour_token_logprobs")
-"""Fields of a record, and of Group, with log-probs of single tokens."""
+Choose = Callable[[SourceRecord, Sequence[float]], Sequence[int]]
+"""Function that gets a record's K rewards and gives the numbers of the candidates of its group."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,12 @@ def load_groups(
     *,
     purpose: Purpose,
     candidates: int | None = None,
+    pairs: PairRule = "two_draws",
+    ties: TieRule = "error",
     logprobs: WantedLogprobs | None = None,
     loss: LossSpec | None = None,
+    temperature: float | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> list[Group]:
     """Read candidate groups, in the order of the records.
 
@@ -69,35 +77,107 @@ def load_groups(
         config: the data source and its limits.
         tokenizer: converts texts to token ids. The ids of a candidates file are used as they are.
         purpose: "sft" reads K = 1 candidate from "chosen". "preference" reads K = 2, the chosen one
-            first, from "chosen" and "rejected" or from the best and the worst (first of equals) of
-            rewarded candidates. "rewards" reads all candidates with their rewards, from
-            "completions" and "rewards" or from a scored candidates file.
-        candidates: number of candidates that every record must have; None for any number from 2 on.
+            first, from "chosen" and "rejected" or from rewarded candidates as `pairs` says.
+            "rewards" reads candidates with their rewards, from "completions" and "rewards" or from
+            a scored candidates file.
+        candidates: the number of first candidates that are read of every record; None for all.
+        pairs: the pair that is made of rewarded candidates: the first two, or the best and the
+            worst of those read (see `choose_pair`).
+        ties: whether a pair in which neither candidate is preferred is an error or left out.
         logprobs: reference log-probs that groups get from records that have them; None to ignore
             stored log-probs.
         loss: the fields "log_weights", "reference_token_logprobs" and "behaviour_token_logprobs"
             are read if it needs them.
+        temperature: that of the loss, which is compared with that of the rollout.
+        tell: gets a line for each thing about the data that the user should know.
 
     Returns:
-        One group per record.
+        One group per record that is not left out. Candidates that are in no group are not checked
+        for their length.
 
     Raises:
+        ConfigError: a setting of the pairs has no effect on this purpose.
         DataError: bad records, prompts and candidates over the limits of `config`, empty
-            candidates, rewards that are not finite, a wrong number of candidates, preferences
-            between equal rewards, stored log-probs other than those wanted, and log-probs of single
-            tokens in some records only.
+            candidates, rewards that are not finite, too few candidates, ties, stored log-probs
+            other than those wanted, and log-probs of single tokens in some records only.
     """
+    _check_settings(purpose, candidates, pairs, ties)
     encoder = _Encoder(tokenizer, config, logprobs, loss)
+    first = 2 if purpose == "preference" and pairs == "two_draws" else candidates
     build: Callable[[SourceRecord], Group] = {
-        "sft": lambda record: _sft_group(record, encoder),
-        "rewards": lambda record: _rewarded_group(record, encoder, candidates),
-        "preference": lambda record: _preference_group(record, encoder, candidates),
+        "sft": partial(_sft_group, encoder=encoder),
+        "rewards": partial(_rewarded_group, encoder=encoder, choose=partial(_first_candidates, count=first)),
+        "preference": partial(_preference_group, encoder=encoder, count=first, rule=pairs),
     }[purpose]
     records = read_records(config.path, split=config.split, limit=config.limit)
-    groups = [build(record) for record in records]
+    kept = list(_without_ties(records, build)) if ties == "skip" else [(record, build(record)) for record in records]
+    groups = [group for _, group in kept]
+    if not groups:
+        raise DataError(
+            config.path,
+            f"has {len(records)} preference pairs, all of which are ties and left out (ties=skip)",
+            expected="at least one pair of different texts with different rewards",
+            fix="correct the rewards, or draw other candidates",
+        )
+    for line in _describe(records, len(groups), config.path, first, temperature):
+        if tell is not None:
+            tell(f"data: {line}")
     if loss is not None and loss.token_logps:
-        _check_token_logprobs(records, groups)
+        check_token_logprobs([record for record, _ in kept], groups)
     return groups
+
+
+def _without_ties(
+    records: Sequence[SourceRecord], build: Callable[[SourceRecord], Group]
+) -> Iterator[tuple[SourceRecord, Group]]:
+    """Build the groups of records, and leave out those whose pair is a tie."""
+    for record in records:
+        with suppress(TieError):
+            yield record, build(record)
+
+
+def _check_settings(purpose: Purpose, candidates: int | None, pairs: PairRule, ties: TieRule) -> None:
+    """Raise ConfigError for a setting without effect; `validate` does, too, for losses of the table."""
+    for key, value, default in (("pairs", pairs, "two_draws"), ("ties", ties, "error")):
+        if purpose != "preference" and value != default:
+            raise ConfigError(
+                key,
+                f"got {value!r}, which has no effect: the loss compares rewards",
+                expected="no such setting here",
+                fix=f"remove {key}",
+            )
+    if purpose == "preference" and pairs == "two_draws" and candidates not in (None, 2):
+        raise ConfigError(
+            "candidates",
+            f"got {candidates}, but the loss compares two and pairs is two_draws",
+            expected="2 or null",
+            fix="remove candidates, or set pairs=best_and_worst",
+        )
+
+
+def _describe(
+    records: Sequence[SourceRecord], kept: int, path: str, first: int | None, temperature: float | None
+) -> Iterator[str]:
+    """Describe what of the records, of which `kept` were taken, became no part of a group or is doubtful."""
+    stored = [record for record in records if "candidates" in record.fields]
+    if stored and temperature is not None:
+        line = describe_temperatures(stored, Path(path), temperature)
+        yield from () if line is None else (line,)
+    others = [record for record in records if "candidates" not in record.fields and "completions" in record.fields]
+    sizes = [len(record.fields["candidates"]) for record in stored]
+    sizes += [len(record.fields["completions"]) for record in others]
+    larger = [size for size in sizes if first is not None and size > first]
+    if larger:
+        least, most = min(larger), max(larger)
+        size = f"{most}" if least == most else f"{least} to {most}"
+        yield f"the first {first} of {size} candidates in {_share(len(larger), len(records))} records"
+    if kept < len(records):
+        left_out = _share(len(records) - kept, len(records))
+        yield f"{left_out} prompts left out: the two candidates of the pair have equal rewards or are the same text"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count}" if count == total else f"{count} of {total}"
 
 
 class _Encoder:
@@ -128,8 +208,15 @@ class _Encoder:
             ids = self.tokenizer.encode_completion(completion)
         return self.checked_completion(record, name, ids)
 
-    def stored_logprobs(self, record: SourceRecord, stored: CandidateRecord) -> tuple[float, ...] | None:
-        return None if self.logprobs is None else reference_logprobs(record.where, stored, self.logprobs)
+    def stored_logprobs(
+        self, record: SourceRecord, stored: CandidateRecord, numbers: Sequence[int]
+    ) -> tuple[float, ...] | None:
+        return None if self.logprobs is None else reference_logprobs(record.where, stored, numbers, self.logprobs)
+
+    def with_loss_fields(self, record: SourceRecord, group: Group, numbers: Sequence[int], size: int) -> Group:
+        if self.loss is None or not (self.loss.log_weights or self.loss.token_logps):
+            return group
+        return read_loss_fields(record, group, self.loss, numbers, size)
 
     def checked_prompt(self, record: SourceRecord, ids: Sequence[int]) -> tuple[int, ...]:
         limit = self.config.max_prompt_tokens
@@ -184,104 +271,63 @@ def _sft_group(record: SourceRecord, encoder: _Encoder) -> Group:
     return Group(record.id, encoder.prompt(record, prompt), (encoder.completion(record, "chosen", chosen),))
 
 
-def _rewarded_group(record: SourceRecord, encoder: _Encoder, count: int | None) -> Group:
-    if "candidates" in record.fields:
-        group = _stored_group(record, parse_candidate_record(record), encoder)
-    else:
-        group = _completions_group(record, encoder)
-    size = len(group.candidates)
-    if size < 2:
+def _rewarded_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Group:
+    build = _stored_group if "candidates" in record.fields else _completions_group
+    return build(record, encoder, choose)
+
+
+def _first_candidates(record: SourceRecord, rewards: Sequence[float], count: int | None) -> range:
+    """Return the numbers of the first `count` candidates, or of all."""
+    if len(rewards) < 2:
         raise DataError(
             record.where,
-            f"has {size} candidate",
+            f"has {len(rewards)} candidate",
             expected="at least 2: the loss compares candidates of one prompt",
             fix="draw more candidates (sampling.candidates), or remove the record",
         )
-    _check_count(record, size, count)
-    return _with_loss_fields(record, group, encoder)
+    if count is not None and len(rewards) < count:
+        raise DataError(
+            record.where,
+            f"record {record.id!r} has {len(rewards)} candidates",
+            expected=f"at least {count} (candidates)",
+            fix="lower `candidates`, or leave it out to take all that a record has",
+        )
+    return range(len(rewards) if count is None else count)
 
 
-def _with_loss_fields(record: SourceRecord, group: Group, encoder: _Encoder) -> Group:
-    """Read the further fields of the loss: a value per candidate, or values per token."""
-    if encoder.loss is None:
-        return group
-    where, fields, loss = record.where, record.fields, encoder.loss
-    if loss.log_weights:
-        weights = finite_numbers(where, fields, "log_weights")
-        _check_length(where, "log_weights", len(weights), len(group.candidates))
-        group = replace(group, log_weights=weights)
-    if loss.token_logps:
-        reference, behaviour = (_token_logprobs(record, group, name) for name in TOKEN_LOGPROBS)
-        group = replace(group, reference_token_logprobs=reference, behaviour_token_logprobs=behaviour)
+def _preference_group(record: SourceRecord, encoder: _Encoder, count: int | None, rule: PairRule) -> Group:
+    if "candidates" in record.fields or "completions" in record.fields:
+
+        def choose(record: SourceRecord, rewards: Sequence[float]) -> tuple[int, int]:
+            numbers = _first_candidates(record, rewards, count)
+            return choose_pair(record, [rewards[k] for k in numbers], rule)
+
+        group = _rewarded_group(record, encoder, choose)
+    else:
+        group = _chosen_and_rejected(record, encoder, rule)
+    check_different(record, group)
     return group
 
 
-def _token_logprobs(record: SourceRecord, group: Group, name: str) -> tuple[tuple[float, ...], ...] | None:
-    """Read the log-probs of every token of every candidate; None if the record has none."""
-    if name not in record.fields:
-        return None
-    values = finite_number_lists(record.where, record.fields, name)
-    _check_length(record.where, name, len(values), len(group.candidates))
-    for k, (per_token, candidate) in enumerate(zip(values, group.candidates, strict=True)):
-        _check_length(record.where, f"{name}[{k}]", len(per_token), len(candidate))
-    return values
-
-
-def _check_token_logprobs(records: Sequence[SourceRecord], groups: Sequence[Group]) -> None:
-    """Raise DataError if some records have log-probs of single tokens and others have none.
-
-    The loss would otherwise get them in some micro-batches and not in others.
-    """
-    for name in TOKEN_LOGPROBS:
-        has = [vars(group)[name] is not None for group in groups]
-        if any(has) and not all(has):
-            lacking = records[has.index(False)]
-            raise DataError(
-                lacking.where,
-                f"has no {name!r}, but {records[has.index(True)].where} has",
-                expected="the field in every record, or in none",
-                fix=f"add {name!r} to the record, or remove it from all",
-            )
-
-
-def _check_length(where: str, name: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise DataError(where, f"{name!r} has {found} values", expected=f"{wanted}", fix="correct the record")
-
-
-def _preference_group(record: SourceRecord, encoder: _Encoder, count: int | None) -> Group:
-    if "candidates" in record.fields or "completions" in record.fields:
-        return _best_and_worst(record, _rewarded_group(record, encoder, count))
+def _chosen_and_rejected(record: SourceRecord, encoder: _Encoder, rule: PairRule) -> Group:
     prompt = _prompt_of(record)
+    if rule != "two_draws":
+        raise DataError(
+            record.where,
+            f"has 'chosen' and 'rejected', on which pairs={rule} has no effect",
+            expected="rewarded candidates to choose a pair among",
+            fix="remove pairs",
+        )
     chosen, rejected = (
         encoder.completion(record, name, completion_text(record.where, record.fields, name, prompt=prompt))
         for name in ("chosen", "rejected")
     )
-    _check_count(record, 2, count)
-    _check_different(record, chosen, rejected)
-    return _with_loss_fields(record, Group(record.id, encoder.prompt(record, prompt), (chosen, rejected)), encoder)
+    group = Group(record.id, encoder.prompt(record, prompt), (chosen, rejected))
+    return encoder.with_loss_fields(record, group, (0, 1), 2)
 
 
-def _best_and_worst(record: SourceRecord, group: Group) -> Group:
-    """Take the candidates with the highest and the lowest reward, in this order.
-
-    Raises DataError if all rewards or both texts are equal.
-    """
-    rewards = group.rewards or ()
-    best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
-    if rewards[best] == rewards[worst]:
-        raise DataError(
-            record.where,
-            f"all candidates of record {record.id!r} have reward {rewards[best]}, so none is preferred",
-            expected="different rewards for a preference loss",
-            fix="remove the record, or use a loss.kind for which equal rewards are legitimate: "
-            f"{kinds_comparing('rewards')}",
-        )
-    _check_different(record, group.candidates[best], group.candidates[worst])
-    return group.take((best, worst))
-
-
-def _stored_group(record: SourceRecord, stored: CandidateRecord, encoder: _Encoder) -> Group:
+def _stored_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Group:
+    stored = parse_candidate_record(record)
     if stored.rewards is None:
         raise DataError(
             record.where,
@@ -289,20 +335,18 @@ def _stored_group(record: SourceRecord, stored: CandidateRecord, encoder: _Encod
             expected="candidates with rewards",
             fix="run `exo-megatron score` on the rollout and use its output",
         )
-    ids = tuple(
-        encoder.checked_completion(record, f"candidates[{k}]", candidate.token_ids)
-        for k, candidate in enumerate(stored.candidates)
-    )
-    return Group(
+    numbers = choose(record, stored.rewards)
+    group = Group(
         record.id,
         encoder.checked_prompt(record, stored.prompt_ids),
-        ids,
-        rewards=stored.rewards,
-        reference_logprobs=encoder.stored_logprobs(record, stored),
+        tuple(encoder.checked_completion(record, f"candidates[{k}]", stored.candidates[k].token_ids) for k in numbers),
+        rewards=tuple(stored.rewards[k] for k in numbers),
+        reference_logprobs=encoder.stored_logprobs(record, stored, numbers),
     )
+    return encoder.with_loss_fields(record, group, numbers, len(stored.candidates))
 
 
-def _completions_group(record: SourceRecord, encoder: _Encoder) -> Group:
+def _completions_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Group:
     where, fields = record.where, record.fields
     if "chosen" in fields and "completions" not in fields:
         raise DataError(
@@ -321,8 +365,14 @@ def _completions_group(record: SourceRecord, encoder: _Encoder) -> Group:
             expected="one reward per completion",
             fix="correct the record",
         )
-    ids = tuple(encoder.completion(record, f"completions[{k}]", text) for k, text in enumerate(completions))
-    return Group(record.id, encoder.prompt(record, prompt), ids, rewards=rewards)
+    numbers = choose(record, rewards)
+    group = Group(
+        record.id,
+        encoder.prompt(record, prompt),
+        tuple(encoder.completion(record, f"completions[{k}]", completions[k]) for k in numbers),
+        rewards=tuple(rewards[k] for k in numbers),
+    )
+    return encoder.with_loss_fields(record, group, numbers, len(completions))
 
 
 def _prompt_of(record: SourceRecord) -> Text:
@@ -334,23 +384,3 @@ def _prompt_of(record: SourceRecord) -> Text:
             fix="split both after their common beginning (HH-RLHF: after the last '\\n\\nAssistant:') and add 'prompt'",
         )
     return prompt_text(record.where, record.fields)
-
-
-def _check_count(record: SourceRecord, size: int, count: int | None) -> None:
-    if count is not None and size != count:
-        raise DataError(
-            record.where,
-            f"record {record.id!r} has {size} candidates",
-            expected=f"{count} (candidates)",
-            fix="correct `candidates`, or leave it out to allow different numbers",
-        )
-
-
-def _check_different(record: SourceRecord, chosen: tuple[int, ...], rejected: tuple[int, ...]) -> None:
-    if chosen == rejected:
-        raise DataError(
-            record.where,
-            f"chosen and rejected of record {record.id!r} are the same text",
-            expected="two different completions",
-            fix="remove the record",
-        )

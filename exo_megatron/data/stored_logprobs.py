@@ -6,13 +6,15 @@ an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.data.candidates import CandidateRecord
+from exo_megatron.data.candidates import ROLLOUT_FILE, CandidateRecord
 from exo_megatron.data.logprob_source import DIGEST_LENGTH, LogprobSource
+from exo_megatron.data.records import SourceRecord
 from exo_megatron.errors import DataError
+from exo_megatron.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,17 @@ class _Difference:
     fix: str
 
 
-def reference_logprobs(where: str, record: CandidateRecord, wanted: WantedLogprobs) -> tuple[float, ...] | None:
-    """Return the record's K log-probs; None if it has none.
+def reference_logprobs(
+    where: str, record: CandidateRecord, numbers: Sequence[int], wanted: WantedLogprobs
+) -> tuple[float, ...] | None:
+    """Return the log-probs of the record's candidates with these numbers; None if it has none.
 
     Raises DataError at `where` if they belong to other token ids, another model, temperature or
     precision. It names every difference.
     """
     if record.logprob_source is None:
         return None
-    differences = [*_of_data(record, record.logprob_source), *_of_source(record.logprob_source, wanted)]
+    differences = [*_of_data(record, numbers, record.logprob_source), *_of_source(record.logprob_source, wanted)]
     if differences:
         raise DataError(
             where,
@@ -46,12 +50,14 @@ def reference_logprobs(where: str, record: CandidateRecord, wanted: WantedLogpro
             expected=_listed(d.wanted for d in differences),
             fix=f"{', '.join(d.fix for d in differences)}, or set reference_logprobs=computed to compute them anew",
         )
-    return record.logprobs
+    return tuple(record.logprobs[k] for k in numbers)
 
 
-def _of_data(record: CandidateRecord, source: LogprobSource) -> Iterator[_Difference]:
-    digests = [source.digest(record.prompt_ids, candidate.token_ids) for candidate in record.candidates]
-    changed = [k for k, digest in enumerate(digests) if digest != record.candidates[k].logprob_digest]
+def _of_data(record: CandidateRecord, numbers: Sequence[int], source: LogprobSource) -> Iterator[_Difference]:
+    candidates = {k: record.candidates[k] for k in numbers}
+    changed = [
+        k for k, each in candidates.items() if each.logprob_digest != source.digest(record.prompt_ids, each.token_ids)
+    ]
     if changed:
         names = ", ".join(f"candidates[{k}]" for k in changed)
         yield _Difference(
@@ -81,6 +87,45 @@ def _of_source(source: LogprobSource, wanted: WantedLogprobs) -> Iterator[_Diffe
             f"precision {here.precision}",
             f"set compute.precision={source.precision}",
         )
+
+
+def describe_temperatures(records: Sequence[SourceRecord], path: Path, wanted: float) -> str | None:
+    """Describe in a line which records of candidates were drawn at another temperature than `wanted`.
+
+    A record's own "logprob_source" tells its temperature, else the rollout.json beside the data.
+
+    Args:
+        records: records of a candidates file that have been checked.
+        path: the file that they are from, or its directory.
+        wanted: the temperature of the loss.
+
+    Returns:
+        The line, or None if there is nothing to say.
+    """
+    beside = _rollout_temperature(path if path.is_dir() else path.parent)
+    sources = [record.fields.get("logprob_source") for record in records]
+    drawn = [beside if source is None else source["temperature"] for source in sources]
+    others = [temperature for temperature in drawn if temperature not in (None, wanted)]
+    if not others:
+        return None
+    temperatures = sorted(set(others))
+    change = f"set loss.temperature={temperatures[0]}, or " if len(set(drawn)) == 1 else ""
+    return (
+        f"{len(others)} of {len(records)} records were drawn at temperature {' or '.join(map(str, temperatures))}, but "
+        f"loss.temperature is {wanted}: their candidates are not draws of the reference that the loss compares with, "
+        "which the paper's theorems assume, and stored log-probs are not used; to make them agree, "
+        f"{change}draw candidates with sampling.temperature={wanted}"
+    )
+
+
+def _rollout_temperature(directory: Path) -> float | None:
+    """Read the temperature in a directory's rollout.json; None for a missing or damaged file."""
+    try:
+        described = read_json(directory / ROLLOUT_FILE)
+    except DataError:
+        return None
+    temperature = described.get("temperature") if isinstance(described, dict) else None
+    return temperature if isinstance(temperature, int | float) else None
 
 
 def _listed(parts: Iterator[str]) -> str:

@@ -21,7 +21,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def draw_frontier(estimates: Sequence[Estimate], path: Path) -> None:
     """Write a PNG with one line per model over its steps, and standard errors as bars.
 
-    Each line starts at the reference.
+    The reference is a point by itself: what a model did before its first saved step is not known.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def draw_frontier(estimates: Sequence[Estimate], path: Path) -> None:
     names = list(dict.fromkeys(each.name for each in estimates if each.name != REFERENCE_NAME))
     for index, name in enumerate(names):
         line = [each for each in estimates if each.name == name]
-        _draw_line(axes, name, [*references, *line], COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+        _draw_line(axes, name, line, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
     for each in references:
         axes.errorbar(
             each.kl, each.reward, yerr=each.reward_stderr, color="black", marker="*", markersize=11, capsize=3,
@@ -54,14 +54,13 @@ def _draw_line(axes: Axes, name: str, line: Sequence[Estimate], colour: str, mar
     kl = [each.kl for each in line]
     reward = [each.reward for each in line]
     axes.plot(kl, reward, color=colour, linewidth=1.3, alpha=0.6, zorder=2)
-    points = [each for each in line if each.name == name]
     axes.errorbar(
-        [each.kl for each in points],
-        [each.reward for each in points],
-        xerr=[each.kl_stderr for each in points],
-        yerr=[each.reward_stderr for each in points],
+        kl,
+        reward,
+        xerr=[each.kl_stderr for each in line],
+        yerr=[each.reward_stderr for each in line],
         color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, elinewidth=0.9, zorder=3,
-        label=_legend(name, points),
+        label=_legend(name, line),
     )  # fmt: skip
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.utils.files import read_json
 
-SUMMARY_KEYS = ("reward", "reward_stderr", "kl", "prompts")
+SUMMARY_KEYS = ("reward", "reward_stderr", "kl", "kl_stderr", "prompts")
 
 
 def summarize_evaluation(path: Path, *, reference_name: str) -> dict[str, dict[str, float]]:
-    """Read reward, its standard error, KL and number of prompts from an evaluation.json.
+    """Read reward and KL with their standard errors, and number of prompts, from an evaluation.json.
 
     The result has them by model, at its last step. `reference_name` is the key for the reference
     there (``sft``).

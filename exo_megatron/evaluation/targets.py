@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import list_steps, read_step, resolve_checkpoint
-from exo_megatron.config.stages import EvaluateConfig
+from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, list_steps, read_step, resolve_checkpoint
+from exo_megatron.config.document import read_document
+from exo_megatron.config.stages import CONFIG_FILE, EvaluateConfig
 from exo_megatron.data.dataset import Prompt, load_prompts
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
@@ -104,3 +105,38 @@ def _check_vocabulary(target: Target, reference: ModelSpec) -> None:
             expected=f"{reference.vocab_size}, that of the reference",
             fix="compare models that were trained from the reference",
         )
+
+
+def describe_disagreement(plan: Plan, temperature: float) -> str | None:
+    """Describe in a line which models were trained at another temperature than they are sampled at.
+
+    None if there are none. Models of which nothing is known, and those of SFT, are left out.
+    """
+    trained = {each.name: training_temperature(each.source.path) for each in (plan.reference, *plan.targets)}
+    others = {name: found for name, found in trained.items() if found not in (None, temperature)}
+    if not others:
+        return None
+    wanted = set(others.values())
+    change = f"={wanted.pop()}" if len(wanted) == 1 else " to that of the training"
+    return (
+        f"sampling.temperature is {temperature}, but loss.temperature was "
+        f"{', '.join(f'{found} in the training of {name}' for name, found in others.items())}: "
+        "reward and KL are those of other distributions than the loss compared; to make them agree, set "
+        f"sampling.temperature{change}"
+    )
+
+
+def training_temperature(checkpoint: Path) -> float | None:
+    """Read the loss.temperature with which a checkpoint was trained from its training output.
+
+    None if the checkpoint is in no training output, or its training had none, as SFT.
+    """
+    steps = checkpoint.resolve().parent
+    if steps.name != STEPS_DIRECTORY:
+        return None
+    try:
+        loss = read_document(steps.parent / CONFIG_FILE).data.get("loss")
+    except ConfigError:  # the directory is not, or no longer, as a stage leaves it
+        return None
+    temperature = loss.get("temperature") if isinstance(loss, dict) else None
+    return temperature if isinstance(temperature, int | float) else None

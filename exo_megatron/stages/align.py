@@ -14,6 +14,7 @@ from exo_megatron.data.stored_logprobs import WantedLogprobs
 from exo_megatron.execution.policy import find_policy_and_reference, find_tokenizer, load_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.stages.run import say
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import make_trainee
 from exo_megatron.training.reference import add_logprobs, complete_groups
@@ -35,8 +36,12 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         find_tokenizer(source, config.data.tokenizer),
         purpose=objective.loss.spec.compares,
         candidates=config.candidates,
+        pairs=config.pairs,
+        ties=config.ties,
         logprobs=WantedLogprobs(logprobs, reference.path) if config.reference_logprobs == "stored" else None,
         loss=objective.loss.spec,
+        temperature=config.loss.temperature,
+        tell=partial(say, runtime),
     )
     check_groups(groups, source.spec, config.compute, config.parallel)
     if objective.loss.spec.token_logps:

@@ -14,12 +14,13 @@ from exo_megatron.evaluation.picture import draw_frontier
 from exo_megatron.evaluation.prompt_means import write_prompt_means
 from exo_megatron.evaluation.report import render_report
 from exo_megatron.evaluation.samples import Compared, Sampler
-from exo_megatron.evaluation.targets import Plan, make_plan
+from exo_megatron.evaluation.targets import Plan, describe_disagreement, make_plan
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rewards.build import build_reward
 from exo_megatron.rewards.records import score_records
 from exo_megatron.rewards.source import RewardSource
+from exo_megatron.stages.run import say
 from exo_megatron.utils.files import write_json, write_text
 
 EVALUATION_FILE = "evaluation.json"
@@ -37,6 +38,9 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     model is loaded.
     """
     plan = make_plan(config)
+    disagreement = describe_disagreement(plan, config.sampling.temperature)
+    if disagreement is not None:
+        say(runtime, f"evaluate: {disagreement}")
     source = build_reward(config.reward, runtime.device)
     estimates: list[Estimate] = []
     means: list[PromptMeans] = []

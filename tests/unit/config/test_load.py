@@ -146,7 +146,9 @@ def test_unknown_stage():
         (["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"], ["min_lr_ratio", "no effect"]),
         (["save.all_steps=true"], ["save.all_steps", "set save.interval"]),
         (["save.all_steps=true", "save.interval=5", "save.keep=3"], ["save.keep", "no effect"]),
-        (["loss.kind=exo_pref", "candidates=4"], ["candidates: got 4", "2 or null"]),
+        (["loss.kind=exo_pref", "candidates=4"], ["candidates: got 4", "2 or null", "set pairs=best_and_worst"]),
+        (["pairs=best_and_worst"], ["pairs: got 'best_and_worst'", "no effect: loss.kind exo_rw compares rewards"]),
+        (["loss.kind=dpo_rw", "ties=skip"], ["ties: got 'skip'", "no effect: loss.kind dpo_rw compares rewards"]),
         (["loss.kind=dpo_pref", "loss.beta_r=0.3"], ["loss.beta_r", "no effect"]),
         (["loss.kind=dpo_pref", "loss.label_smoothing=0.01"], ["loss.label_smoothing", "no effect"]),
         (["output=out/sft"], ["output: got 'out/sft', which is also model.checkpoint"]),
@@ -166,6 +168,9 @@ def test_contradictions_of_align(file, overrides, words):
         ["save.all_steps=true", "save.interval=5"],
         ["loss.kind=exo_pref", "candidates=2", "loss.label_smoothing=0.01"],
         ["loss.kind=dpo_rw", "loss.beta_r=0.3", "candidates=8"],
+        ["loss.kind=ipo_pref", "pairs=best_and_worst", "candidates=8", "ties=skip"],
+        ["loss.kind=exo_pref", "pairs=two_draws", "ties=skip"],
+        ["loss.function=my:loss", "pairs=best_and_worst", "candidates=8", "ties=skip"],
     ],
 )
 def test_what_the_contradictions_leave_allowed(file, overrides):
@@ -284,7 +289,7 @@ def test_names_of_other_trainers_stand_for_keys_that_exist() -> None:
 
 
 def test_digest_of_an_earlier_version_stays() -> None:
-    """Printed by the version before loss.function and loss.nll_weight: what it began can be resumed."""
+    """Printed by the version before keys were added: what it began can be resumed."""
     section = {"checkpoint": "c"}
     data = {"path": "p", "max_prompt_tokens": 1, "max_completion_tokens": 1}
     config = AlignConfig.model_validate({"output": "o", "model": section, "data": data})
@@ -296,6 +301,12 @@ def test_digest_of_an_earlier_version_stays() -> None:
         other = config.model_copy(update={"loss": LossConfig.model_validate(changed)})
         assert config_digest(other) != config_digest(config)
         assert other.loss.digest_json() != config.loss.digest_json()
+    preference = AlignConfig.model_validate(
+        {"output": "o", "model": section, "data": {"path": "p"}, "loss": {"kind": "exo_pref"}}
+    )
+    assert config_digest(preference) == "c70a2963d0a83460ae45f486c528ea9192bddb4f379ef1434fc0cbc4820736ea"
+    for option in ({"pairs": "best_and_worst"}, {"ties": "skip"}):
+        assert config_digest(preference.model_copy(update=option)) != config_digest(preference)
 
 
 def test_in_a_file_a_key_is_named_as_it_is_written_there(file: Path) -> None:

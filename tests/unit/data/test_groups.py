@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from exo_megatron.data.dataset import TOKEN_LOGPROBS
 from exo_megatron.data.groups import Group, data_digest
+from exo_megatron.data.loss_fields import TOKEN_LOGPROBS
 
 GROUP = Group("a", (3, 4), ((5, 2), (6, 7, 2)), rewards=(0.5, -0.5))
 OTHER = Group("b", (3,), ((8, 2), (9, 2)), rewards=(1.0, 2.0))

@@ -87,7 +87,9 @@ def test_taken_as_they_are_and_only_where_wanted(tmp_path: Path, spm: Tokenizer,
 
 
 def test_a_pair_keeps_those_of_its_two_candidates(tmp_path: Path, spm: Tokenizer, rows: Rows) -> None:
-    pairs = load(tmp_path, rows(), spm, purpose="preference")
+    load(tmp_path, rows(), spm)
+    config = DataConfig(path=str(tmp_path / "data.jsonl"))
+    pairs = load_groups(config, spm, purpose="preference", pairs="best_and_worst", logprobs=WANTED)
     assert [pair.candidates for pair in pairs[:2]] == [((9, 21, 2), (9, 20, 2)), ((9, 22, 2), (9, 20, 2))]
     stored = [(-1.0 - 1 / 3, -1.0), (-2.0 - 2 / 3, -2.0), (-3.0 - 1 / 3, -3.0)]
     assert [pair.reference_logprobs for pair in pairs] == stored

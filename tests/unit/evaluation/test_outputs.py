@@ -7,10 +7,13 @@ import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from exo_megatron.evaluation.picture import COLOURS, draw_frontier
 from exo_megatron.evaluation.report import render_report
@@ -43,6 +46,23 @@ def test_picture_shows_a_marker_for_every_checkpoint(tmp_path: Path) -> None:
     assert pixels(tmp_path / "exo.png", dpo) == 0
     assert pixels(tmp_path / "exo.png", exo) > pixels(tmp_path / "last.png", exo) + 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both.png", "exo.png", "last.png"]
+
+
+def test_picture_joins_no_curve_to_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of a model are joined to each other; a path from the reference was not measured."""
+    drawn: list[Axes] = []
+    plot = Axes.plot
+
+    def keep(axes: Axes, *values: Any, **style: Any) -> list[Line2D]:
+        drawn.append(axes)
+        return plot(axes, *values, **style)
+
+    monkeypatch.setattr(Axes, "plot", keep)
+    draw_frontier(ESTIMATES, tmp_path / "frontier.png")
+    joined = [line for line in drawn[0].lines if line.get_linestyle() == "-"]
+    assert [line.get_xydata().tolist() for line in joined] == [[[0.5, 1.0], [1.5, 2.0]], [[1.2, 1.8]]]
+    points = [line.get_xydata().tolist() for line in drawn[0].lines if line.get_marker() == "*"]
+    assert points == [[[0.0, 0.1]]], "the reference is shown all the same"
 
 
 def test_picture_of_the_reference_alone(tmp_path: Path) -> None:
@@ -110,8 +130,8 @@ def test_summary_takes_the_last_step_of_each_model(tmp_path: Path, reference_ste
     write_json(tmp_path / "evaluation.json", {"settings": {}, "checkpoints": [asdict(each) for each in estimates]})
     summary = summarize_evaluation(tmp_path / "evaluation.json", reference_name="sft")
     assert summary == {
-        "sft": {"reward": 0.1, "reward_stderr": 0.08, "kl": 0.0, "prompts": 8},
-        "exo": {"reward": 2.0, "reward_stderr": 0.08, "kl": 1.5, "prompts": 8},
-        "dpo": {"reward": 1.8, "reward_stderr": 0.08, "kl": 1.2, "prompts": 8},
+        "sft": {"reward": 0.1, "reward_stderr": 0.08, "kl": 0.0, "kl_stderr": 0.05, "prompts": 8},
+        "exo": {"reward": 2.0, "reward_stderr": 0.08, "kl": 1.5, "kl_stderr": 0.05, "prompts": 8},
+        "dpo": {"reward": 1.8, "reward_stderr": 0.08, "kl": 1.2, "kl_stderr": 0.05, "prompts": 8},
     }
     assert list(summary) == ["sft", "exo", "dpo"]
