@@ -75,7 +75,6 @@ def fine_tune(model: LlamaForCausalLM, reviews: Reviews, *, epochs: int, seed: i
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,11 @@ class Samples:
 
 
 class BiasPolicy(torch.nn.Module):
-    """The frozen model with a bias on its logits; `candidates` are those of the groups that it is trained on."""
+    """The model, which it freezes, with a bias on its logits. `candidates`: those of the groups to train on."""
 
     def __init__(self, model: LlamaForCausalLM, candidates: Samples | None = None) -> None:
         super().__init__()
+        model.eval().requires_grad_(False)
         self.body, self.candidates = model.model, candidates
         self.output = model.lm_head.weight.T / TEMPERATURE
         self.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))

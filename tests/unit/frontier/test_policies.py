@@ -139,6 +139,8 @@ def test_log_probs_and_kl_of_the_transformer(drawn: tuple[BiasPolicy, Samples]) 
 def test_training_sees_the_log_probs_that_were_drawn(drawn: tuple[BiasPolicy, Samples]) -> None:
     """32 candidates a group: 12 texts, thrice repeated and cut to one group."""
     policy, samples = drawn
+    assert [name for name, each in policy.named_parameters() if each.requires_grad] == ["bias"]
+    assert not policy.output.requires_grad
     group = Samples(*(value.repeat(3, *[1] * (value.dim() - 1))[:32] for value in vars(samples).values()))
     same = BiasPolicy.__new__(BiasPolicy)
     same.__dict__.update(policy.__dict__)
