@@ -31,7 +31,10 @@ from exo_megatron.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BESIDES = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/README.md")]
+BESIDES = [
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *(ROOT / "examples" / name for name in ("README.md", "frontier/README.md")),
+]
 DOCUMENTS = [*PAGES, *BESIDES]
 
 SETTINGS = {**STAGE_CONFIGS, **COMMAND_CONFIGS, "run": RunConfig}
