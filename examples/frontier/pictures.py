@@ -48,8 +48,9 @@ def _draw_method(axes: Axes, runs: Runs, reference: PromptMeans, setting: Settin
     colour, marker = STYLES[method]
     for seed in dict.fromkeys(run.seed for run in runs if setting_of(run) == setting):
         for curve in curves(runs, reference, setting, method, seed):
-            points = np.array(sorted((each.kls.mean(), each.rewards.mean()) for each in curve))
-            axes.plot(*points.T, color=colour, linewidth=0.8, alpha=0.5)
+            kls, rewards = np.array(sorted((each.kls.mean(), each.rewards.mean()) for each in curve)).T
+            roots = np.linspace(0, kls[-1] ** 0.5, 100)  # linear over the root, as in equal_kl
+            axes.plot(roots**2, np.interp(roots, kls**0.5, rewards), color=colour, linewidth=0.8, alpha=0.5)
     mine = [each for run, each in runs.items() if setting_of(run) == setting and run.method == method]
     axes.errorbar(
         [each.kls.mean() for each in mine],

@@ -57,8 +57,8 @@ def describe(summary: Summary) -> str:
 
 def compare(means: Means) -> list[str]:
     """What EXO and DPO gained, in words that the intervals bear out. means: by name and step."""
-    exo, dpo, sft = means["exo"], means["dpo"], means[REFERENCE_NAME][None]
-    step = max(last_step(exo), last_step(dpo))
+    exo, dpo, sft = means["exo"], means["dpo"], last(means[REFERENCE_NAME])
+    step = last_step(exo)
     gains = (f"{name} {show(lead_of(last(each), sft)[0])}" for name, each in (("EXO", exo), ("DPO", dpo)))
     reward, kl = lead_of(last(exo), last(dpo))
     return [
@@ -66,7 +66,9 @@ def compare(means: Means) -> list[str]:
         f"At equal steps ({step}), EXO minus DPO: reward {show(reward)}, KL {show(kl)}.",
         at_equal_kl(exo, dpo),
         f"In brackets: {COVERAGE} % intervals by bootstrap over the {len(sft.rewards)} unseen prompts, for these two "
-        "runs; another seed may fall otherwise. examples/frontier shows where which loss is better.",
+        "runs; another seed may fall otherwise.",
+        "A curve of checkpoints favours the loss that goes slower, which at a given KL is nearer to the end of its "
+        "training: examples/frontier compares ends of runs.",
     ]
 
 
@@ -81,9 +83,9 @@ def at_equal_kl(exo: Checkpoints, dpo: Checkpoints) -> str:
     return f"At equal KL ({level:.2f} nats, the most that both reach), {verdict}: EXO minus DPO {show(lead)}."
 
 
-def last_step(method: Checkpoints) -> int:
-    """The step of the last checkpoint."""
-    return max(step for step in method if step is not None)
+def last_step(method: Checkpoints) -> int | None:
+    """The step of the last checkpoint; None for a converted model."""
+    return max(method, key=lambda step: step or 0)
 
 
 def last(method: Checkpoints) -> PromptMeans:

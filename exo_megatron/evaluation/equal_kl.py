@@ -1,7 +1,8 @@
 """Comparison of policies at equal KL to the reference, with errors by bootstrap over prompts.
 
 A method leaves policies at several distances from the reference: its checkpoints, or the ends of
-runs with different settings. Its curve is their reward over their KL, linear between neighbours. A
+runs with different settings. Its curve is their reward over the square root of their KL, linear
+between neighbours: near the reference, reward grows with that root (arXiv 2210.10760, Section 3). A
 bootstrap draws prompts with replacement, the same ones for every policy, and draws the curves
 again; so what two policies share at a prompt does not count as an error of their difference.
 """
@@ -110,7 +111,8 @@ def _interpolate(kls: Values, rewards: Values, at: Values) -> Values:
     """
     order = kls.argsort(axis=1)
     kls, rewards = np.take_along_axis(kls, order, axis=1), np.take_along_axis(rewards, order, axis=1)
-    return np.array([np.interp(*line) for line in zip(at, kls, rewards, strict=True)], dtype=np.float64)
+    roots, levels = (np.sqrt(np.maximum(values, 0.0)) for values in (kls, at))  # an estimate may be below zero
+    return np.array([np.interp(*line) for line in zip(levels, roots, rewards, strict=True)], dtype=np.float64)
 
 
 def _bounded(values: Values) -> Bounded:

@@ -33,13 +33,13 @@ def constant(reward: float, kl: float) -> PromptMeans:
 def test_interpolation_by_hand() -> None:
     """Whatever the order of the policies."""
     curve = [constant(3.0, 4.0), constant(0.0, 0.0), constant(1.0, 1.0)]
-    assert reward_at_kl(curve, 2.5) == Bounded(2.0, 0.0, 2.0, 2.0)
+    assert reward_at_kl(curve, 2.25) == Bounded(2.0, 0.0, 2.0, 2.0)  # half-way between the roots of 1 and 4
     assert reward_at_kl(curve, 4.0).value == 3.0
-    other = [constant(1.0, 1.0), constant(2.0, 3.0)]
-    assert lead_at_kl(curve, other, 2.5).value == pytest.approx(2.0 - 1.75)
-    assert lead_over(curve, constant(0.5, 2.5)).value == pytest.approx(1.5)
+    other = [constant(1.0, 1.0), constant(2.0, 9.0)]
+    assert lead_at_kl(curve, other, 2.25).value == pytest.approx(2.0 - 1.25)
+    assert lead_over(curve, constant(0.5, 2.25)).value == pytest.approx(1.5)
     reward, kl = lead_of(curve[0], other[1])
-    assert (reward.value, kl.value) == (1.0, 1.0)
+    assert (reward.value, kl.value) == (1.0, -5.0)
 
 
 def test_beyond_the_ends_there_is_no_answer() -> None:
@@ -55,10 +55,10 @@ def test_beyond_the_ends_there_is_no_answer() -> None:
 
 
 def test_standard_error_is_that_of_the_mean() -> None:
-    """Far from the curve's bends, reward at a KL has the error of r - slope * k, here with slope 1."""
-    curve = [policy(0.0, 0.0, seed=1), policy(10.0, 10.0, seed=1)]
-    residual = curve[0].rewards - curve[0].kls
-    assert reward_at_kl(curve, 5.0).stderr == pytest.approx(residual.std(ddof=1) / PROMPTS**0.5, rel=0.1)
+    """Far from the curve's bends, reward at KL k has the error of r - slope * k / (2 sqrt(k)), here with slope 10."""
+    curve = [policy(0.0, 20.0, seed=1), policy(10.0, 20.0 + 1 + 2 * 20.0**0.5, seed=1)]
+    residual = curve[0].rewards - 10 * curve[0].kls / (2 * 22.6**0.5)
+    assert reward_at_kl(curve, 24.7).stderr == pytest.approx(residual.std(ddof=1) / PROMPTS**0.5, rel=0.1)
 
 
 def test_shared_noise_cancels() -> None:
@@ -74,8 +74,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Two noisy curves whose true lead at KL 1 is 0.3."""
     trials, held = 120, 0
     for trial in range(trials):
-        first = [policy(0.3, 0.0, seed=4 * trial), policy(2.3, 2.0, seed=4 * trial + 1)]
-        second = [policy(0.0, 0.0, seed=4 * trial + 2), policy(2.0, 2.0, seed=4 * trial + 3)]
+        first = [policy(0.3, 0.2, seed=4 * trial), policy(2.3, 2.0, seed=4 * trial + 1)]
+        second = [policy(0.0, 0.2, seed=4 * trial + 2), policy(2.0, 2.0, seed=4 * trial + 3)]
         lead = lead_at_kl(first, second, 1.0, seed=trial)
         held += lead.low <= 0.3 <= lead.high
     expected = trials * COVERAGE / 100

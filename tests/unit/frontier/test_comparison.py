@@ -118,7 +118,7 @@ def run_of(method: str, beta_r: float, *, K: int = 4, lr: float = 0.1) -> Run:
 def test_leads_and_the_effect_of_K_by_hand() -> None:
     """DPO has 1.0 at KL 2; EXO, from 0 at the reference, 1.2 there with one learning rate and 0.6 with the other."""
     (reference,) = points((0.0, 0.0))
-    exo, slow, dpo, more = points((2.4, 4.0), (0.9, 3.0), (1.0, 2.0), (3.0, 2.0))
+    exo, slow, dpo, more = points((2.4, 8.0), (0.9, 4.5), (1.0, 2.0), (3.0, 4.0))
     runs = {
         run_of("exo_rw", 1.0): exo,
         run_of("exo_rw", 1.0, lr=0.2): slow,
@@ -128,9 +128,9 @@ def test_leads_and_the_effect_of_K_by_hand() -> None:
     (lead,) = find_leads(runs, {"bigram": reference})
     assert lead.lead is not None and lead.lead.value == pytest.approx(0.2)
     effects = {(each.setting.K, each.method): each for each in effect_of_K(runs, {"bigram": reference}, kl=1.0)}
-    assert effects[4, "exo_rw"].reward.value == pytest.approx(0.6) and effects[4, "exo_rw"].change is None
+    assert effects[4, "exo_rw"].reward.value == pytest.approx(2.4 / 8**0.5) and effects[4, "exo_rw"].change is None
     change = effects[8, "exo_rw"].change
-    assert change is not None and change.value == pytest.approx(1.5 - 0.6)
+    assert change is not None and change.value == pytest.approx(3 / 2 - 2.4 / 8**0.5)
 
 
 def test_verdict_counts_intervals() -> None:
