@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exo_megatron.evaluation.equal_kl import COVERAGE, Bounded, lead_at_kl, lead_of, spans
+from exo_megatron.evaluation.equal_kl import COVERAGE, Bounded, lead_of, lead_over, spans
 from exo_megatron.evaluation.estimates import REFERENCE_NAME, PromptMeans
 from exo_megatron.evaluation.prompt_means import read_prompt_means
 from exo_megatron.evaluation.summary import summarize_evaluation
@@ -73,14 +73,20 @@ def compare(means: Means) -> list[str]:
 
 
 def at_equal_kl(exo: Checkpoints, dpo: Checkpoints) -> str:
-    """EXO's reward minus DPO's at the largest KL that both reach, interpolated between checkpoints."""
-    level = min(max(float(each.kls.mean()) for each in method.values()) for method in (exo, dpo))
-    curves = [list(method.values()) for method in (exo, dpo)]
-    if not all(spans(curve, level) for curve in curves):
-        return "At equal KL: nothing to say, since no KL lies between checkpoints of both."
-    lead = lead_at_kl(curves[0], curves[1], level)
+    """EXO's reward minus DPO's at the KL of the last checkpoint that is nearer to SFT.
+
+    The other method's reward there is interpolated between its checkpoints.
+    """
+    nearer, other = sorted((exo, dpo), key=lambda method: float(last(method).kls.mean()))
+    level = float(last(nearer).kls.mean())
+    curve = list(other.values())
+    if not spans(curve, level):
+        return "At equal KL: nothing to say, since one method's first checkpoint is beyond the other's last."
+    lead = lead_over(curve, last(nearer))
+    lead = lead if other is exo else -lead
     verdict = {1: "EXO's reward is higher", 0: "no difference can be told", -1: "DPO's reward is higher"}[lead.sign]
-    return f"At equal KL ({level:.2f} nats, the most that both reach), {verdict}: EXO minus DPO {show(lead)}."
+    whose = "DPO" if nearer is dpo else "EXO"
+    return f"At equal KL ({level:.2f} nats, {whose}'s last), {verdict}: EXO minus DPO {show(lead)}."
 
 
 def last_step(method: Checkpoints) -> int | None:

@@ -34,6 +34,9 @@ class Bounded:
     low: float
     high: float
 
+    def __neg__(self) -> Bounded:
+        return Bounded(-self.value, self.stderr, -self.high, -self.low)
+
     @property
     def sign(self) -> int:
         """1 or -1 where the whole interval is above or below zero, else 0."""

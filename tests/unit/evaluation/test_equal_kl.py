@@ -40,6 +40,7 @@ def test_interpolation_by_hand() -> None:
     assert lead_over(curve, constant(0.5, 2.25)).value == pytest.approx(1.5)
     reward, kl = lead_of(curve[0], other[1])
     assert (reward.value, kl.value) == (1.0, -5.0)
+    assert -Bounded(1.0, 0.5, 0.25, 2.0) == Bounded(-1.0, 0.5, -2.0, -0.25)
 
 
 def test_beyond_the_ends_there_is_no_answer() -> None:

@@ -81,6 +81,7 @@ def test_description_has_a_line_per_policy() -> None:
         ([(0.0, 0.2), (0.2, 0.8)], "EXO's reward is higher"),
         ([(0.6, 0.2), (1.2, 0.8)], "DPO's reward is higher"),
         ([(0.4, 0.2), (0.77, 0.8)], "no difference can be told"),
+        ([(0.4, 0.2), (0.6, 0.8), (0.65, 0.8)], "EXO's reward is higher"),
     ],
 )
 def test_verdict_at_equal_kl_is_that_of_the_interval(dpo: Points, verdict: str) -> None:
@@ -88,7 +89,13 @@ def test_verdict_at_equal_kl_is_that_of_the_interval(dpo: Points, verdict: str) 
     means = make_means([(0.4, 0.3), (1.0, 1.2)], dpo)
     gains, steps, equal_kl, *_ = compare(means)
     assert verdict in equal_kl and equal_kl.startswith("At equal KL (0.80")
-    assert gains.startswith("Gain of reward over SFT: EXO +1.00") and "At equal steps (48)" in steps
+    assert gains.startswith("Gain of reward over SFT: EXO +1.00") and "At equal steps (" in steps
+
+
+def test_the_sign_is_exos_whichever_goes_farther() -> None:
+    means = make_means([(0.0, 0.2), (0.2, 0.8)], [(0.4, 0.3), (1.0, 1.2)])
+    assert "DPO's reward is higher: EXO minus DPO -0.5" in compare(means)[2]
+    assert "0.80 nats, EXO's last" in compare(means)[2]
 
 
 def test_no_verdict_where_one_method_is_beyond_all_of_the_other() -> None:
