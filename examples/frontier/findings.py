@@ -27,7 +27,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Lead:
-    """EXO against one end point of DPO, at that end point's KL.
+    """EXO against DPO at the KL of one end point of DPO, each with the best of its learning rates there.
 
     Attributes:
         run: DPO's run.
@@ -78,20 +78,22 @@ def curves(runs: Runs, reference: PromptMeans, setting: Setting, method: str, se
 
 
 def find_leads(runs: Runs, references: Mapping[str, PromptMeans]) -> list[Lead]:
-    """Compare at every end point of DPO with the best of EXO's curves there."""
+    """Compare at the KL of every end point of DPO."""
     found = []
     for run, means in runs.items():
-        if run.method != "dpo_rw":
-            continue
-        kl = float(means.kls.mean())
-        reaching = [
-            curve
-            for curve in curves(runs, references[run.policy], setting_of(run), "exo_rw", run.seed)
-            if spans(curve, kl)
-        ]
-        leads = [lead_over(curve, means) for curve in reaching]
-        found.append(Lead(run, kl, max(leads, key=lambda lead: lead.value, default=None)))
+        if run.method == "dpo_rw":
+            kl = float(means.kls.mean())
+            exo, dpo = (
+                _best_at(curves(runs, references[run.policy], setting_of(run), method, run.seed), kl)
+                for method in ("exo_rw", "dpo_rw")
+            )
+            found.append(Lead(run, kl, None if exo is None or dpo is None else _lead(exo, dpo, means, kl)))
     return found
+
+
+def _lead(exo: Sequence[PromptMeans], dpo: Sequence[PromptMeans], means: PromptMeans, kl: float) -> Bounded:
+    """EXO's lead over DPO's curve at `kl`, where nothing is interpolated for DPO if its end point is on it."""
+    return lead_over(exo, means) if any(each is means for each in dpo) else lead_at_kl(exo, dpo, kl)
 
 
 def effect_of_K(runs: Runs, references: Mapping[str, PromptMeans], *, kl: float) -> list[AtKl]:

@@ -127,6 +127,10 @@ def test_leads_and_the_effect_of_K_by_hand() -> None:
     }
     (lead,) = find_leads(runs, {"bigram": reference})
     assert lead.lead is not None and lead.lead.value == pytest.approx(0.2)
+    # A better learning rate of DPO: 3.0 at KL 8, so 1.5 at KL 2; the lead is over that.
+    (better,) = points((3.0, 8.0))
+    beaten, _ = find_leads({**runs, run_of("dpo_rw", 0.5, lr=0.2): better}, {"bigram": reference})
+    assert beaten.lead is not None and beaten.lead.value == pytest.approx(-0.3)
     effects = {(each.setting.K, each.method): each for each in effect_of_K(runs, {"bigram": reference}, kl=1.0)}
     assert effects[4, "exo_rw"].reward.value == pytest.approx(2.4 / 8**0.5) and effects[4, "exo_rw"].change is None
     change = effects[8, "exo_rw"].change
