@@ -117,7 +117,7 @@ def _best_at(found: Sequence[list[PromptMeans]], kl: float) -> list[PromptMeans]
     return max(reaching, key=lambda curve: reward_at_kl(curve, kl).value, default=None)
 
 
-LEVEL = 2.0
+LEVEL = 1.5
 """KL from which on a verdict is told."""
 
 

@@ -25,9 +25,12 @@ from frontier.sweep import METHODS, Run
 POLICY = "transformer"
 K = (8, 32)
 BETAS = (2.0, 0.5)
-RATES = (1e-4, 4e-4)
+RATES = (2e-4, 4e-4)
 BETA_PI = 0.5
-PROMPTS = 512
+PROMPTS = 1536
+TEST_SAMPLES = 8
+"""Texts at each test prompt."""
+
 LONGEST = 97
 """Tokens of a completion, as in the quickstart."""
 
@@ -66,7 +69,7 @@ def make_workflow(output: Path) -> dict[str, Any]:
                 "models": {name: f"${{{name}}}" for name in aligned},
                 "reference": {"checkpoint": "${sft}"},
                 "data": {"path": "${output}/inputs/test_prompts.jsonl"},
-                "sampling": {"candidates": 4},
+                "sampling": {"candidates": TEST_SAMPLES},
             },
         ),
     ]
