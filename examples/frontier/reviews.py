@@ -15,6 +15,7 @@ from quickstart.corpus import make_corpus
 from quickstart.oracle import Oracle, fit_oracle
 from quickstart.reviews import read_reviews
 
+from exo_megatron.errors import DataError
 from exo_megatron.utils.files import read_json, write_json
 
 END, UNKNOWN, BEGIN = 0, 1, 2
@@ -23,6 +24,7 @@ END, UNKNOWN, BEGIN = 0, 1, 2
 SPECIAL = ("</s>", "<unk>", "<s>")
 GRAMMAR_SIZE = 6000
 VOCABULARY = 800
+MINIMUM_TEXTS, MINIMUM_OPENINGS = 1500, 50
 REWARD_SCALE = 2.0
 
 
@@ -60,9 +62,18 @@ class Reviews:
 
 
 def load_reviews(data: Path | None, *, seed: int = 0) -> Reviews:
-    """Read labelled texts, or make them with the quickstart's grammar. Raises DataError for bad lines."""
+    """Read labelled texts, or make them with the quickstart's grammar. Raises DataError for bad lines or too few."""
     labelled = make_corpus(GRAMMAR_SIZE, seed=seed) if data is None else read_reviews(data)
     split = [review.text.split() for review in labelled]
+    long = [text for text in split if len(text) > 5]
+    ways = len({tuple(text[:2]) for text in long})
+    if len(long) < MINIMUM_TEXTS or ways < MINIMUM_OPENINGS:
+        raise DataError(
+            str(data),
+            f"has {len(long)} texts of more than 5 words, whose first two words begin in {ways} ways",
+            expected=f"at least {MINIMUM_TEXTS} texts that begin in {MINIMUM_OPENINGS} ways",
+            fix="give more texts",
+        )
     words = (*SPECIAL, *most_frequent(split, VOCABULARY))
     index = {word: i for i, word in enumerate(words)}
     return Reviews(

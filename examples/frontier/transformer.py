@@ -25,6 +25,9 @@ NEW = 18
 WHOLE = PROMPT + NEW
 TRAIN_PROMPTS, TEST_PROMPTS = 1600, 640
 MOST_CANDIDATES = 32
+HELD_OUT = 5
+"""One in so many openings is for test prompts."""
+
 TEST_SAMPLES = 4
 """Texts at each test prompt."""
 
@@ -177,9 +180,10 @@ class TransformerWorld:
         openings = sorted({text[: PROMPT - 1] for text in reviews.texts if len(text) >= PROMPT})
         known = torch.tensor([[BEGIN, *opening] for opening in openings if min(opening) >= len(SPECIAL)])
         known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
-        test, train = known[:TEST_PROMPTS], known[TEST_PROMPTS:]
-        chosen = torch.randint(len(train), (TRAIN_PROMPTS,), generator=torch.Generator().manual_seed(seed))
-        candidates = BiasPolicy(model).draw(train[chosen].repeat_interleave(MOST_CANDIDATES, dim=0), seed=seed)
+        held_out = len(known) // HELD_OUT
+        test = _draw_lines(known[:held_out], TEST_PROMPTS, seed=0)
+        prompts = _draw_lines(known[held_out:], TRAIN_PROMPTS, seed=seed)
+        candidates = BiasPolicy(model).draw(prompts.repeat_interleave(MOST_CANDIDATES, dim=0), seed=seed)
         groups = Groups(
             rewards=rewards_of(reviews, candidates).view(TRAIN_PROMPTS, MOST_CANDIDATES),
             reference_logps=candidates.logps.view(TRAIN_PROMPTS, MOST_CANDIDATES),
@@ -195,6 +199,11 @@ class TransformerWorld:
         samples = policy.draw(self.test_prompts.repeat_interleave(TEST_SAMPLES, dim=0), seed=1 << 20)
         rewards = rewards_of(self.reviews, samples)
         return PromptMeans(*(each.view(-1, TEST_SAMPLES).mean(dim=1).numpy() for each in (rewards, samples.kls)))
+
+
+def _draw_lines(lines: Tensor, count: int, *, seed: int) -> Tensor:
+    """`count` of the lines, with replacement."""
+    return lines[torch.randint(len(lines), (count,), generator=torch.Generator().manual_seed(seed))]
 
 
 def rewards_of(reviews: Reviews, samples: Samples) -> Tensor:

@@ -15,6 +15,7 @@ from frontier.findings import Lead, describe, effect_of_K, find_leads
 from frontier.reviews import load_reviews
 from frontier.sweep import METHODS, Run, World, finish_run
 from frontier.work import SMALL, prepare, reference_run
+from quickstart.corpus import make_corpus
 
 from exo_megatron import dpo_loss, exo_loss
 from exo_megatron.errors import DataError
@@ -164,11 +165,21 @@ def test_small_version(tmp_path: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in (output / "runs").iterdir()}
     assert len(times) == len(found) + 1
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"word {i} good film", "label": i % 2}) + "\n" for i in range(9)))
+    others = [{"text": review.text, "label": review.label} for review in make_corpus(2000, seed=9)]
+    texts.write_text("".join(json.dumps(each) + "\n" for each in others))
     with pytest.raises(DataError, match="has results from other texts"):
         prepare(output, texts)
     assert prepare(output, None).source == "the quickstart's grammar"
     assert times == {file: file.stat().st_mtime_ns for file in (output / "runs").iterdir()}
+
+
+def test_too_few_texts_are_told(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"a good film number {i} .", "label": i % 2}) + "\n" for i in range(9))
+    )
+    with pytest.raises(DataError, match=r"texts\.jsonl: has 9 texts of more than 5 words, whose .* begin in 1 ways"):
+        load_reviews(texts)
 
 
 @pytest.mark.parametrize(

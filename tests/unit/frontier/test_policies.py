@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from frontier.bigram import LENGTH, NO_WORD, BigramPolicy, BigramWorld, Texts, draw, kl_of, log_bigrams, log_probs_of
 from frontier.reviews import BEGIN, END, UNKNOWN, Reviews, load_reviews
-from frontier.transformer import NEW, PROMPT, TEMPERATURE, BiasPolicy, Samples, fine_tune, make_model
+from frontier.transformer import NEW, PROMPT, TEMPERATURE, BiasPolicy, Samples, TransformerWorld, fine_tune, make_model
 from quickstart.oracle import Oracle
 from torch.nn.functional import log_softmax
 
@@ -134,6 +135,22 @@ def test_log_probs_and_kl_of_the_transformer(drawn: tuple[BiasPolicy, Samples]) 
     last = samples.words[torch.arange(len(samples.words)), samples.lengths - 1]
     assert ((last == END) | (samples.lengths == NEW)).all()
     assert (samples.words[~present] == END).all()
+
+
+def test_test_prompts_are_held_out() -> None:
+    """On a corpus with few openings as well."""
+    reviews = load_reviews(None)
+    few = Reviews(reviews.words, reviews.texts[:400], reviews.oracle, "here")
+    model = make_model(len(few.words), seed=0)
+    with mock.patch.multiple("frontier.transformer", TRAIN_PROMPTS=20, MOST_CANDIDATES=2):
+        world = TransformerWorld.of(few, model, seed=0)
+    train, test = (
+        {tuple(line) for line in prompts.tolist()} for prompts in (world.candidates.prompts, world.test_prompts)
+    )
+    assert train and test and not train & test
+    assert len(world.test_prompts) == 640 and world.groups.rewards.shape == (20, 2)
+    means = world.evaluate(BiasPolicy(model))
+    assert means.kls.max() == 0.0 and len(means.rewards) == 640
 
 
 def test_training_sees_the_log_probs_that_were_drawn(drawn: tuple[BiasPolicy, Samples]) -> None:
