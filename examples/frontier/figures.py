@@ -25,7 +25,6 @@ from frontier.enumerated import (
 )
 from frontier.sweep import LOSSES
 
-WORLDS = 16
 GROUPS = 64
 """Groups of one step, in each world."""
 
@@ -81,13 +80,13 @@ Paths = dict[tuple[str, int | None], Path]
 Measure = Callable[[Tensor], dict[str, Tensor]]
 
 
-def tail_paths(settings: Settings = TAIL) -> Paths:
+def tail_paths(worlds: int, settings: Settings = TAIL) -> Paths:
     """Figure 3: the mass "fifth 0" to "fifth 4" on outputs by their likelihood under pi_sft.
 
     pi_sft and the policies are GRUs of three units, which cannot represent pi*.
     """
-    world = random_worlds(range(WORLDS), dtype=torch.float32)
-    fitted = fit(random_gru(WORLDS, 3, seed=0, dtype=torch.float32), world.data)
+    world = random_worlds(range(worlds), dtype=torch.float32)
+    fitted = fit(random_gru(worlds, 3, seed=0, dtype=torch.float32), world.data)
     reference = gru_log_probs(fitted)
     rewards = standardise(world.rewards, reference, deviation=3.0)
     fifths = likelihood_fifths(reference)
@@ -102,7 +101,7 @@ def likelihood_fifths(reference: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter(-1, order, (mass * 5).long().clamp(max=4))
 
 
-def mode_paths(settings: Settings = MODES) -> Paths:
+def mode_paths(worlds: int, settings: Settings = MODES) -> Paths:
     """Figure 1: the mass "better mode", "other mode" and "between" of policies that cannot hold two modes.
 
     A policy draws five words out of three independently. The reward grows towards two modes that differ in four words
@@ -110,9 +109,9 @@ def mode_paths(settings: Settings = MODES) -> Paths:
     """
     words = all_outputs(3, 5)
     generator = torch.Generator().manual_seed(3)
-    modes = torch.stack([_two_modes(generator) for _ in range(WORLDS)])
+    modes = torch.stack([_two_modes(generator) for _ in range(worlds)])
     matches = (words == modes[:, :, None]).sum(dim=-1).float()  # [R, 2, S]
-    logits = 0.5 * torch.randn(WORLDS, words.shape[1], 3, generator=generator)
+    logits = 0.5 * torch.randn(worlds, words.shape[1], 3, generator=generator)
     reference = independent_log_probs({"logits": logits})
     rewards = torch.maximum(matches[:, 0] + 0.25, matches[:, 1])[:, None]
     near = (matches >= words.shape[1] - 1)[:, :, None]
@@ -160,7 +159,7 @@ def train_all(
                 start,
                 log_probs,
                 sampled_loss(method, K, reference, rewards, settings),
-                rate=torch.full((WORLDS,), settings.rate),
+                rate=torch.full((len(reference),), settings.rate),
                 steps=settings.steps,
                 observe=_observer(seen, measure, settings.steps // POINTS),
                 decay=False,
@@ -182,15 +181,15 @@ def sampled_loss(
 ) -> Callable[[Tensor], Tensor]:
     """Make a function from log-probs [R, P, S] to losses [R] of GROUPS groups, drawn anew from pi_sft at each call."""
     generator = torch.Generator().manual_seed(17)
-    prompts, outputs = reference.shape[1:]
+    worlds, prompts, outputs = reference.shape
 
     def loss(found: Tensor) -> Tensor:
-        chosen = torch.randint(prompts, (WORLDS, GROUPS), generator=generator)
+        chosen = torch.randint(prompts, (worlds, GROUPS), generator=generator)
         chances = reference.exp().gather(1, chosen[..., None].expand(-1, -1, outputs)).reshape(-1, outputs)
-        drawn = torch.multinomial(chances, K, replacement=True, generator=generator).view(WORLDS, GROUPS, K)
+        drawn = torch.multinomial(chances, K, replacement=True, generator=generator).view(worlds, GROUPS, K)
         index = (chosen[..., None] * outputs + drawn).flatten(1)
         policy, sft, reward = (
-            values.flatten(1).gather(1, index).view(WORLDS, GROUPS, K).double()
+            values.flatten(1).gather(1, index).view(worlds, GROUPS, K).double()
             for values in (found, reference, rewards)
         )
         log_p_theta = policy_log_probs(policy - sft, settings.beta_pi)

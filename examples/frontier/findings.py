@@ -117,11 +117,7 @@ def _best_at(found: Sequence[list[PromptMeans]], kl: float) -> list[PromptMeans]
     return max(reaching, key=lambda curve: reward_at_kl(curve, kl).value, default=None)
 
 
-LEVEL = 1.5
-"""KL from which on a verdict is told."""
-
-
-def describe(leads: Sequence[Lead], *, from_kl: float = LEVEL) -> list[str]:
+def describe(leads: Sequence[Lead], *, from_kl: float) -> list[str]:
     """One sentence per setting, computed from the intervals of its leads at KL `from_kl` or more."""
     lines = []
     for setting in dict.fromkeys(setting_of(lead.run) for lead in leads):

@@ -24,6 +24,9 @@ EXPERIMENT = "two modes"
 EFFECT_KL = 1.0
 """KL at which the effect of K is shown."""
 
+LEVEL, LEVEL_OF_STAGES = 1.5, 0.5
+"""KL from which on a verdict is told; runs through the stages go less far."""
+
 StageRuns = tuple[dict[Run, PromptMeans], PromptMeans]
 
 
@@ -48,7 +51,12 @@ def write_report(output: Path, source: str, results: Results, staged: StageRuns 
             "figure_3": describe_paths(results.tail, pictures.TAIL_KL),
         },
     )
-    sentences = [*describe(leads), *describe_toys(results)]
+    in_stages = [lead for lead in leads if lead.run.policy == stages.POLICY]
+    sentences = [
+        *describe([lead for lead in leads if lead not in in_stages], from_kl=LEVEL),
+        *describe(in_stages, from_kl=LEVEL_OF_STAGES),
+        *describe_toys(results),
+    ]
     write_text(output / "report.html", render(source, results, leads, effects, sentences))
     return "\n".join(["", f"Texts: {source}", *sentences, "", f"report      {output / 'report.html'}"])
 

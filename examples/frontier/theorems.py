@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,6 @@ from frontier.enumerated import (
 )
 from frontier.sweep import LOSSES
 
-CANDIDATES = (2, 4, 8, 32, 128, 512)
 BETAS = ((1.0, 1.0), (0.5, 1.0), (0.5, 0.3))
 """(beta_pi, beta_r)."""
 
@@ -84,13 +84,13 @@ def optimum_errors() -> list[OptimumError]:
     return [OptimumError(*betas, optimum_error(problem, *betas)) for betas in BETAS]
 
 
-def measure_cosines(seed: int) -> list[Cosine]:
-    """Theorems 3.2 and 3.3 on the problem with this seed."""
+def measure_cosines(seed: int, candidates: Sequence[int]) -> list[Cosine]:
+    """Theorems 3.2 and 3.3 on the problem with this seed, for these K."""
     problem = make_problem(seed=seed)
     return [
         Cosine(seed, *betas, K, method, cosine)
         for betas in BETAS
-        for K in CANDIDATES
+        for K in candidates
         for method, cosine in cosines(problem, K, *betas).items()
     ]
 

@@ -41,7 +41,8 @@ class Plan:
         bigram_betas, transformer_betas: beta_r; each gives an end point.
         transformer_seeds: none for no transformer.
         rates: learning rates of the transformer, tried for each method.
-        problems: random problems over which cosines are averaged.
+        problems, cosine_K: random problems over which cosines are averaged, and their K.
+        worlds: random worlds of Figures 1 and 3.
     """
 
     K: tuple[int, ...] = (4, 8, 16, 32)
@@ -55,6 +56,8 @@ class Plan:
     rates: tuple[float, ...] = (0.05, 0.1)
     sft_epochs: int = 8
     problems: int = 5
+    cosine_K: tuple[int, ...] = (2, 4, 8, 32, 128, 512)
+    worlds: int = 16
 
     def bigram_runs(self) -> list[Run]:
         """The runs with bigram policies."""
@@ -76,7 +79,7 @@ class Plan:
 FULL = Plan()
 SMALL = Plan(
     K=(4, 32), ranks=(4,), bigram_betas=(2.0, 1.0, 0.5), bigram_seeds=(0,), bigram_steps=100, transformer_seeds=(),
-    problems=1,
+    problems=1, cosine_K=(2, 32, 512), worlds=4,
 )  # fmt: skip
 
 
@@ -140,13 +143,13 @@ def do_all(output: Path, plan: Plan) -> Results:
             # First what others wait for.
             model = submit(_make_model, output, plan.sft_epochs if transformer else 0)
             waiting = [submit(_do_run, output, run) for run in missing if run.policy == BIGRAM]
-            toys = [submit(toy) for toy in (optimum_errors, mode_paths, tail_paths)]
-            cosines = [submit(measure_cosines, seed) for seed in range(plan.problems)]
+            theorem, *figures = submit(optimum_errors), submit(mode_paths, plan.worlds), submit(tail_paths, plan.worlds)
+            cosines = [submit(measure_cosines, seed, plan.cosine_K) for seed in range(plan.problems)]
             model.result()
             waiting += [submit(_do_run, output, run) for run in missing if run.policy == TRANSFORMER]
             for future in waiting:
                 future.result()
-            errors, modes, tail = (toy.result() for toy in toys)
+            errors, (modes, tail) = theorem.result(), (figure.result() for figure in figures)
             found = [cosine for future in cosines for cosine in future.result()]
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -100,7 +100,7 @@ def test_fifths_hold_a_fifth_each() -> None:
 
 
 def test_exo_chooses_one_mode_and_dpo_lies_between() -> None:
-    paths = figures.mode_paths()
+    paths = figures.mode_paths(16)
     ends = {key: path.values["between"][-1].mean() for key, path in paths.items()}
     assert ends["exo_rw", 32] < 0.02 < 0.1 < ends["dpo_rw", 32]
     for path in paths.values():
@@ -145,7 +145,7 @@ def test_verdict_counts_intervals() -> None:
         Lead(run_of("dpo_rw", 0.25), 3.5, None),
         Lead(run_of("dpo_rw", 4.0), 0.3, Bounded(-9.0, 0.1, -9.2, -8.8)),
     ]
-    (line,) = describe(leads)
+    (line,) = describe(leads, from_kl=2.0)
     assert "at 2 end points" in line and "above at 1 and below at 0" in line
     assert "-0.10 to +0.50 (-1.0 to +5.0 standard errors)" in line
 
@@ -154,7 +154,7 @@ def test_small_version(tmp_path: Path) -> None:
     """All that the example leaves; a second call computes no run again; other texts are refused."""
     output = tmp_path / "out"
     command = ["bash", str(DIRECTORY / "run.sh"), "--small", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "EXO is above at 2 and below at 0" in done.stdout
     found = json.loads((output / "summary.json").read_text())
