@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import socket
 import subprocess
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -128,6 +130,30 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 """Longer than rank 0 may need to read data or write a large checkpoint while the others wait."""
 
+CHUNK_BYTES = 4 * 2**20
+"""Bytes of pickled items that travel as one message, if a single item has no more."""
+
+
+class _World:
+    """The gloo group over all ranks for Python objects: NCCL would put them on every rank's GPU."""
+
+    objects: ClassVar[dist.ProcessGroup | None] = None
+
+
+def objects_group() -> dist.ProcessGroup | None:
+    """Return the group for Python objects; None, which stands for the default one, without a world."""
+    return _World.objects
+
+
+def share_object(value: T) -> list[T]:
+    """Gather the values of all ranks (pickled) in rank order on every rank.
+
+    Collective over the world. Every rank pays for the largest value, times the number of ranks.
+    """
+    box = [value] * dist.get_world_size()
+    dist.all_gather_object(box, value, group=_World.objects)
+    return box
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -149,19 +175,92 @@ class Runtime:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
-        """Return the value of rank `source` (pickled) on every rank of the world."""
+        """Return the value of rank `source` (pickled) on every rank of the world.
+
+        For small values; what grows with the data goes by `broadcast_items`.
+        """
         box = [value]
-        dist.broadcast_object_list(box, src=source)
+        dist.broadcast_object_list(box, src=source, group=_World.objects)
         return box[0]
 
     def gather_objects(self, value: T) -> list[T] | None:
         """Gather the values of all ranks (pickled) in rank order on rank 0; None elsewhere.
 
-        Collective over the world.
+        Collective over the world. For small values, because all are padded to the largest; what
+        grows with the data goes by `gather_items`.
         """
         box: list[T] | None = [value] * self.world_size if self.is_main else None
-        dist.gather_object(value, box, dst=0)
+        dist.gather_object(value, box, dst=0, group=_World.objects)
         return box
+
+    def broadcast_items(self, items: Sequence[T]) -> list[T]:
+        """Return the items of rank 0 on every rank, in their order.
+
+        Collective over the world. They travel in messages of about CHUNK_BYTES, however many there
+        are. Those of other ranks are not read.
+        """
+        if self.is_main:
+            for chunk in _chunks(items):
+                self.broadcast_object(chunk)
+            self.broadcast_object(b"")
+            return list(items)
+        received: list[T] = []
+        while chunk := self.broadcast_object(b""):
+            received += _unpacked(chunk)
+        return received
+
+    def gather_items(self, items: Sequence[T]) -> list[T] | None:
+        """Gather the items of all ranks on rank 0, those of rank 0 first; None elsewhere.
+
+        Collective over the world. Each rank sends its own to rank 0 in messages of about
+        CHUNK_BYTES, one rank after another, without padding.
+        """
+        if not self.is_main:
+            for chunk in _chunks(items):
+                _send(chunk)
+            _send(b"")
+            return None
+        gathered = list(items)
+        for rank in range(1, self.world_size):
+            while chunk := _receive(rank):
+                gathered += _unpacked(chunk)
+        return gathered
+
+
+def _chunks(items: Iterable[object]) -> Iterator[bytes]:
+    """Yield pickled items, one after another, in pieces of CHUNK_BYTES or of a single larger item."""
+    pending: list[bytes] = []
+    size = 0
+    for item in items:
+        pickled = pickle.dumps(item)
+        if pending and size + len(pickled) > CHUNK_BYTES:
+            yield b"".join(pending)
+            pending, size = [], 0
+        pending.append(pickled)
+        size += len(pickled)
+    if pending:
+        yield b"".join(pending)
+
+
+def _unpacked(chunk: bytes) -> Iterator[T]:
+    stream = io.BytesIO(chunk)
+    while stream.tell() < len(chunk):
+        yield pickle.load(stream)  # noqa: S301  # of our own ranks, as in torch's object collectives
+
+
+def _send(chunk: bytes) -> None:
+    dist.send(torch.tensor([len(chunk)]), dst=0, group=_World.objects)
+    if chunk:
+        dist.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), dst=0, group=_World.objects)
+
+
+def _receive(rank: int) -> bytes:
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.recv(size, src=rank, group=_World.objects)
+    chunk = torch.empty(int(size), dtype=torch.uint8)
+    if chunk.numel():
+        dist.recv(chunk, src=rank, group=_World.objects)
+    return chunk.numpy().tobytes()
 
 
 @contextmanager
@@ -197,6 +296,7 @@ def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     runtime = Runtime(launch.rank, launch.world_size, launch.local_rank, device, launch.launcher)
     yield runtime
     runtime.barrier()  # a rank that leaves early takes its connections away under the others
+    _World.objects = None
     dist.destroy_process_group()
 
 
@@ -234,6 +334,7 @@ def _join(launch: Launch, device: torch.device) -> None:
         world_size=launch.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    _World.objects = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT, group_desc="objects")
 
 
 def _mpi_store(launch: Launch) -> Store:

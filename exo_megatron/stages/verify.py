@@ -178,7 +178,7 @@ def _check_tensors(comparison: Comparison, config: VerifyConfig, made: Direction
     mine = comparison.entries[runtime.rank :: runtime.world_size]
     with failing_together():
         found = _differences(comparison, config.checkpoint, mine, made, show=runtime.is_main)
-    differing = [each for part in runtime.broadcast_object(runtime.gather_objects(found) or []) for each in part]
+    differing = runtime.broadcast_items(runtime.gather_items(found) or [])
     details = [*comparison.problems, *map(str, differing)]
     if differing and config.made is None and made == "import" and comparison.hf_dtypes != comparison.stored_dtypes:
         details.insert(0, "types differ; fix: made=export if the HF checkpoint was exported from this one")
