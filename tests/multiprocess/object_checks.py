@@ -6,11 +6,13 @@ import pickle
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state, write_sharded
 from exo_megatron.data.candidates import Candidate, CandidateRecord
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.parallel import runtime as module
@@ -20,7 +22,14 @@ from exo_megatron.rewards.records import score_records
 from exo_megatron.rollout import generate
 from exo_megatron.rollout.engine import GeneratedCandidate, GeneratedGroup
 
-OBJECT_COLLECTIVES = ("broadcast_object_list", "gather_object", "all_gather_object", "send", "recv")
+OBJECT_COLLECTIVES = (
+    "broadcast_object_list",
+    "gather_object",
+    "all_gather_object",
+    "scatter_object_list",
+    "send",
+    "recv",
+)
 
 
 class Seen:
@@ -28,6 +37,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.groups: list[Any] = []
+        self.names: list[str] = []
         self.largest = 0
 
     @contextmanager
@@ -44,6 +54,7 @@ class Seen:
 
     def _run(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.groups.append(kwargs.get("group"))
+        self.names.append(name)
         sent = args[1] if name == "all_gather_object" else args[0]
         size = sent.numel() * sent.element_size() if isinstance(sent, torch.Tensor) else len(pickle.dumps(sent))
         result = original(*args, **kwargs)
@@ -88,6 +99,15 @@ def small_objects(runtime: Runtime) -> dict[str, Any]:
         "shared": shared,
         "gathered": gathered,
     }
+
+
+def saved_tensors(runtime: Runtime, directory: Path) -> dict[str, set[str]]:
+    """Save a tensor with megatron-core and torch, and name the collectives that they used."""
+    state = planned_state([PlannedShard("w", (runtime.world_size,), (runtime.rank,), (4,), torch.float32)])
+    with Seen().watching() as seen:
+        write_sharded(state, directory, lambda key, offset: torch.ones(1, 4))
+    own = {name for name, group in zip(seen.names, seen.groups, strict=True) if group is objects_group()}
+    return {"own": own, "default": set(seen.names) - own}
 
 
 class _Engine:

@@ -28,6 +28,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     checks.append(Check("small", CHECKS + "small_objects", {}))
     for prompts in (6, 60, 1200):
         checks.append(Check(f"{prompts} prompts", CHECKS + "largest_message", {"prompts": prompts, "chunk": CHUNK}))
+    weights = tmp_path_factory.mktemp("weights")
+    checks.append(Check("save", CHECKS + "saved_tensors", {"directory": weights}))
     return run_checks(RANKS, checks, tmp_path_factory.mktemp("objects"))
 
 
@@ -56,6 +58,13 @@ def test_no_message_grows_with_the_number_of_prompts(outcomes: dict[str, Outcome
             assert found["everywhere"]
             assert found["scored"] == (found["expected"] if rank == 0 else None)
     assert outcomes["1200 prompts"].values()[0]["all records"] > 50 * CHUNK
+
+
+def test_plans_and_records_of_a_checkpoint_go_over_the_group_for_objects(outcomes: dict[str, Outcome]) -> None:
+    """megatron-core's own check of the shards takes the default group, and has no argument for another."""
+    for found in outcomes["save"].values():
+        assert found["own"] >= {"gather_object", "scatter_object_list"}
+        assert found["default"] <= {"all_gather_object"}
 
 
 def test_only_the_runtime_calls_collectives_of_objects() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from exo_megatron.errors import TopologyError
 from exo_megatron.parallel import runtime
-from exo_megatron.parallel.runtime import Launch, Launcher, Seat, check_seats, detect_launch
+from exo_megatron.parallel.runtime import Launch, Launcher, Seat, check_seats, detect_launch, distributed_runtime
 
 LAUNCHERS: tuple[Launcher, ...] = ("torchrun", "slurm", "mpi")
 
@@ -109,6 +109,18 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, visible: i
     assert f"3 processes, which see {visible} different CUDA devices" in refusal.value.problem
     assert f"at most {visible} processes" in refusal.value.expected
     assert f"--nproc-per-node {visible}," in refusal.value.fix
+
+
+def test_seats_are_checked_when_the_world_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_take_seat", lambda device, failure: Seat("n1", "", failure))
+    try:
+        with (
+            pytest.raises(TopologyError, match="1 processes, which see 0 different"),
+            distributed_runtime(models=False),
+        ):
+            pytest.fail("joined")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_transformer_engine_on_some_ranks_only() -> None:

@@ -13,7 +13,7 @@ from exo_megatron.parallel import doctor
 
 ROOT = Path(__file__).parents[3]
 
-# Files of the fake package, and what is said of it. The last two import, but lack what megatron-core asks for.
+# Files of the fake package, and what is said of it. The last two can be imported, but lack what megatron-core asks for.
 BROKEN: dict[str, tuple[dict[str, str], str]] = {
     "assertion": ({"__init__": "raise AssertionError('versions 2.1 and 2.4')"}, "AssertionError: versions 2.1 and 2.4"),
     "no text": ({"__init__": "assert False"}, "AssertionError: AssertionError"),
@@ -29,7 +29,7 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {
     ),
     "no fp8": (
         {
-            "__init__": "__version__ = '1.0.0'",
+            "__init__": "__version__ = '0.9.0'",
             "pytorch/__init__": "",
             "pytorch/float8_tensor": "class Float8Tensor: pass",
         },
