@@ -27,11 +27,12 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {
         {"__init__": "__version__ = '2.4.0'", "pytorch/__init__": ""},
         "ModuleNotFoundError: No module named 'transformer_engine.pytorch.tensor'",
     ),
-    "no fp8": (
+    "no autocast": (
         {
             "__init__": "__version__ = '0.9.0'",
             "pytorch/__init__": "",
             "pytorch/float8_tensor": "class Float8Tensor: pass",
+            "pytorch/fp8": "class FP8GlobalStateManager: pass",
         },
         "ImportError: megatron-core does not find the parts of it that it needs",
     ),
@@ -79,7 +80,7 @@ def test_the_run_goes_on_without_it_and_says_so_once(tmp_path: Path, kind: str) 
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("kind", ["assertion", "its torch part", "no fp8"])
+@pytest.mark.parametrize("kind", ["assertion", "its torch part", "no autocast"])
 def test_doctor_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     files, why = BROKEN[kind]
     write(tmp_path, files)
@@ -94,7 +95,7 @@ def test_doctor_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
 def test_commands_that_are_no_stage(tmp_path: Path, command: str) -> None:
     """They get to the error of their own: there is no checkpoint."""
     write(tmp_path, BROKEN["assertion"][0])
-    keys = {"verify": ["hf=nowhere", "checkpoint=nowhere"], "pickles": ["checkpoint=nowhere"]}[command]
+    keys = {"verify": ["hf=nowhere", "checkpoint=nowhere"], "pickles": ["hf=nowhere", "output=made"]}[command]
     ended = run(tmp_path, "-m", "exo_megatron", command, *keys)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
