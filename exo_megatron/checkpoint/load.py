@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,7 +25,7 @@ from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import CheckpointError, DataError
 from exo_megatron.models.policy import PolicyModel, build_policy
 from exo_megatron.parallel.ending import failing_together
-from exo_megatron.parallel.runtime import share_object
+from exo_megatron.parallel.runtime import objects_group
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.utils.files import read_json
 
@@ -53,7 +54,9 @@ def _all_keys(template: dict[str, Any]) -> set[str]:
 
     Collective over the world.
     """
-    return {key for keys in share_object(sorted(template_shapes(template))) for key in keys}
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, sorted(template_shapes(template)), group=objects_group())
+    return {key for keys in gathered for key in keys}
 
 
 def _check_no_more(checkpoint: Path, wanted: set[str]) -> None:

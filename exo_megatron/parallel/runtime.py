@@ -325,7 +325,7 @@ def _choose_device(launch: Launch) -> torch.device:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a rank runs: its node, its CUDA device, and why it has no Transformer Engine, if so.
+    """A rank's node and CUDA device, and why it cannot use its Transformer Engine, if so.
 
     gpu: UUID of the device; "" if no device is visible under its number; None for the CPU.
     """

@@ -67,13 +67,13 @@ def test_plans_and_records_of_a_checkpoint_go_over_the_group_for_objects(outcome
         assert found["default"] <= {"all_gather_object"}
 
 
-def test_only_the_runtime_calls_collectives_of_objects() -> None:
-    """One that is called elsewhere would go over the default group, which is NCCL's on a GPU."""
-    callers = {path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("*.py") if any(_of_objects(path))}
-    assert callers == {"parallel/runtime.py"}
-    calls = list(_of_objects(SOURCES / "parallel/runtime.py"))
-    assert len(calls) == 3
-    assert all("group" in {keyword.arg for keyword in call.keywords} for call in calls)
+def test_every_collective_of_objects_names_the_group_for_objects() -> None:
+    """Without a group it would take the default one, which is NCCL's on a GPU."""
+    calls = {path.relative_to(SOURCES).as_posix(): list(_of_objects(path)) for path in SOURCES.rglob("*.py")}
+    assert {name for name, found in calls.items() if found} == {"parallel/runtime.py", "checkpoint/load.py"}
+    for call in (call for found in calls.values() for call in found):
+        groups = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "group"]
+        assert groups in (["_World.objects"], ["objects_group()"])
 
 
 def _of_objects(path: Path) -> Iterator[ast.Call]:
