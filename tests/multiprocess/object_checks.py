@@ -55,6 +55,8 @@ class Seen:
     def _run(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.groups.append(kwargs.get("group"))
         self.names.append(name)
+        if not args:  # torch's own calls, by keyword; only their group is looked at
+            return original(**kwargs)
         sent = args[1] if name == "all_gather_object" else args[0]
         size = sent.numel() * sent.element_size() if isinstance(sent, torch.Tensor) else len(pickle.dumps(sent))
         result = original(*args, **kwargs)

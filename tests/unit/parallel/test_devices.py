@@ -102,6 +102,7 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, visible: i
     """With one visible device nothing but its identity tells it from the device of another process."""
     shared = Devices(visible)
     seats = seats_of(monkeypatch, [("n1", shared, local_rank) for local_rank in range(3)])
+    assert all(device.index < visible for device in shared.chosen)  # CUDA refuses a number that is not there
     assert [seat.gpu for seat in seats] == (["0", "0", "0"] if visible == 1 else ["0", "1", ""])
     with pytest.raises(TopologyError) as refusal:
         check_seats([Seat("n0", "another", None), *seats])
