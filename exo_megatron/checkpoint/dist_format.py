@@ -35,6 +35,7 @@ from exo_megatron.checkpoint.directory import FileRecord
 from exo_megatron.checkpoint.safety import COMMON_FILE
 from exo_megatron.checkpoint.shard_writer import ShardWriter
 from exo_megatron.errors import ExoError
+from exo_megatron.parallel.runtime import objects_group
 
 Producer = Callable[[str, tuple[int, ...]], Tensor]
 """Function that makes the data of a shard from its key and global offset."""
@@ -111,7 +112,12 @@ class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # m
         """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         writer = ShardWriter(checkpoint_dir)
-        save(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=_Planner(self._produce))
+        save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=writer,
+            planner=_Planner(self._produce),
+            process_group=objects_group(),
+        )
         self.written = writer.written
 
 

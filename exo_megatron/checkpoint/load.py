@@ -25,6 +25,7 @@ from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import CheckpointError, DataError
 from exo_megatron.models.policy import PolicyModel, build_policy
 from exo_megatron.parallel.ending import failing_together
+from exo_megatron.parallel.runtime import objects_group
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.utils.files import read_json
 
@@ -54,7 +55,7 @@ def _all_keys(template: dict[str, Any]) -> set[str]:
     Collective over the world.
     """
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, sorted(template_shapes(template)))
+    dist.all_gather_object(gathered, sorted(template_shapes(template)), group=objects_group())
     return {key for keys in gathered for key in keys}
 
 

@@ -120,7 +120,7 @@ def _run(command: str, arguments: Arguments) -> int:
 def run_command(config: Section) -> int:
     """Run `verify` or `pickles` and return the exit code."""
     if isinstance(config, VerifyConfig):
-        from exo_megatron.stages.verify import run_verify
+        from exo_megatron.stages.run import run_verify
 
         return run_verify(config)
     if isinstance(config, PicklesConfig):

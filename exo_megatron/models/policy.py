@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
-from exo_megatron.errors import TopologyError
+from exo_megatron.errors import ConfigError, TopologyError
+from exo_megatron.models.attention.kernels import FLASH_HEAD_MULTIPLE, FLASH_LARGEST_HEAD, may_use_flash_varlen
 from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
 from exo_megatron.models.layers import block_spec, linear_backend
 from exo_megatron.models.layouts.base import Layout
@@ -195,12 +196,27 @@ def check_topology(spec: ModelSpec, parallel: ParallelConfig) -> None:
         )
 
 
+def check_attention(spec: ModelSpec, device: torch.device, compute: ComputeConfig) -> None:
+    """Raise ConfigError if attention would take the CUDA operator, which has no such head size."""
+    size = spec.head_dim
+    fits = size <= FLASH_LARGEST_HEAD and size % FLASH_HEAD_MULTIPLE == 0
+    if may_use_flash_varlen(device, DTYPES[compute.precision], softcap=spec.attention_softcap) and not fits:
+        raise ConfigError(
+            "compute.precision",
+            f"{compute.precision} on a GPU takes flash attention, which takes no heads of size {size}",
+            expected=f"heads of at most {FLASH_LARGEST_HEAD}, a multiple of {FLASH_HEAD_MULTIPLE}",
+            fix="set compute.precision=fp32, which takes matrix products, or run on the CPU",
+        )
+
+
 def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -> PolicyModel:
     """Build this rank's pipeline stage and tensor shard, uninitialised, on the topology's device.
 
-    Parameters are in `compute.precision`. Raises TopologyError if the model cannot be cut that way.
+    Parameters are in `compute.precision`. Raises TopologyError if the model cannot be cut that way,
+    and ConfigError if its heads do not fit the attention operator of the device.
     """
     check_topology(spec, topology.parallel)
+    check_attention(spec, topology.device, compute)
     config = transformer_config(spec, topology, compute)
     per_stage = spec.layers // topology.pipeline_size
     first = topology.pipeline_rank * per_stage

@@ -190,7 +190,12 @@ def _describe_gpu(index: int) -> Finding:
 
 def _check_transformer_engine() -> Finding:
     advice = "pip install --no-build-isolation 'exo-megatron[cuda]' (after torch, with a CUDA toolkit)"
-    return _probe("Transformer Engine", "transformer_engine.pytorch", advice, version_of="transformer-engine")
+    code = (
+        "import importlib.metadata as m, sys; from exo_megatron.parallel.engine import settle_engine; "
+        "failure = settle_engine(); print(failure or m.version('transformer-engine'), "
+        "file=sys.stderr if failure else sys.stdout); sys.exit(failure is not None)"
+    )
+    return _probe("Transformer Engine", "transformer_engine", advice, code=code)
 
 
 def _check_apex() -> Finding:

@@ -162,13 +162,14 @@ def failing_together() -> Iterator[None]:
     """
     import torch.distributed as dist
 
+    from exo_megatron.parallel.runtime import share_object
+
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    described: list[tuple[str, str, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(described, None if failure is None else _describe(failure))
+    described = share_object(None if failure is None else _describe(failure))
     first = next((rank for rank, fields in enumerate(described) if fields is not None), None)
     if first is None:
         return

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
+import pickle
 import socket
 import subprocess
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -128,6 +132,27 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 """Longer than rank 0 may need to read data or write a large checkpoint while the others wait."""
 
+CHUNK_BYTES = 4 * 2**20
+"""Bytes of pickled items that travel as one message, if a single item has no more."""
+
+
+class _World:
+    """The gloo group for Python objects, which NCCL would put on every rank's GPU."""
+
+    objects: ClassVar[dist.ProcessGroup | None] = None
+
+
+def objects_group() -> dist.ProcessGroup | None:
+    """Return the group for Python objects; None, which stands for the default one, without a world."""
+    return _World.objects
+
+
+def share_object(value: T) -> list[T]:
+    """Gather the small values of all ranks (pickled) in rank order on every rank of the world."""
+    box = [value] * dist.get_world_size()
+    dist.all_gather_object(box, value, group=_World.objects)
+    return box
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -149,19 +174,86 @@ class Runtime:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
-        """Return the value of rank `source` (pickled) on every rank of the world."""
+        """Return the value of rank `source` (pickled, small) on every rank of the world."""
         box = [value]
-        dist.broadcast_object_list(box, src=source)
+        dist.broadcast_object_list(box, src=source, group=_World.objects)
         return box[0]
 
     def gather_objects(self, value: T) -> list[T] | None:
         """Gather the values of all ranks (pickled) in rank order on rank 0; None elsewhere.
 
-        Collective over the world.
+        Collective over the world. All are padded to the largest, which must be small.
         """
         box: list[T] | None = [value] * self.world_size if self.is_main else None
-        dist.gather_object(value, box, dst=0)
+        dist.gather_object(value, box, dst=0, group=_World.objects)
         return box
+
+    def broadcast_items(self, items: Sequence[T]) -> list[T]:
+        """Return the items of rank 0 on every rank, in their order.
+
+        Collective over the world, in messages of about CHUNK_BYTES. Other ranks' are not read.
+        """
+        if self.is_main:
+            for chunk in _chunks(items):
+                self.broadcast_object(chunk)
+            self.broadcast_object(b"")
+            return list(items)
+        received: list[T] = []
+        while chunk := self.broadcast_object(b""):
+            received += _unpacked(chunk)
+        return received
+
+    def gather_items(self, items: Sequence[T]) -> list[T] | None:
+        """Gather the items of all ranks on rank 0, those of rank 0 first; None elsewhere.
+
+        Collective over the world. One rank after another sends messages of about CHUNK_BYTES.
+        """
+        if not self.is_main:
+            for chunk in _chunks(items):
+                _send(chunk)
+            _send(b"")
+            return None
+        gathered = list(items)
+        for rank in range(1, self.world_size):
+            while chunk := _receive(rank):
+                gathered += _unpacked(chunk)
+        return gathered
+
+
+def _chunks(items: Iterable[object]) -> Iterator[bytes]:
+    """Yield pickled items, one after another, in pieces of CHUNK_BYTES or of a single larger item."""
+    pending: list[bytes] = []
+    size = 0
+    for item in items:
+        pickled = pickle.dumps(item)
+        if pending and size + len(pickled) > CHUNK_BYTES:
+            yield b"".join(pending)
+            pending, size = [], 0
+        pending.append(pickled)
+        size += len(pickled)
+    if pending:
+        yield b"".join(pending)
+
+
+def _unpacked(chunk: bytes) -> Iterator[T]:
+    stream = io.BytesIO(chunk)
+    while stream.tell() < len(chunk):
+        yield pickle.load(stream)  # noqa: S301  # of our own ranks, as in torch's object collectives
+
+
+def _send(chunk: bytes) -> None:
+    dist.send(torch.tensor([len(chunk)]), dst=0, group=_World.objects)
+    if chunk:
+        dist.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), dst=0, group=_World.objects)
+
+
+def _receive(rank: int) -> bytes:
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.recv(size, src=rank, group=_World.objects)
+    chunk = torch.empty(int(size), dtype=torch.uint8)
+    if size:
+        dist.recv(chunk, src=rank, group=_World.objects)
+    return chunk.numpy().tobytes()
 
 
 @contextmanager
@@ -172,8 +264,10 @@ def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     If not, gloo and the CPU are used, also where CUDA is available, with any number of processes.
 
     The group is destroyed at the end; after an exception it is left to the process's exit, because
-    peers may be waiting in a collective. Raises TopologyError if the launcher's variables are
-    incomplete or there are fewer devices than local ranks.
+    peers may be waiting in a collective. A Transformer Engine that is installed but cannot be used
+    is named in one line on rank 0. Raises TopologyError if the launcher's variables are incomplete,
+    and on all ranks if a node has fewer devices than processes or if only some ranks can use
+    Transformer Engine.
     """
     # `exo-megatron doctor` says this once; it need not be repeated by every process of every run.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*(not installed|Falling back).*")
@@ -190,32 +284,89 @@ def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     # One hardware queue keeps tensor-parallel communication in order with the products it overlaps.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     launch = detect_launch()
+    failure = _engine_failure()
     device = _choose_device(launch) if models else torch.device("cpu")
     if models:
         cpu_backend.install()
     _join(launch, device)
+    check_seats(share_object(_take_seat(device, failure)))
+    if failure is not None and launch.rank == 0:
+        told = (
+            f"Transformer Engine cannot be used ({failure}); this run takes slower kernels; see `exo-megatron doctor`"
+        )
+        print(f"exo-megatron: {told}", file=sys.stderr, flush=True)
     runtime = Runtime(launch.rank, launch.world_size, launch.local_rank, device, launch.launcher)
     yield runtime
     runtime.barrier()  # a rank that leaves early takes its connections away under the others
+    _World.objects = None
     dist.destroy_process_group()
 
 
+def _engine_failure() -> str | None:
+    """Return why Transformer Engine, though installed, is not used; see `settle_engine`."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    from exo_megatron.parallel.engine import settle_engine
+
+    return settle_engine()
+
+
 def _choose_device(launch: Launch) -> torch.device:
+    """Choose the device of this rank, which may not be there: `_check_seats` tells all ranks."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    # Slurm may bind one device to each task, which then is device 0 of every task.
-    index = 0 if count == 1 and launch.launcher == "slurm" else launch.local_rank
-    if index >= count:
-        raise TopologyError(
-            "launcher",
-            f"local rank {launch.local_rank} has no CUDA device ({count} visible)",
-            expected=f"at most {count} processes on this node",
-            fix="start one process per GPU",
-        )
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
+    # A launcher or a script may show each process a device of its own: number 0 of each of them.
+    device = torch.device("cuda", 0 if count == 1 else launch.local_rank)
+    if device.index < count:
+        torch.cuda.set_device(device)
     return device
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A rank's node and CUDA device, and why it cannot use its Transformer Engine, if so.
+
+    gpu: UUID of the device; "" if no device is visible under its number; None for the CPU.
+    """
+
+    host: str
+    gpu: str | None
+    engine_failure: str | None
+
+
+def _take_seat(device: torch.device, engine_failure: str | None) -> Seat:
+    gpu = None
+    if device.type == "cuda":
+        there = device.index < torch.cuda.device_count()
+        gpu = str(torch.cuda.get_device_properties(device).uuid) if there else ""
+    return Seat(socket.gethostname(), gpu, engine_failure)
+
+
+def check_seats(seats: Sequence[Seat]) -> None:
+    """Raise TopologyError if ranks lack or share a device, or only some have Transformer Engine.
+
+    seats: of all ranks of the world, so that all ranks raise or none.
+    """
+    for host in dict.fromkeys(seat.host for seat in seats if seat.gpu is not None):
+        here = [seat.gpu for seat in seats if seat.host == host]
+        devices = len(set(here) - {""})
+        if devices < len(here):
+            raise TopologyError(
+                f"launcher, node {host}",
+                f"started {len(here)} processes, which see {devices} different CUDA devices",
+                expected=f"at most {devices} processes on this node",
+                fix=f"start one per GPU (torchrun --nproc-per-node {devices}, srun --ntasks-per-node {devices})",
+            )
+    failed = [(rank, seat) for rank, seat in enumerate(seats) if seat.engine_failure is not None]
+    if failed and len(failed) < len(seats):
+        rank, seat = failed[0]
+        raise TopologyError(
+            f"rank {rank}, node {seat.host}",
+            f"cannot use Transformer Engine ({seat.engine_failure}), and other ranks can",
+            expected="the same kernels on all ranks, whose results must agree",
+            fix="repair it there, or uninstall it everywhere; see `exo-megatron doctor`",
+        )
 
 
 def _join(launch: Launch, device: torch.device) -> None:
@@ -234,6 +385,7 @@ def _join(launch: Launch, device: torch.device) -> None:
         world_size=launch.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    _World.objects = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT, group_desc="objects")
 
 
 def _mpi_store(launch: Launch) -> Store:

@@ -46,8 +46,7 @@ def score_records(
     completions = sum(len(record.texts) for record in share)
     with Progress(label or "", completions, "completions", enabled=runtime.is_main and label is not None) as progress:
         scored = score_share(share, source, batch_size=batch_size, progress=progress)
-    parts = runtime.gather_objects(scored)
-    return None if parts is None else [record for part in parts for record in part]
+    return runtime.gather_items(scored)
 
 
 def score_share(

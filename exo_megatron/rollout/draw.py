@@ -107,11 +107,9 @@ def draw_candidates(
         runtime: the world.
         label: of the progress lines of rank 0.
     """
-    generated = runtime.broadcast_object(
-        generate_records(NativeEngine(policy), prompts, sampling, policy, seed=seed, runtime=runtime, label=label)
-    )
-    if generated is None:
-        raise RuntimeError("rank 0 broadcast no records")
+    engine = NativeEngine(policy)
+    drawn = generate_records(engine, prompts, sampling, policy, seed=seed, runtime=runtime, label=label)
+    generated = runtime.broadcast_items(drawn or [])
     progress_label = f"{label}: log-probs" if runtime.is_main else None
     logprobs = record_logprobs(policy, generated, temperature=sampling.temperature, label=progress_label)
     source = LogprobSource(policy.fingerprint, sampling.temperature, policy.compute.precision)

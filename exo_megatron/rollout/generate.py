@@ -36,10 +36,10 @@ def generate_records(
     with Progress(label, len(share) * sampling.candidates, "candidates", enabled=runtime.is_main) as progress:
         groups = engine.generate([prompts[index] for index in share], sampling, seed=seed, progress=progress)
     speaks = topology.tensor_rank == 0 and topology.is_first_stage
-    gathered = runtime.gather_objects(list(zip(share, groups, strict=True)) if speaks else [])
+    gathered = runtime.gather_items(list(zip(share, groups, strict=True)) if speaks else [])
     if gathered is None:
         return None
-    by_index = dict(pair for part in gathered for pair in part)
+    by_index = dict(gathered)
     return [_record(prompt, by_index[index], policy.text_tokenizer) for index, prompt in enumerate(prompts)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from exo_megatron.config.stages import (
     ExportConfig,
     ImportConfig,
     StageConfig,
+    VerifyConfig,
     status_directory,
 )
 from exo_megatron.config.workflow import PlannedStage, Workflow
@@ -101,6 +102,13 @@ def run_conversion(config: ImportConfig | ExportConfig) -> int:
     return 0
 
 
+def run_verify(config: VerifyConfig) -> int:
+    """Join the world of the launcher, verify a conversion and return the exit code."""
+    with distributed_runtime(models=not config.tensors_only) as runtime, leaving_together(runtime):
+        code: int = load_function("exo_megatron.stages.verify:verify")(config, runtime)
+    return code
+
+
 def check_agreement(digest: str, runtime: Runtime) -> None:
     """Raise ConfigError on all ranks if they were started with different settings or versions.
 
@@ -173,10 +181,10 @@ def writing(output: Path, work: Callable[[], T]) -> T:
         ) from None
 
 
-def load_function(target: str) -> Callable[[StageConfig, Runtime], None]:
+def load_function(target: str) -> Callable[[Any, Runtime], Any]:
     """Import the function that `package.module:name` stands for."""
     module, _, name = target.partition(":")
-    function: Callable[[StageConfig, Runtime], None] = getattr(importlib.import_module(module), name)
+    function: Callable[[Any, Runtime], Any] = getattr(importlib.import_module(module), name)
     return function
 
 

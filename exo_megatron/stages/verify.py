@@ -26,8 +26,8 @@ from exo_megatron.conversion.verifying import Comparison, Direction, TensorDiffe
 from exo_megatron.errors import ExoError, TopologyError, VerificationFailed
 from exo_megatron.models.policy import check_topology
 from exo_megatron.models.spec import ModelSpec
-from exo_megatron.parallel.ending import failing_together, leaving_together
-from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.parallel.ending import failing_together
+from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.stages.run import say
 from exo_megatron.stages.verification import Check, render
@@ -35,17 +35,16 @@ from exo_megatron.stages.verify_logits import check_logits, read_examples
 from exo_megatron.utils.progress import Progress
 
 
-def run_verify(config: VerifyConfig) -> int:
-    """Join the world of the launcher, compare, print the table and return the exit code.
+def verify(config: VerifyConfig, runtime: Runtime) -> int:
+    """Compare, print the table and return the exit code. Collective over the world.
 
     0: everything that can be compared agrees. 1: something differs, or logits could not be compared
     for want of memory or of a transformers that knows the model.
     """
-    with distributed_runtime(models=not config.tensors_only) as runtime, leaving_together(runtime):
-        with failing_together():
-            checkpoint = resolve_checkpoint(config.checkpoint)
-        checks = run_checks(config.model_copy(update={"checkpoint": checkpoint}), runtime)
-        say(runtime, render(checks))
+    with failing_together():
+        checkpoint = resolve_checkpoint(config.checkpoint)
+    checks = run_checks(config.model_copy(update={"checkpoint": checkpoint}), runtime)
+    say(runtime, render(checks))
     return 0 if all(check.verdict in ("pass", "not comparable") for check in checks) else 1
 
 
@@ -178,7 +177,7 @@ def _check_tensors(comparison: Comparison, config: VerifyConfig, made: Direction
     mine = comparison.entries[runtime.rank :: runtime.world_size]
     with failing_together():
         found = _differences(comparison, config.checkpoint, mine, made, show=runtime.is_main)
-    differing = [each for part in runtime.broadcast_object(runtime.gather_objects(found) or []) for each in part]
+    differing = runtime.broadcast_items(runtime.gather_items(found) or [])
     details = [*comparison.problems, *map(str, differing)]
     if differing and config.made is None and made == "import" and comparison.hf_dtypes != comparison.stored_dtypes:
         details.insert(0, "types differ; fix: made=export if the HF checkpoint was exported from this one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -29,8 +29,14 @@ class LoneRuntime:
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         return value
 
+    def broadcast_items(self, items: Sequence[Any]) -> list[Any]:
+        return list(items)
+
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
+
+    def gather_items(self, items: Sequence[Any]) -> list[Any]:
+        return list(items)
 
 
 @dataclass

@@ -123,9 +123,17 @@ def kernels_for(query: Tensor, pass_: AttentionPass, rule: ScoreRule) -> Attenti
         return BatchedKernels(PlainKernel())
     if query.device.type != "cuda":
         return BatchedKernels(CpuFlashKernel())
-    if query.dtype in (torch.bfloat16, torch.float16):
+    if may_use_flash_varlen(query.device, query.dtype, softcap=rule.softcap):
         return FlashVarlenKernels()
     return BatchedKernels(PlainKernel())
+
+
+def may_use_flash_varlen(device: torch.device, dtype: torch.dtype, *, softcap: float | None) -> bool:
+    """Tell whether passes in which no text outgrows a window take the CUDA operator.
+
+    It has no fp32: there, matrix products are used.
+    """
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and softcap is None
 
 
 def merge_(merged: Attended, other: Attended) -> None:
@@ -140,6 +148,10 @@ def merge_(merged: Attended, other: Attended) -> None:
     else:
         output.copy_(torch.lerp(output.to(share.dtype), other_output.to(share.dtype), share))
     lse.copy_(torch.logaddexp(lse, other_lse))
+
+
+FLASH_LARGEST_HEAD = 256
+FLASH_HEAD_MULTIPLE = 8
 
 
 class FlashVarlenKernels:

@@ -39,9 +39,11 @@ class FakeRuntime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather_objects(self, value: Any) -> list[Any] | None:
-        self.inbox[self.rank] = value
-        return [self.inbox[rank] for rank in range(self.world_size)] if self.is_main else None
+    def gather_items(self, items: Sequence[Any]) -> list[Any] | None:
+        self.inbox[self.rank] = items
+        if not self.is_main:
+            return None
+        return [item for rank in range(self.world_size) for item in self.inbox[rank]]
 
 
 class Lengths:
