@@ -101,13 +101,13 @@ def _returns(value: object) -> Callable[..., object]:
     return function
 
 
-def _module_to(self: nn.Module, device: torch.device) -> nn.Module:
+def _module_to(self: nn.Module, device: torch.device | None = None, *, dtype: torch.dtype | None = None) -> nn.Module:
     """`Module.to`, which for fake tensors would swap parameters that others refer to."""
     for module in self.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type != device.type:
-                data: Tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                moved = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                vars(moved).update(vars(parameter))
-                module._parameters[name] = moved
+        for name, old in module._parameters.items():
+            if old is not None and (old.device.type, old.dtype) != ((device or old.device).type, dtype or old.dtype):
+                data: Tensor = torch.empty(old.shape, dtype=dtype or old.dtype, device=device or old.device)
+                new = nn.Parameter(data, requires_grad=old.requires_grad)
+                vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new)})
+                module._parameters[name] = new
     return self
