@@ -41,7 +41,11 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env={**os.environ, "LD_PRELOAD": str(libraries.accelerator), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={
+                **os.environ,
+                "LD_PRELOAD": str(libraries.accelerator),
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            },
         )
 
     def find(self, case: Case, sabotage: str | None = None) -> Any:

@@ -41,10 +41,10 @@ class Watch(TorchDispatchMode):
             out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=torch.device("cuda", 0))
         else:
             out = func(*args, **kwargs)
-        if name == "_to_copy":
-            _note_copy(args[0], out)
+        if name == "_to_copy":  # not blocking, it makes a pinned copy, which something must wait for later
+            _note_copy(args[0], out, waits=not kwargs.get("non_blocking"))
         elif name == "copy_":
-            _note_copy(args[1], args[0])
+            _note_copy(args[1], args[0], waits=True)
         if name not in VIEWS and any(each.is_cuda for each in _tensors(out)):
             RECORD.operators[name] += 1
         return out
@@ -67,12 +67,12 @@ def _number(dtype: torch.dtype) -> bool | int | float:
     return kind(ANSWER)
 
 
-def _note_copy(source: object, target: Tensor) -> None:
+def _note_copy(source: object, target: Tensor, *, waits: bool) -> None:
     if isinstance(source, Tensor) and source.is_cuda != target.is_cuda and source.numel():
-        if source.is_cuda:
-            RECORD.wait("copy to host")
-        else:
+        if target.is_cuda:
             RECORD.upload()
+        elif waits:
+            RECORD.wait("copy to host")
 
 
 def _tensors(out: object) -> list[Tensor]:

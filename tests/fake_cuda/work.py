@@ -84,9 +84,7 @@ def _train(policy: Policy, groups: list[Group]) -> None:
     with RECORD.during("plan"):
         batches = step.plan_step(trainee, groups, objective)
     with RECORD.during("end"):
-        step.train_step(
-            trainee, batches.microbatches, objective, learning_rate=1e-6, oversized=batches.oversized
-        )
+        step.train_step(trainee, batches.microbatches, objective, learning_rate=1e-6, oversized=batches.oversized)
 
 
 def _mark_phases(trainee: Any) -> None:
