@@ -6,8 +6,9 @@ from typing import Any
 
 from exo_megatron.models.spec import Experts, ModelSpec, Rotary
 
+HIDDEN_SIZE = 64
 LLAMA: dict[str, Any] = {
-    "hidden_size": 64,
+    "hidden_size": HIDDEN_SIZE,
     "ffn_hidden_size": 128,
     "heads": 8,
     "kv_heads": 4,

@@ -15,6 +15,7 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from tests.fake_cuda.cases import Case
@@ -34,24 +35,19 @@ class Server:
     def __init__(self, libraries: Libraries, folder: Path) -> None:
         self._folder = folder
         self._number = 0
-        paths = [str(REPOSITORY), str(libraries.folder), os.environ.get("PYTHONPATH", "")]
+        paths = [str(REPOSITORY), str(libraries.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"LD_PRELOAD": str(libraries.accelerator), "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_cuda.server"],
+            [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "LD_PRELOAD": str(libraries.accelerator),
-                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            },
+            env={**os.environ, **environment},
         )
 
     def find(self, case: Case, sabotage: str | None = None) -> Any:
         """The `Found` of a case, as a namespace; raises CaseFailure."""
-        from types import SimpleNamespace
-
         self._number += 1
         result = self._folder / f"{self._number:03d}-{case.name}.json"
         stdin, stdout = _pipes(self._process)

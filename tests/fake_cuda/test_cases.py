@@ -1,4 +1,4 @@
-"""The project's training step, rollout and scoring run on CUDA tensors, which have no data, with the CPU build of torch.
+"""The project's training step, rollout and scoring run on CUDA tensors without data, with the CPU build of torch.
 
 CI runs a third of the cases. All of them:
 

@@ -1,4 +1,4 @@
-"""What one step or pass did on fake CUDA, as it happens: operators, collectives, waits of the host, copies to the device.
+"""What a step does on fake CUDA, as it happens: operators, collectives, waits of the host, copies to the device.
 
 `RECORD` is the record of this process. Places are "file:function", the innermost of megatron-core or the project, and
 behind "<-" the innermost of the project if that is another one.

@@ -14,12 +14,39 @@ from tests.fake_cuda.trace import RECORD
 
 # Operators that launch nothing: views, and allocations.
 VIEWS = frozenset(
-    "view _unsafe_view t transpose permute slice select unsqueeze squeeze expand alias detach as_strided split "
-    "split_with_sizes unbind unfold empty empty_like new_empty empty_strided lift_fresh reshape _reshape_alias view_as "
-    "chunk diagonal narrow".split()
+    {
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "alias",
+        "detach",
+        "as_strided",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "unfold",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "lift_fresh",
+        "reshape",
+        "_reshape_alias",
+        "view_as",
+        "chunk",
+        "diagonal",
+        "narrow",
+    }
 )
 # Operators whose result's shape the host must wait for.
-SHAPES = frozenset("nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave".split())
+SHAPES = frozenset({"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"})
 ANSWER = 1
 """What the host reads on the device, converted to the type of the number."""
 

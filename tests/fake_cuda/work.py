@@ -24,7 +24,8 @@ from exo_megatron.training.optimizer import make_trainee
 from tests.fake_cuda import collectives
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.device import DEVICE
-from tests.fake_cuda.models import model_spec
+from tests.fake_cuda.models import HIDDEN_SIZE, model_spec
+from tests.fake_cuda.pipeline import answer_shapes
 from tests.fake_cuda.trace import RECORD
 from tests.fake_cuda.watch import Watch
 
@@ -51,6 +52,7 @@ class Found:
 def find(case: Case) -> Found:
     """Do the work with the two models of the case."""
     collectives.join(case.world_size, case.rank)
+    answer_shapes(case.tensor, HIDDEN_SIZE)
     operators: list[int] = []
     found: list[Found] = []
     for layers in case.layers:
