@@ -21,6 +21,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    expert: int = 1
     rank: int = 0
     precision: str = "bf16"
     recompute: str = "none"
@@ -29,8 +30,9 @@ class Case:
     @property
     def name(self) -> str:
         """Everything that differs from the plainest case."""
-        cut = [f"{letter}{size}" for letter, size in (("tp", self.tensor), ("pp", self.pipeline), ("dp", self.data))]
-        parts = [self.work, self.family, *(part for part in cut if not part.endswith("p1")), self.precision]
+        sizes = {"tp": self.tensor, "pp": self.pipeline, "dp": self.data, "ep": self.expert}
+        cut = [f"{letters}{size}" for letters, size in sizes.items() if size > 1]
+        parts = [self.work, self.family, *cut, self.precision]
         parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
         return "-".join(parts + ([f"rank{self.rank}"] if self.world_size > 1 else []))
 
@@ -63,6 +65,8 @@ CASES = (
         for cut in (PLAIN, TP2)
         if family != "llama"
     ),
+    *(replace(TP2, family="moe", expert=2, data=data) for data in (1, 2)),
+    replace(PLAIN, family="moe", expert=2, data=2),
     *(replace(cut, precision="fp32", in_ci=cut is PLAIN) for cut in (PLAIN, TP2)),
     *(replace(cut, work="decode", in_ci=cut is TP2) for cut in (PLAIN, TP2)),
     *(replace(PP2, rank=rank, in_ci=True) for rank in range(2)),

@@ -97,7 +97,7 @@ def _exit_code(child: int) -> int:
 
 
 def _work(case: Case, sabotage: str | None, result: Path) -> int:
-    log = os.open(result.with_suffix(".log"), os.O_CREAT | os.O_WRONLY)
+    log = os.open(result.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:

@@ -10,7 +10,6 @@ from tests.fake_cuda.cases import PLAIN
 from tests.fake_cuda.judge import problems
 from tests.fake_cuda.server import CaseFailure, Server
 
-
 FOUND = {
     "cpu_tensor_in_a_collective": "collective: all_reduce on cpu at",
     "strided_tensor_in_a_collective": "collective: all_reduce not contiguous at",

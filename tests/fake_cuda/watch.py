@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,44 +12,24 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_cuda.trace import RECORD
+from tests.fake_cuda.views import VIEWS
 
-# Operators that launch nothing: views, and allocations.
-VIEWS = frozenset(
-    {
-        "view",
-        "_unsafe_view",
-        "t",
-        "transpose",
-        "permute",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "alias",
-        "detach",
-        "as_strided",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "unfold",
-        "empty",
-        "empty_like",
-        "new_empty",
-        "empty_strided",
-        "lift_fresh",
-        "reshape",
-        "_reshape_alias",
-        "view_as",
-        "chunk",
-        "diagonal",
-        "narrow",
-    }
-)
 # Operators whose result's shape the host must wait for.
 SHAPES = frozenset({"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"})
-ANSWER = 1
-"""What the host reads on the device, converted to the type of the number."""
+
+
+@dataclass
+class Answers:
+    """What the host reads on the device.
+
+    number: any number, converted to its type. selected: how many elements of a tensor a mask selects.
+    """
+
+    number: int = 1
+    selected: int | None = None
+
+
+ANSWERS = Answers()
 
 
 class Watch(TorchDispatchMode):
@@ -66,6 +47,8 @@ class Watch(TorchDispatchMode):
         if name == "_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "cuda" and not args[0].is_cuda:
             # Not func, which would really copy a fake tensor that knows its value.
             out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=torch.device("cuda", 0))
+        elif name == "masked_select" and ANSWERS.selected is not None:
+            out = args[0].new_empty(ANSWERS.selected)
         else:
             out = func(*args, **kwargs)
         if name == "_to_copy":  # not blocking, it makes a pinned copy, which something must wait for later
@@ -91,7 +74,7 @@ def _known(tensor: Tensor) -> bool:
 
 def _number(dtype: torch.dtype) -> bool | int | float:
     kind = bool if dtype == torch.bool else float if dtype.is_floating_point else int
-    return kind(ANSWER)
+    return kind(ANSWERS.number)
 
 
 def _note_copy(source: object, target: Tensor, *, waits: bool) -> None:
@@ -110,6 +93,8 @@ def _tensors(out: object) -> list[Tensor]:
 def _tolist(self: FakeTensor) -> Any:
     if self.is_cuda:
         RECORD.wait("tolist")
+    elif self.constant is not None:
+        return self.constant.tolist()
     return _nested(self.shape, _number(self.dtype))
 
 

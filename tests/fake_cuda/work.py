@@ -24,6 +24,7 @@ from exo_megatron.training.optimizer import make_trainee
 from tests.fake_cuda import collectives
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.device import DEVICE
+from tests.fake_cuda.experts import answer_splits
 from tests.fake_cuda.models import HIDDEN_SIZE, model_spec
 from tests.fake_cuda.pipeline import answer_shapes
 from tests.fake_cuda.trace import RECORD
@@ -53,20 +54,23 @@ def find(case: Case) -> Found:
     """Do the work with the two models of the case."""
     collectives.join(case.world_size, case.rank)
     answer_shapes(case.tensor, HIDDEN_SIZE)
-    operators: list[int] = []
-    found: list[Found] = []
-    for layers in case.layers:
-        _do(case, layers)
-        operators.append(RECORD.operators.total())
-        parts = (RECORD.collectives, RECORD.bad_collectives, RECORD.waits, RECORD.uploads)
-        found.append(Found(0.0, dict(parts[0]), list(parts[1]), dict(parts[2]), dict(parts[3])))
-    by_layer = (operators[1] - operators[0]) / ((case.layers[1] - case.layers[0]) / case.pipeline)
-    return Found(by_layer, *list(vars(found[0]).values())[1:])
+    answer_splits()
+    fewer, more = case.layers
+    _do(case, more)
+    with_more = RECORD.operators.total()
+    _do(case, fewer)
+    return Found(
+        (with_more - RECORD.operators.total()) / ((more - fewer) / case.pipeline),
+        dict(RECORD.collectives),
+        RECORD.bad_collectives,
+        dict(RECORD.waits),
+        dict(RECORD.uploads),
+    )
 
 
 def _do(case: Case, layers: int) -> None:
     runtime = Runtime(case.rank, case.world_size, case.rank, DEVICE, "torchrun")
-    parallel = ParallelConfig(tensor=case.tensor, pipeline=case.pipeline)
+    parallel = ParallelConfig(tensor=case.tensor, pipeline=case.pipeline, expert=case.expert)
     compute = ComputeConfig(
         precision=case.precision,
         recompute=case.recompute,
