@@ -56,11 +56,12 @@ CASES = (
     replace(TP2, rank=1),
     replace(PLAIN, data=2),
     replace(TP2, data=2),
-    *(replace(cut, recompute=recompute) for cut in (PLAIN, TP2) for recompute in ("selective", "full")),
+    *(replace(PLAIN, recompute=recompute, in_ci=True) for recompute in ("selective", "full")),
+    *(replace(TP2, recompute=recompute) for recompute in ("selective", "full")),
     replace(PLAIN, work="train_oversized"),
     replace(TP2, work="train_oversized", in_ci=True),
     *(
-        replace(cut, family=family, in_ci=(family, cut) in (("gemma2", TP2), ("moe", PLAIN)))
+        replace(cut, family=family, in_ci=(family, cut) in (("gpt2", PLAIN), ("gemma2", TP2), ("moe", TP2)))
         for family in DIFFERENCES
         for cut in (PLAIN, TP2)
         if family != "llama"
