@@ -6,7 +6,9 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-extern "C" EXPORTED void* exo_fake_cuda_hooks = nullptr;
+extern "C" {
+EXPORTED void* exo_fake_cuda_hooks = nullptr;
+}
 
 namespace at {
 

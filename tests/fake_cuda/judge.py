@@ -1,4 +1,4 @@
-"""What is wrong with what a case did: collectives that NCCL refuses or that are slow, new waits, more operators."""
+"""What is wrong with what a case did: collectives that NCCL refuses, new waits of the host, more operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.fake_cuda.expected import FIGURES, PLACES
 
 
 def problems(case: Case, found: Any) -> list[str]:
-    """One line for each difference from the tables. Fewer waits or operators are one, too: lower the tables."""
+    """One line for each difference from the table. Fewer waits or operators are one, too: lower the table."""
     figures = FIGURES[case.name]
     lines = [f"collective: {line}" for line in found.bad_collectives]
     if not found.collectives:
@@ -18,8 +18,11 @@ def problems(case: Case, found: Any) -> list[str]:
     waits, expected = Counter(found.waits), Counter({PLACES[name]: count for name, count in figures.waits.items()})
     lines += [f"{count} more waits for the device, {where}" for where, count in (waits - expected).items()]
     lines += [f"{count} fewer waits, lower FIGURES: {where}" for where, count in (expected - waits).items()]
-    if found.operators_per_layer > figures.operators:
-        lines.append(f"{found.operators_per_layer} operators per layer instead of {figures.operators}")
-    elif found.operators_per_layer < figures.operators:
-        lines.append(f"fewer operators per layer, lower FIGURES to {found.operators_per_layer}")
-    return lines
+    lines += _compared("operators per layer", found.operators_per_layer, figures.operators)
+    return lines + _compared("copies to the device", sum(found.uploads.values()), figures.uploads)
+
+
+def _compared(what: str, found: float, expected: float) -> list[str]:
+    if found < expected:
+        return [f"fewer {what}, lower FIGURES to {found}"]
+    return [f"{found} {what} instead of {expected}"] if found > expected else []

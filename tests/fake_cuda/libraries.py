@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).resolve().parent
+MEGATRON_CORE = "0.16.1"
 ENVIRONMENT = HERE.parents[1] / "tools" / "environment.sh"
 
 
@@ -32,6 +34,8 @@ def reason_to_skip() -> str | None:
         return "fake CUDA needs g++, which is not installed"
     if torch.version.cuda is not None or torch.__version__.partition("+")[0] != pinned[1]:
         return f"fake CUDA is made for the CPU build of torch {pinned[1]}, this is torch {torch.__version__}"
+    if version("megatron-core") != MEGATRON_CORE:
+        return f"the figures are those of megatron-core {MEGATRON_CORE}, this is {version('megatron-core')}"
     return None
 
 

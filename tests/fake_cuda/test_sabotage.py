@@ -16,6 +16,7 @@ FOUND = {
     "item_in_the_loss": "1 more waits for the device, gradients: item at",
     "item_in_the_backward": "1 more waits for the device, gradients: item at",
     "copy_in_every_layer": "operators per layer instead of",
+    "number_from_the_host": "copies to the device instead of",
 }
 
 

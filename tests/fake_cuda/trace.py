@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -58,21 +59,18 @@ class Record:
 
 
 RECORD = Record()
+PROJECT = f"{Path(__file__).resolve().parents[2] / 'exo_megatron'}/"
 
 
 def place() -> str:
     """Where the caller was called, see the module."""
-    own, any_ = None, None
-    for frame in traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False):
-        for package in ("exo_megatron/", "megatron/core/"):
-            _, found, path = frame.filename.rpartition(f"/{package}")
-            if found and "tests" not in path:
-                here = f"{package}{path}:{frame.name}"
-                any_ = any_ or here
-                if package == "exo_megatron/":
-                    own = own or here
-        if own:
-            break
-    if any_ is None:
-        return "autograd"
-    return any_ if own in (None, any_) else f"{any_} <- {own}"
+    innermost = None
+    for frame, _ in traceback.walk_stack(None):
+        path = frame.f_code.co_filename
+        in_megatron = path.rpartition("/megatron/core/")
+        if path.startswith(PROJECT):
+            here = f"exo_megatron/{path.removeprefix(PROJECT)}:{frame.f_code.co_name}"
+            return here if innermost is None else f"{innermost} <- {here}"
+        if in_megatron[1] and innermost is None:
+            innermost = f"megatron/core/{in_megatron[2]}:{frame.f_code.co_name}"
+    return innermost or "autograd"
