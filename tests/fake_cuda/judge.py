@@ -13,7 +13,7 @@ def problems(case: Case, found: Any) -> list[str]:
     """One line for each difference from the table. Fewer waits or operators are one, too: lower the table."""
     figures = FIGURES[case.name]
     lines = [f"collective: {line}" for line in found.bad_collectives]
-    if not found.collectives:
+    if case.world_size > 1 and not found.collectives:
         lines.append("collective: none was seen")
     waits, expected = Counter(found.waits), Counter({PLACES[name]: count for name, count in figures.waits.items()})
     lines += [f"{count} more waits for the device, {where}" for where, count in (waits - expected).items()]
