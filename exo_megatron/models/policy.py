@@ -228,6 +228,8 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
     if spec.experts is not None:
         mark_experts_sharded(policy)
     policy.to(topology.device)  # megatron-core makes routers on the CPU
+    if topology.is_first_stage and spec.rotary is None:
+        policy.embedding.position_embeddings.to(dtype=config.params_dtype)  # megatron-core makes them in fp32
     return policy
 
 
