@@ -102,7 +102,7 @@ class Samples:
 
 
 class BiasPolicy(torch.nn.Module):
-    """The model, which it freezes, with a bias on its logits. `candidates`: those of the groups to train on."""
+    """The model, which it freezes, with a bias on its logits; it trains on `candidates`, draws without a bias."""
 
     def __init__(self, model: LlamaForCausalLM, candidates: Samples | None = None) -> None:
         super().__init__()
@@ -118,7 +118,10 @@ class BiasPolicy(torch.nn.Module):
 
     def token_log_probs(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """Log-probs of the next token at TEMPERATURE, [n, V], after hidden states [n, H]."""
-        return torch.addmm(self.never + bias / TEMPERATURE, hidden, self.output).log_softmax(dim=-1)
+        return self._logits(hidden, bias).log_softmax(dim=-1)
+
+    def _logits(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(self.never + bias / TEMPERATURE, hidden, self.output)
 
     def logps(self, chosen: Tensor, K: int) -> Tensor:
         """See sweep.Policy."""
@@ -126,9 +129,13 @@ class BiasPolicy(torch.nn.Module):
         numbers = (chosen[:, None] * MOST_CANDIDATES + torch.arange(K)).reshape(-1)
         present = torch.arange(NEW) < self.candidates.lengths[numbers, None]
         hidden, words = self.candidates.hidden[numbers][present], self.candidates.words[numbers][present]
-        found = self.token_log_probs(hidden, self.bias).gather(1, words[:, None])[:, 0].double()
-        sums = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, present.nonzero()[:, 0], found)
-        return sums.view(len(chosen), K)
+        # pi_theta = pi_sft exp(bias / tau) / Z, and only Z needs all words: no softmax in the graph.
+        with torch.no_grad():
+            reference = self._logits(hidden, torch.zeros_like(self.bias)).softmax(dim=-1)
+        tilt = self.bias / TEMPERATURE
+        log_ratio = (tilt[words] - (reference @ tilt.exp()).log()).double()
+        sums = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, present.nonzero()[:, 0], log_ratio)
+        return (self.candidates.logps[numbers] + sums).view(len(chosen), K)
 
     @torch.no_grad()
     def draw(self, prompts: Tensor, *, seed: int) -> Samples:

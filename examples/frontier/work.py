@@ -47,12 +47,12 @@ class Plan:
 
     K: tuple[int, ...] = (4, 8, 16, 32)
     ranks: tuple[int, ...] = (0, 4)
-    bigram_betas: tuple[float, ...] = (4.0, 2.8, 2.0, 1.4, 1.0, 0.5, 0.25)
+    bigram_betas: tuple[float, ...] = (4.0, 2.0, 1.4, 1.0, 0.5, 0.25)
     bigram_seeds: tuple[int, ...] = (0, 1, 2)
     bigram_steps: int = 250
-    transformer_betas: tuple[float, ...] = (4.0, 2.0, 1.4, 1.0, 0.5)
+    transformer_betas: tuple[float, ...] = (2.0, 1.0, 0.8, 0.65, 0.5)
     transformer_seeds: tuple[int, ...] = (0, 1)
-    transformer_steps: int = 150
+    transformer_steps: int = 300
     rates: tuple[float, ...] = (0.05, 0.1)
     sft_epochs: int = 8
     problems: int = 5

@@ -153,15 +153,22 @@ def test_test_prompts_are_held_out() -> None:
     assert means.kls.max() == 0.0 and len(means.rewards) == 640
 
 
-def test_training_sees_the_log_probs_that_were_drawn(drawn: tuple[BiasPolicy, Samples]) -> None:
-    """32 candidates a group: 12 texts, thrice repeated and cut to one group."""
-    policy, samples = drawn
+def test_training_sees_the_log_probs_of_the_whole_model() -> None:
+    """Candidates of the model without a bias, under the policy with one; 3 groups of 32."""
+    reviews = small_reviews()
+    model = make_model(len(reviews.words), seed=1)
+    prompts = torch.tensor([[BEGIN, 3, 6], [BEGIN, 6, 7], [BEGIN, 7, 8]]).repeat_interleave(32, dim=0)
+    policy = BiasPolicy(model, BiasPolicy(model).draw(prompts, seed=2))
+    samples = policy.candidates
+    assert samples is not None
     assert [name for name, each in policy.named_parameters() if each.requires_grad] == ["bias"]
-    assert not policy.output.requires_grad
-    group = Samples(*(value.repeat(3, *[1] * (value.dim() - 1))[:32] for value in vars(samples).values()))
-    same = BiasPolicy.__new__(BiasPolicy)
-    same.__dict__.update(policy.__dict__)
-    same.candidates = group
-    found = same.logps(torch.tensor([0]), 32)
-    assert found.requires_grad
-    assert found[0].detach().numpy() == pytest.approx(group.logps.numpy(), abs=1e-4)
+    with torch.no_grad():
+        policy.bias += torch.linspace(-1, 1, len(policy.bias))
+    found = policy.logps(torch.tensor([2, 0]), 5)
+    table = table_of(policy, samples, policy.bias)
+    tokens = table.gather(2, samples.words[..., None])[..., 0] * (torch.arange(NEW) < samples.lengths[:, None])
+    expected = tokens.sum(dim=1).view(3, 32)[[2, 0], :5]
+    assert found.detach().numpy() == pytest.approx(expected.detach().double().numpy(), abs=1e-4)
+    (gradient,) = torch.autograd.grad(found.sum(), policy.bias)
+    (wanted,) = torch.autograd.grad(expected.sum(), policy.bias)
+    assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-3)
