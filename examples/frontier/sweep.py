@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from exo_megatron import dpo_loss, exo_loss, policy_log_probs, reward_log_target
 from exo_megatron.evaluation.estimates import PromptMeans
+from exo_megatron.losses import paper
 from exo_megatron.utils.files import atomic_open
 
 LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"exo_rw": exo_loss, "dpo_rw": dpo_loss}
@@ -108,9 +110,17 @@ def finish_run(world: World[Any], run: Run) -> PromptMeans:
         return world.evaluate(policy)
 
 
+@cache
+def code_digest() -> str:
+    """Identifies the code that the result of a run depends on."""
+    own = (Path(__file__).with_name(f"{name}.py") for name in ("reviews", "sweep", "bigram", "transformer"))
+    files = (*own, Path(paper.__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:20]
+
+
 def run_key(run: Run) -> str:
-    """A name for the result of a run."""
-    return hashlib.sha256(json.dumps(asdict(run)).encode()).hexdigest()[:20]
+    """A name for the result of a run by this code."""
+    return hashlib.sha256(json.dumps([asdict(run), code_digest()]).encode()).hexdigest()[:20]
 
 
 def write_means(file: Path, means: PromptMeans) -> None:

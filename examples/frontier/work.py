@@ -1,6 +1,6 @@
 """All the work of the example: which runs and toys there are, and how they are spread over the cores.
 
-The end point of every run is kept in a file and not computed again, so an interrupted example goes on.
+The end point of every run is kept in a file and not computed again by the same code, so an interrupted example goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from exo_megatron.utils.progress import Progress
 from frontier.bigram import BigramWorld
 from frontier.figures import Paths, mode_paths, tail_paths
 from frontier.reviews import Reviews, load_reviews
-from frontier.sweep import METHODS, Run, World, finish_run, read_means, run_key, write_means
+from frontier.sweep import METHODS, Run, World, code_digest, finish_run, read_means, run_key, write_means
 from frontier.theorems import Cosine, OptimumError, measure_cosines, optimum_errors
 from frontier.transformer import TransformerWorld, fine_tune, make_model
 
@@ -184,13 +184,17 @@ def _find_world(output: Path, policy: str, seed: int) -> World[Any]:
     if policy == BIGRAM:
         return BigramWorld.of(reviews, seed=seed)
     model = make_model(len(reviews.words), seed=0)
-    model.load_state_dict(torch.load(output / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(_model_file(output), weights_only=True))
     return TransformerWorld.of(reviews, model, seed=seed)
+
+
+def _model_file(output: Path) -> Path:
+    return output / f"model-{code_digest()}.pt"
 
 
 def _make_model(output: Path, epochs: int) -> None:
     """Fine-tune the transformer on the texts, unless its file is there."""
-    file = output / "model.pt"
+    file = _model_file(output)
     if epochs and not file.is_file():
         reviews = Reviews.load(output / "reviews.json")
         model = make_model(len(reviews.words), seed=0)
