@@ -38,9 +38,14 @@ class Texts:
     words: Tensor
 
     @property
+    def whole(self) -> Tensor:
+        """Prompts and words, [N, 1 + LENGTH]."""
+        return torch.cat([self.prompts[:, None], self.words], dim=1)
+
+    @property
     def states(self) -> Tensor:
         """The word before each word, [N, LENGTH]."""
-        return torch.cat([self.prompts[:, None], self.words[:, :-1]], dim=1).clamp(min=0)
+        return self.whole[:, :-1].clamp(min=0)
 
     @property
     def present(self) -> Tensor:
@@ -143,7 +148,7 @@ class BigramWorld:
         prompts = torch.tensor(random.Random(f"train {seed}").choices(openings, k=TRAIN_PROMPTS))
         candidates = draw(reference, prompts.repeat_interleave(MOST_CANDIDATES), seed=seed)
         groups = Groups(
-            rewards=rewards_of(reviews, candidates).view(TRAIN_PROMPTS, MOST_CANDIDATES),
+            rewards=reviews.rewards(candidates.whole).view(TRAIN_PROMPTS, MOST_CANDIDATES),
             reference_logps=log_probs_of(reference, candidates).view(TRAIN_PROMPTS, MOST_CANDIDATES),
         )
         test = torch.tensor(random.Random("test").choices(openings, k=TEST_PROMPTS))
@@ -155,15 +160,7 @@ class BigramWorld:
 
     def evaluate(self, policy: BigramPolicy) -> PromptMeans:
         """See sweep.World: one text at each test prompt."""
-        return self.measure(policy())
-
-    def measure(self, log_probs: Tensor) -> PromptMeans:
-        """Reward and KL of one text at each test prompt, for any table of log-probs."""
+        log_probs = policy()
         texts = draw(log_probs, self.test_prompts, seed=1 << 20)
-        return PromptMeans(rewards_of(self.reviews, texts).numpy(), kl_of(log_probs, self.reference, texts).numpy())
-
-
-def rewards_of(reviews: Reviews, texts: Texts) -> Tensor:
-    """Rewards of whole texts, prompt included, [N] fp64."""
-    pairs = zip(texts.prompts.tolist(), texts.words.tolist(), strict=True)
-    return torch.tensor([reviews.reward([prompt, *words]) for prompt, words in pairs], dtype=torch.float64)
+        kls = kl_of(log_probs, self.reference, texts)
+        return PromptMeans(self.reviews.rewards(texts.whole).numpy(), kls.numpy())

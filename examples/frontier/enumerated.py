@@ -81,7 +81,7 @@ def fit(gru: Parameters, data: Tensor) -> Parameters:
         gru,
         gru_log_probs,
         lambda found: -(probabilities * found).sum(dim=-1).mean(dim=-1),
-        rate=data.new_full((len(data),), SFT_RATE),
+        rate=SFT_RATE,
         steps=SFT_STEPS,
     )
 
@@ -138,32 +138,30 @@ def minimise(
     log_probs: Callable[[Parameters], Tensor],
     loss: Callable[[Tensor], Tensor],
     *,
-    rate: Tensor,
+    rate: float,
     steps: int,
     observe: Callable[[int, Tensor], None] = lambda step, found: None,
     decay: bool = True,
 ) -> Parameters:
     """Adam on losses [R] of log-probs [R, P, S], with a gradient norm of at most 1 for each world.
 
-    rate: [R], learning rates, which fall linearly to 0 if `decay`. `observe` gets log-probs before every step, and at
+    rate: learning rate, which falls linearly to 0 if `decay`. `observe` gets log-probs before every step, and at
     the end.
     """
     now = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    first = {name: torch.zeros_like(value) for name, value in now.items()}
-    second = {name: torch.zeros_like(value) for name, value in now.items()}
+    optimizer = torch.optim.Adam(now.values(), rate, betas=(0.9, 0.95))
     for step in range(steps + 1):
         found = log_probs(now)
         observe(step, found.detach())
         if step == steps:
             break
-        gradients = dict(zip(now, torch.autograd.grad(loss(found).sum(), list(now.values())), strict=True))
-        norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
-        clip = (1 / (norm + 1e-6)).clamp(max=1.0)[:, None, None]
-        size = (rate * (1 - step / steps if decay else 1.0))[:, None, None]
-        with torch.no_grad():
-            for name, gradient in gradients.items():
-                first[name].lerp_(gradient * clip, 0.1)
-                second[name].lerp_((gradient * clip).square(), 0.05)
-                mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
-                now[name] -= size * mean / (square.sqrt() + 1e-8)
+        optimizer.zero_grad()
+        loss(found).sum().backward()
+        gradients = [value.grad for value in now.values() if value.grad is not None]
+        norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        for gradient in gradients:
+            gradient *= (1 / (norm + 1e-6)).clamp(max=1.0)[:, None, None]
+        if decay:
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.step()
     return {name: value.detach() for name, value in now.items()}

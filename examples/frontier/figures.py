@@ -159,7 +159,7 @@ def train_all(
                 start,
                 log_probs,
                 sampled_loss(method, K, reference, rewards, settings),
-                rate=torch.full((len(reference),), settings.rate),
+                rate=settings.rate,
                 steps=settings.steps,
                 observe=_observer(seen, measure, settings.steps // POINTS),
                 decay=False,

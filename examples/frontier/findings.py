@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from exo_megatron.evaluation.equal_kl import Bounded, lead_at_kl, lead_over, reward_at_kl, spans
+from exo_megatron.evaluation.equal_kl import Bounded, lead_at_kl, lead_over, read_curve, reward_at_kl, spans
 from exo_megatron.evaluation.estimates import PromptMeans
 from frontier.sweep import Run
 
@@ -114,7 +114,7 @@ def effect_of_K(runs: Runs, references: Mapping[str, PromptMeans], *, kl: float)
 
 def _best_at(found: Sequence[list[PromptMeans]], kl: float) -> list[PromptMeans] | None:
     reaching = [curve for curve in found if spans(curve, kl)]
-    return max(reaching, key=lambda curve: reward_at_kl(curve, kl).value, default=None)
+    return max(reaching, key=lambda curve: read_curve(curve, kl), default=None)
 
 
 def describe(leads: Sequence[Lead], *, from_kl: float) -> list[str]:

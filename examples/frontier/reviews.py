@@ -11,9 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from quickstart.corpus import make_corpus
 from quickstart.oracle import Oracle, fit_oracle
 from quickstart.reviews import read_reviews
+from torch import Tensor
 
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import read_json, write_json
@@ -47,6 +49,10 @@ class Reviews:
         """REWARD_SCALE * |log-odds that the text is positive|; SPECIAL ids are left out."""
         text = " ".join(self.words[i] for i in ids if i >= len(SPECIAL))
         return REWARD_SCALE * abs(self.oracle.log_odds(text))
+
+    def rewards(self, ids: Tensor) -> Tensor:
+        """`reward` of each line of word ids [N, L], as [N] fp64."""
+        return torch.tensor([self.reward(text) for text in ids.tolist()], dtype=torch.float64)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from quickstart.prepare import LONGEST_COMPLETION
 
 from exo_megatron.config.load import load_run_config
 from exo_megatron.config.stages import AlignConfig, EvaluateConfig
@@ -31,8 +32,8 @@ PROMPTS = 1536
 TEST_SAMPLES = 8
 """Texts at each test prompt."""
 
-LONGEST = 97
-"""Tokens of a completion, as in the quickstart."""
+LONGEST = LONGEST_COMPLETION + 1
+"""Tokens of a completion, with its end, of the quickstart's texts."""
 
 
 def make_workflow(output: Path) -> dict[str, Any]:

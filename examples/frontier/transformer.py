@@ -100,6 +100,11 @@ class Samples:
     logps: Tensor
     kls: Tensor
 
+    @property
+    def whole(self) -> Tensor:
+        """Prompts and words, [N, WHOLE]."""
+        return torch.cat([self.prompts, self.words], dim=1)
+
 
 class BiasPolicy(torch.nn.Module):
     """The model, which it freezes, with a bias on its logits; it trains on `candidates`, draws without a bias."""
@@ -192,7 +197,7 @@ class TransformerWorld:
         prompts = _draw_lines(known[held_out:], TRAIN_PROMPTS, seed=seed)
         candidates = BiasPolicy(model).draw(prompts.repeat_interleave(MOST_CANDIDATES, dim=0), seed=seed)
         groups = Groups(
-            rewards=rewards_of(reviews, candidates).view(TRAIN_PROMPTS, MOST_CANDIDATES),
+            rewards=reviews.rewards(candidates.whole).view(TRAIN_PROMPTS, MOST_CANDIDATES),
             reference_logps=candidates.logps.view(TRAIN_PROMPTS, MOST_CANDIDATES),
         )
         return cls(reviews, model, candidates, groups, test)
@@ -204,16 +209,10 @@ class TransformerWorld:
     def evaluate(self, policy: BiasPolicy) -> PromptMeans:
         """See sweep.World: TEST_SAMPLES texts at each test prompt."""
         samples = policy.draw(self.test_prompts.repeat_interleave(TEST_SAMPLES, dim=0), seed=1 << 20)
-        rewards = rewards_of(self.reviews, samples)
+        rewards = self.reviews.rewards(samples.whole)
         return PromptMeans(*(each.view(-1, TEST_SAMPLES).mean(dim=1).numpy() for each in (rewards, samples.kls)))
 
 
 def _draw_lines(lines: Tensor, count: int, *, seed: int) -> Tensor:
     """`count` of the lines, with replacement."""
     return lines[torch.randint(len(lines), (count,), generator=torch.Generator().manual_seed(seed))]
-
-
-def rewards_of(reviews: Reviews, samples: Samples) -> Tensor:
-    """Rewards of whole texts, prompt included, [N] fp64."""
-    texts = torch.cat([samples.prompts, samples.words], dim=1).tolist()
-    return torch.tensor([reviews.reward(text) for text in texts], dtype=torch.float64)

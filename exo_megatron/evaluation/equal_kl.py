@@ -49,6 +49,14 @@ def spans(curve: Curve, kl: float) -> bool:
     return min(kls) <= kl <= max(kls)
 
 
+def read_curve(curve: Curve, kl: float) -> float:
+    """Read the reward of a curve at a KL, without an error. Raises ValueError beyond its ends."""
+    _check_spans(curve, kl)
+    kls = np.array([[policy.kls.mean() for policy in curve]])
+    rewards = np.array([[policy.rewards.mean() for policy in curve]])
+    return float(_interpolate(kls, rewards, np.array([kl]))[0])
+
+
 def reward_at_kl(curve: Curve, kl: float, *, seed: int = 0) -> Bounded:
     """Estimate the reward of a curve at a KL that it spans. Raises ValueError beyond its ends."""
     _check_spans(curve, kl)

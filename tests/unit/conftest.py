@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 
 from exo_megatron.config.stages import StageConfig, status_directory
 from exo_megatron.stages import run as stages
+
+# As the run.sh of each example does with PYTHONPATH.
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 class LoneRuntime:

@@ -11,6 +11,7 @@ from exo_megatron.evaluation.equal_kl import (
     lead_at_kl,
     lead_of,
     lead_over,
+    read_curve,
     reward_at_kl,
     spans,
 )
@@ -34,7 +35,8 @@ def test_interpolation_by_hand() -> None:
     """Whatever the order of the policies."""
     curve = [constant(3.0, 4.0), constant(0.0, 0.0), constant(1.0, 1.0)]
     assert reward_at_kl(curve, 2.25) == Bounded(2.0, 0.0, 2.0, 2.0)  # half-way between the roots of 1 and 4
-    assert reward_at_kl(curve, 4.0).value == 3.0
+    assert reward_at_kl(curve, 4.0).value == read_curve(curve, 4.0) == 3.0
+    assert read_curve(curve, 2.25) == 2.0
     other = [constant(1.0, 1.0), constant(2.0, 9.0)]
     assert lead_at_kl(curve, other, 2.25).value == pytest.approx(2.0 - 1.25)
     assert lead_over(curve, constant(0.5, 2.25)).value == pytest.approx(1.5)
@@ -48,6 +50,7 @@ def test_beyond_the_ends_there_is_no_answer() -> None:
     assert [spans(curve, kl) for kl in (0.4, 0.5, 1.0, 1.5, 1.6)] == [False, True, True, True, False]
     for refused in (
         lambda: reward_at_kl(curve, 1.6),
+        lambda: read_curve(curve, 1.6),
         lambda: lead_at_kl([constant(0.0, 0.0), constant(0.0, 9.0)], curve, 0.4),
         lambda: lead_over(curve, constant(0.0, 2.0)),
     ):

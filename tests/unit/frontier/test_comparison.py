@@ -180,22 +180,3 @@ def test_too_few_texts_are_told(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"texts\.jsonl: has 9 texts of more than 5 words, whose .* begin in 1 ways"):
         load_reviews(texts)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--help"], 0, "--stages  also the same question"),
-        (["--dat", "x"], 2, "unknown argument --dat"),
-        (["--output"], 2, "--output needs a value"),
-        (["--data", "/no/such/file"], 2, "--data /no/such/file: no such file"),
-    ],
-)
-def test_script_explains_itself(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
-    """Before anything is installed or written."""
-    done = subprocess.run(
-        ["bash", str(DIRECTORY / "run.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == code
-    assert words in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -101,22 +100,3 @@ def test_the_sign_is_exos_whichever_goes_farther() -> None:
 def test_no_verdict_where_one_method_is_beyond_all_of_the_other() -> None:
     means = make_means([(1.0, 2.0), (2.0, 3.0)], [(0.1, 0.2), (0.5, 1.0)])
     assert "nothing to say" in compare(means)[2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--help"], 0, "--data    real labelled texts"),
-        (["--dat", "x"], 2, "unknown argument --dat"),
-        (["--output"], 2, "--output needs a value"),
-        (["--data", "/no/such/file"], 2, "--data /no/such/file: no such file"),
-    ],
-)
-def test_script_explains_itself(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
-    """Before anything is installed or written."""
-    done = subprocess.run(
-        ["bash", str(DIRECTORY / "run.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == code
-    assert words in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
