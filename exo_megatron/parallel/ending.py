@@ -26,10 +26,11 @@ T = TypeVar("T")
 FAILURE = 1
 INTERRUPTED = 130
 _STORE_PATIENCE = timedelta(seconds=5)
-_LINGER_SECONDS = 2.0
+LINGER_SECONDS = 5.0
 """Seconds that rank 0 waits for the other ranks to fail.
 
-It often hosts the store through which ranks learn of each other's failure.
+It often hosts the store through which ranks learn of each other's failure. A rank that fails later
+than this tells its error again, or tells that rank 0 is gone.
 """
 
 
@@ -118,7 +119,7 @@ def _tell(error: BaseException, runtime: Runtime, store: Store) -> int:
 
 
 def _wait_for_peers(store: Store, world_size: int) -> None:
-    end = time.monotonic() + _LINGER_SECONDS
+    end = time.monotonic() + LINGER_SECONDS
     while store.add("exo/failures", 0) < world_size and time.monotonic() < end:
         time.sleep(0.05)
 
