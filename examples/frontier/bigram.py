@@ -7,6 +7,7 @@ matrix of low rank; at rank 0 it cannot tell the states apart.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,11 +107,11 @@ def kl_of(log_probs: Tensor, reference: Tensor, texts: Texts) -> Tensor:
 class BigramPolicy(torch.nn.Module):
     """pi_sft with changed logits: a tilt of all states, and a matrix of rank `rank`."""
 
-    def __init__(self, reference: Tensor, texts: Texts, *, rank: int, seed: int) -> None:
+    def __init__(self, reference: Tensor, *, rank: int, seed: int) -> None:
         super().__init__()
         size = len(reference)
         generator = torch.Generator().manual_seed(seed)
-        self.reference, self.texts = reference.float(), texts
+        self.reference = reference.float()
         self.tilt = torch.nn.Parameter(torch.zeros(size))
         self.first = torch.nn.Parameter(FIRST_FACTOR * torch.randn(size, rank, generator=generator))
         self.second = torch.nn.Parameter(torch.zeros(size, rank))
@@ -118,12 +119,6 @@ class BigramPolicy(torch.nn.Module):
     def forward(self) -> Tensor:
         """log pi_theta(word | last word), [V, V]."""
         return (self.reference + self.tilt + self.first @ self.second.T).log_softmax(dim=-1)
-
-    def logps(self, chosen: Tensor, K: int) -> Tensor:
-        """See sweep.Policy."""
-        rows = (chosen[:, None] * MOST_CANDIDATES + torch.arange(K)).reshape(-1)
-        texts = Texts(self.texts.prompts[rows], self.texts.words[rows])
-        return log_probs_of(self(), texts).view(len(chosen), K)
 
     def trained(self) -> list[torch.nn.Parameter]:
         """See sweep.Policy."""
@@ -156,7 +151,13 @@ class BigramWorld:
 
     def policy(self, run: Run) -> BigramPolicy:
         """See sweep.World."""
-        return BigramPolicy(self.reference, self.candidates, rank=run.rank or 0, seed=run.seed)
+        return BigramPolicy(self.reference, rank=run.rank or 0, seed=run.seed)
+
+    def logps(self, policies: Sequence[BigramPolicy], chosen: Tensor, K: int) -> Tensor:
+        """See sweep.World."""
+        numbers = (chosen[:, None] * MOST_CANDIDATES + torch.arange(K)).reshape(-1)
+        texts = Texts(self.candidates.prompts[numbers], self.candidates.words[numbers])
+        return torch.stack([log_probs_of(policy(), texts).view(len(chosen), K) for policy in policies])
 
     def evaluate(self, policy: BigramPolicy) -> PromptMeans:
         """See sweep.World: one text at each test prompt."""

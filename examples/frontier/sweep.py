@@ -1,11 +1,11 @@
-"""One run of the comparison: what it is, and how it is trained with the package's losses."""
+"""The runs of the comparison: what they are, and how they are trained with the package's losses."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -62,9 +62,6 @@ class Policy(Protocol):
     def trained(self) -> list[torch.nn.Parameter]:
         """What the optimizer changes."""
 
-    def logps(self, chosen: Tensor, K: int) -> Tensor:
-        """log pi_theta of the first K candidates of the groups `chosen` [G], as [G, K] fp64."""
-
 
 P = TypeVar("P", bound=Policy)
 
@@ -79,35 +76,55 @@ class World(Protocol[P]):
     def policy(self, run: Run) -> P:
         """A policy equal to the reference."""
 
+    def logps(self, policies: Sequence[P], chosen: Tensor, K: int) -> Tensor:
+        """log pi_theta of the first K candidates of the groups `chosen` [G] under R policies, as [R, G, K] fp64."""
+
     def evaluate(self, policy: P) -> PromptMeans:
         """Reward and exact KL of its samples at the test prompts: the same prompts and draws for every policy."""
 
 
-def train(world: World[P], run: Run) -> P:
-    """Train a policy with the package's losses, Adam, and gradients clipped at norm 1."""
-    policy, groups = world.policy(run), world.groups
-    parameters = policy.trained()
-    optimizer = torch.optim.Adam(parameters, run.lr, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(run.steps, 1))
-    generator = torch.Generator().manual_seed(run.seed)
-    for _ in range(run.steps):
-        chosen = torch.randint(len(groups.rewards), (run.groups,), generator=generator)
-        log_ratio = policy.logps(chosen, run.K) - groups.reference_logps[chosen, : run.K]
-        log_p_r = reward_log_target(groups.rewards[chosen, : run.K], run.beta_r)
-        losses = LOSSES[run.method](policy_log_probs(log_ratio, run.beta_pi), log_p_r)
+def alike(run: Run) -> Run:
+    """What a run has in common with those that see the same candidates in the same order."""
+    return replace(run, method="", beta_pi=0.0, beta_r=0.0, lr=0.0)
+
+
+def train(world: World[P], runs: Sequence[Run]) -> list[P]:
+    """Train a policy for each of the runs, which are alike, with the package's losses.
+
+    They see the same groups at the same step, so that what depends on pi_sft alone is computed once for all. Each
+    has Adam of its own, and gradients clipped at norm 1.
+    """
+    (common,) = {alike(run) for run in runs}
+    policies, groups = [world.policy(run) for run in runs], world.groups
+    trained = [(policy.trained(), run.lr) for policy, run in zip(policies, runs, strict=True)]
+    optimizer = torch.optim.Adam([{"params": own, "lr": lr} for own, lr in trained], betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(common.steps, 1))
+    generator = torch.Generator().manual_seed(common.seed)
+    for _ in range(common.steps):
+        chosen = torch.randint(len(groups.rewards), (common.groups,), generator=generator)
+        rewards, reference_logps = groups.rewards[chosen, : common.K], groups.reference_logps[chosen, : common.K]
+        log_ratios = world.logps(policies, chosen, common.K) - reference_logps
+        losses = [_loss(run, log_ratio, rewards) for run, log_ratio in zip(runs, log_ratios, strict=True)]
         optimizer.zero_grad()
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.stack(losses).sum().backward()
+        for own, _ in trained:
+            torch.nn.utils.clip_grad_norm_(own, 1.0)
         optimizer.step()
         schedule.step()
-    return policy
+    return policies
 
 
-def finish_run(world: World[Any], run: Run) -> PromptMeans:
-    """Train and evaluate."""
-    policy = train(world, run)
+def _loss(run: Run, log_ratio: Tensor, rewards: Tensor) -> Tensor:
+    """Mean loss of groups [G, K]."""
+    log_p_theta, log_p_r = policy_log_probs(log_ratio, run.beta_pi), reward_log_target(rewards, run.beta_r)
+    return LOSSES[run.method](log_p_theta, log_p_r).mean()
+
+
+def finish_runs(world: World[Any], runs: Sequence[Run]) -> list[PromptMeans]:
+    """Train runs that are alike, and evaluate each."""
+    policies = train(world, runs)
     with torch.no_grad():
-        return world.evaluate(policy)
+        return [world.evaluate(policy) for policy in policies]
 
 
 @cache

@@ -5,6 +5,7 @@ The bias is the same in every state, so the policy cannot represent pi*: it has 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ NEW = 18
 """Tokens after which a text is cut."""
 
 WHOLE = PROMPT + NEW
-TRAIN_PROMPTS, TEST_PROMPTS = 1600, 640
+TRAIN_PROMPTS, TEST_PROMPTS = 3200, 640
 MOST_CANDIDATES = 32
 HELD_OUT = 5
 """One in so many openings is for test prompts."""
@@ -107,12 +108,12 @@ class Samples:
 
 
 class BiasPolicy(torch.nn.Module):
-    """The model, which it freezes, with a bias on its logits; it trains on `candidates`, draws without a bias."""
+    """The model, which it freezes, with a bias on its logits; it begins at zero."""
 
-    def __init__(self, model: LlamaForCausalLM, candidates: Samples | None = None) -> None:
+    def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         model.eval().requires_grad_(False)
-        self.body, self.candidates = model.model, candidates
+        self.body = model.model
         self.output = model.lm_head.weight.T / TEMPERATURE
         self.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
         self.never = torch.zeros_like(self.bias.data).index_fill(0, torch.tensor([UNKNOWN, BEGIN]), -40.0)
@@ -123,24 +124,7 @@ class BiasPolicy(torch.nn.Module):
 
     def token_log_probs(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """Log-probs of the next token at TEMPERATURE, [n, V], after hidden states [n, H]."""
-        return self._logits(hidden, bias).log_softmax(dim=-1)
-
-    def _logits(self, hidden: Tensor, bias: Tensor) -> Tensor:
-        return torch.addmm(self.never + bias / TEMPERATURE, hidden, self.output)
-
-    def logps(self, chosen: Tensor, K: int) -> Tensor:
-        """See sweep.Policy."""
-        assert self.candidates is not None
-        numbers = (chosen[:, None] * MOST_CANDIDATES + torch.arange(K)).reshape(-1)
-        present = torch.arange(NEW) < self.candidates.lengths[numbers, None]
-        hidden, words = self.candidates.hidden[numbers][present], self.candidates.words[numbers][present]
-        # pi_theta = pi_sft exp(bias / tau) / Z, and only Z needs all words: no softmax in the graph.
-        with torch.no_grad():
-            reference = self._logits(hidden, torch.zeros_like(self.bias)).softmax(dim=-1)
-        tilt = self.bias / TEMPERATURE
-        log_ratio = (tilt[words] - (reference @ tilt.exp()).log()).double()
-        sums = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, present.nonzero()[:, 0], log_ratio)
-        return (self.candidates.logps[numbers] + sums).view(len(chosen), K)
+        return torch.addmm(self.never + bias / TEMPERATURE, hidden, self.output).log_softmax(dim=-1)
 
     @torch.no_grad()
     def draw(self, prompts: Tensor, *, seed: int) -> Samples:
@@ -204,7 +188,21 @@ class TransformerWorld:
 
     def policy(self, run: Run) -> BiasPolicy:
         """See sweep.World."""
-        return BiasPolicy(self.model, self.candidates)
+        return BiasPolicy(self.model)
+
+    def logps(self, policies: Sequence[BiasPolicy], chosen: Tensor, K: int) -> Tensor:
+        """See sweep.World. pi_theta = pi_sft exp(bias / tau) / Z, and only Z needs the other words."""
+        numbers = (chosen[:, None] * MOST_CANDIDATES + torch.arange(K)).reshape(-1)
+        present = torch.arange(NEW) < self.candidates.lengths[numbers, None]
+        hidden, words = self.candidates.hidden[numbers][present], self.candidates.words[numbers][present]
+        with torch.no_grad():
+            reference = BiasPolicy(self.model)
+            pi_sft = reference.token_log_probs(hidden, reference.bias).exp()
+        tilts = torch.stack([policy.bias for policy in policies], dim=1) / TEMPERATURE
+        log_ratios = (tilts[words] - (pi_sft @ tilts.exp()).log()).double()
+        sums = torch.zeros(len(numbers), len(policies), dtype=torch.float64)
+        sums = sums.index_add(0, present.nonzero()[:, 0], log_ratios)
+        return (self.candidates.logps[numbers, None] + sums).T.reshape(len(policies), len(chosen), K)
 
     def evaluate(self, policy: BiasPolicy) -> PromptMeans:
         """See sweep.World: TEST_SAMPLES texts at each test prompt."""

@@ -6,7 +6,7 @@ The end point of every run is kept in a file and not computed again by the same 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ from exo_megatron.utils.progress import Progress
 from frontier.bigram import BigramWorld
 from frontier.figures import Paths, mode_paths, tail_paths
 from frontier.reviews import Reviews, load_reviews
-from frontier.sweep import METHODS, Run, World, code_digest, finish_run, read_means, run_key, write_means
+from frontier.sweep import METHODS, Run, World, alike, code_digest, finish_runs, read_means, run_key, write_means
 from frontier.theorems import Cosine, OptimumError, measure_cosines, optimum_errors
 from frontier.transformer import TransformerWorld, fine_tune, make_model
 
@@ -52,7 +52,7 @@ class Plan:
     bigram_steps: int = 250
     transformer_betas: tuple[float, ...] = (2.0, 1.0, 0.8, 0.65, 0.5)
     transformer_seeds: tuple[int, ...] = (0, 1)
-    transformer_steps: int = 300
+    transformer_steps: int = 400
     rates: tuple[float, ...] = (0.05, 0.1)
     sft_epochs: int = 8
     problems: int = 5
@@ -71,7 +71,7 @@ class Plan:
         """The runs with the transformer's bias."""
         settings = product(self.transformer_seeds, self.K, self.transformer_betas, self.rates, METHODS)
         return [
-            Run(TRANSFORMER, None, K, method, BETA_PI, beta, rate, self.transformer_steps, 16, seed)
+            Run(TRANSFORMER, None, K, method, BETA_PI, beta, rate, self.transformer_steps, 32, seed)
             for seed, K, beta, rate, method in settings
         ]
 
@@ -134,19 +134,19 @@ def do_all(output: Path, plan: Plan) -> Results:
         ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool,
     ):
 
-        def submit(function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        def submit(function: Callable[..., Any], *arguments: object, pieces: int = 1) -> Future[Any]:
             future = pool.submit(_with_one_thread, function, *arguments)
-            future.add_done_callback(lambda _: progress.advance())
+            future.add_done_callback(lambda _: progress.advance(pieces))
             return future
 
         try:
             # First what others wait for.
             model = submit(_make_model, output, plan.sft_epochs if transformer else 0)
-            waiting = [submit(_do_run, output, run) for run in missing if run.policy == BIGRAM]
+            waiting = [submit(_do_runs, output, [run]) for run in missing if run.policy == BIGRAM]
             theorem, *figures = submit(optimum_errors), submit(mode_paths, plan.worlds), submit(tail_paths, plan.worlds)
             cosines = [submit(measure_cosines, seed, plan.cosine_K) for seed in range(plan.problems)]
             model.result()
-            waiting += [submit(_do_run, output, run) for run in missing if run.policy == TRANSFORMER]
+            waiting += [submit(_do_runs, output, each, pieces=len(each)) for each in _side_by_side(missing)]
             for future in waiting:
                 future.result()
             errors, (modes, tail) = theorem.result(), (figure.result() for figure in figures)
@@ -173,8 +173,20 @@ def _file_of(run: Run, output: Path) -> Path:
     return output / "runs" / f"{run_key(run)}.npz"
 
 
-def _do_run(output: Path, run: Run) -> None:
-    write_means(_file_of(run, output), finish_run(_find_world(output, run.policy, run.seed), run))
+def _side_by_side(runs: Sequence[Run]) -> list[list[Run]]:
+    """The transformer's runs, those that are alike together, because they share its output layer; the longest first."""
+    together: dict[Run, list[Run]] = {}
+    for run in runs:
+        if run.policy == TRANSFORMER:
+            together.setdefault(alike(run), []).append(run)
+    return [together[common] for common in sorted(together, key=lambda common: (common.seed, -common.K))]
+
+
+def _do_runs(output: Path, runs: Sequence[Run]) -> None:
+    """Do runs that are alike."""
+    means = finish_runs(_find_world(output, runs[0].policy, runs[0].seed), runs)
+    for run, each in zip(runs, means, strict=True):
+        write_means(_file_of(run, output), each)
 
 
 @lru_cache(maxsize=1)

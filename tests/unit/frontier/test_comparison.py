@@ -13,7 +13,7 @@ from frontier import figures, sweep, theorems
 from frontier.bigram import BigramWorld
 from frontier.findings import Lead, describe, effect_of_K, find_leads
 from frontier.reviews import load_reviews
-from frontier.sweep import METHODS, Run, World, finish_run
+from frontier.sweep import METHODS, Run, World, finish_runs
 from frontier.work import SMALL, prepare, reference_run
 from quickstart.corpus import make_corpus
 
@@ -41,8 +41,8 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leads_at_32(world: World) -> list[Lead]:
     runs = [run for run in SMALL.bigram_runs() if run.K == 32]
-    found = {run: finish_run(world, run) for run in runs}
-    return find_leads(found, {"bigram": finish_run(world, reference_run(runs[0]))})
+    (reference,) = finish_runs(world, [reference_run(runs[0])])
+    return find_leads(dict(zip(runs, finish_runs(world, runs), strict=True)), {"bigram": reference})
 
 
 def exo_is_ahead(leads: list[Lead]) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from frontier.bigram import LENGTH, NO_WORD, BigramPolicy, BigramWorld, Texts, draw, kl_of, log_bigrams, log_probs_of
 from frontier.reviews import BEGIN, END, UNKNOWN, Reviews, load_reviews
+from frontier.sweep import Groups, Run, train
 from frontier.transformer import NEW, PROMPT, TEMPERATURE, BiasPolicy, Samples, TransformerWorld, fine_tune, make_model
 from quickstart.oracle import Oracle
 from torch.nn.functional import log_softmax
@@ -69,7 +71,7 @@ def test_log_probs_word_by_word() -> None:
 
 def test_kl_is_the_mean_of_log_ratios(world: BigramWorld) -> None:
     """Both estimate the KL of whole texts; the one over states has the smaller error."""
-    policy = BigramPolicy(world.reference, world.candidates, rank=4, seed=1)
+    policy = BigramPolicy(world.reference, rank=4, seed=1)
     with torch.no_grad():
         policy.tilt += 0.3 * torch.randn(len(policy.tilt), generator=torch.Generator().manual_seed(0))
         policy.second += 0.3 * torch.randn(policy.second.shape, generator=torch.Generator().manual_seed(1))
@@ -84,12 +86,12 @@ def test_kl_is_the_mean_of_log_ratios(world: BigramWorld) -> None:
 
 
 def test_a_bigram_policy_begins_as_the_reference(world: BigramWorld) -> None:
-    policy = BigramPolicy(world.reference, world.candidates, rank=4, seed=1)
+    policy = BigramPolicy(world.reference, rank=4, seed=1)
     chosen = torch.tensor([5, 3000, 17])
-    found = policy.logps(chosen, 8)
+    (found,) = world.logps([policy], chosen, 8)
     assert found.detach().numpy() == pytest.approx(world.groups.reference_logps[chosen, :8].numpy(), abs=1e-4)
     assert [each.shape[1:] for each in policy.trained()] == [(), (4,), (4,)]
-    assert len(BigramPolicy(world.reference, world.candidates, rank=0, seed=1).trained()) == 1
+    assert len(BigramPolicy(world.reference, rank=0, seed=1).trained()) == 1
 
 
 def test_candidates_of_a_group_share_its_prompt(world: BigramWorld) -> None:
@@ -154,21 +156,34 @@ def test_test_prompts_are_held_out() -> None:
 
 
 def test_training_sees_the_log_probs_of_the_whole_model() -> None:
-    """Candidates of the model without a bias, under the policy with one; 3 groups of 32."""
+    """Candidates of the model without a bias, under two policies with one; 3 groups of 32."""
     reviews = small_reviews()
     model = make_model(len(reviews.words), seed=1)
     prompts = torch.tensor([[BEGIN, 3, 6], [BEGIN, 6, 7], [BEGIN, 7, 8]]).repeat_interleave(32, dim=0)
-    policy = BiasPolicy(model, BiasPolicy(model).draw(prompts, seed=2))
-    samples = policy.candidates
-    assert samples is not None
-    assert [name for name, each in policy.named_parameters() if each.requires_grad] == ["bias"]
+    samples = BiasPolicy(model).draw(prompts, seed=2)
+    groups = Groups(torch.zeros(3, 32, dtype=torch.float64), samples.logps.view(3, 32))
+    world = TransformerWorld(reviews, model, samples, groups, prompts)
+    policies = [BiasPolicy(model), BiasPolicy(model)]
+    assert [name for name, each in policies[0].named_parameters() if each.requires_grad] == ["bias"]
     with torch.no_grad():
-        policy.bias += torch.linspace(-1, 1, len(policy.bias))
-    found = policy.logps(torch.tensor([2, 0]), 5)
-    table = table_of(policy, samples, policy.bias)
-    tokens = table.gather(2, samples.words[..., None])[..., 0] * (torch.arange(NEW) < samples.lengths[:, None])
-    expected = tokens.sum(dim=1).view(3, 32)[[2, 0], :5]
-    assert found.detach().numpy() == pytest.approx(expected.detach().double().numpy(), abs=1e-4)
-    (gradient,) = torch.autograd.grad(found.sum(), policy.bias)
-    (wanted,) = torch.autograd.grad(expected.sum(), policy.bias)
-    assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-3)
+        policies[0].bias += torch.linspace(-1, 1, len(policies[0].bias))
+        policies[1].bias += torch.linspace(0, 1, len(policies[1].bias)).square()
+    found = world.logps(policies, torch.tensor([2, 0]), 5)
+    for policy, logps in zip(policies, found, strict=True):
+        table = table_of(policy, samples, policy.bias)
+        tokens = table.gather(2, samples.words[..., None])[..., 0] * (torch.arange(NEW) < samples.lengths[:, None])
+        expected = tokens.sum(dim=1).view(3, 32)[[2, 0], :5]
+        assert logps.detach().numpy() == pytest.approx(expected.detach().double().numpy(), abs=1e-4)
+        (gradient,) = torch.autograd.grad(logps.sum(), policy.bias, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected.sum(), policy.bias)
+        assert gradient.numpy() == pytest.approx(wanted.numpy(), abs=1e-3)
+
+
+def test_runs_side_by_side_end_as_alone(world: BigramWorld) -> None:
+    runs = [Run("bigram", 4, 8, method, 0.5, 1.0, lr, 3, 4, 0) for method, lr in (("exo_rw", 0.03), ("dpo_rw", 0.1))]
+    for policy, run in zip(train(world, runs), runs, strict=True):
+        (alone,) = train(world, [run])
+        for together, single in zip(policy.trained(), alone.trained(), strict=True):
+            assert torch.equal(together, single)
+    with pytest.raises(ValueError, match="too many values"):
+        train(world, [runs[0], replace(runs[1], seed=1)])
