@@ -35,7 +35,7 @@ from tools.bench.training import OurSteps, backward
 SHAPES = ((512, 128, 8, 1), (400, 50, 8, 1), (400, 50, 8, 4), (256, 256, 16, 1), (512, 512, 8, 1))
 QUICK_SHAPES = ((24, 8, 4, 1), (5, 12, 4, 2))
 SHAPE, QUICK_SHAPE = Shape(hidden=512, layers=4, vocab=512), Shape(hidden=64, layers=2, vocab=199, head_dim=16)
-TOKENS = 4096
+TOKENS, QUICK_TOKENS = 4096, 256
 """Approximate tokens of a step; at least one group."""
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.1, beta_r=1.0, temperature=0.8)
 TOLERANCE = 1e-5
@@ -50,7 +50,7 @@ def run(options: Options) -> Table:
     with world() as runtime, matched_models(shape, runtime, whole) as matched:
         ours = OurSteps.of(matched, LOSS)
         for sizes in QUICK_SHAPES if options.quick else SHAPES:
-            rows.append(_row(matched, ours, *sizes, rounds=options.rounds))
+            rows.append(_row(matched, ours, *sizes, quick=options.quick, rounds=options.rounds))
     return Table(
         "A group in parts of n candidates over the same group in one micro-batch, forward and backward",
         (
@@ -96,10 +96,18 @@ def _with_limit(trainee: Trainee, tokens: int) -> Trainee:
 
 
 def _row(
-    matched: Matched, ours: OurSteps, prompt: int, length: int, candidates: int, together: int, *, rounds: int
+    matched: Matched,
+    ours: OurSteps,
+    prompt: int,
+    length: int,
+    candidates: int,
+    together: int,
+    *,
+    quick: bool,
+    rounds: int,
 ) -> tuple[str, ...]:
     tokens, room = prompt + candidates * length, prompt + together * length
-    lengths = [Lengths(prompt, (length,) * candidates)] * max(1, TOKENS // tokens)
+    lengths = [Lengths(prompt, (length,) * candidates)] * max(1, (QUICK_TOKENS if quick else TOKENS) // tokens)
     groups = ours.stored(random_groups(lengths, matched.spec.vocab_size))
     unsplit, split = (Side(_with_limit(ours.trainee, size), ours, groups) for size in (tokens, room))
     planned = plan_step(split.trainee, groups, ours.objective).oversized
