@@ -105,6 +105,8 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if origin is list:
         return "non-empty list of sections"
+    if origin is tuple:
+        return f"list, each {describe_type(get_args(annotation)[0])}"
     if origin is dict:
         values = get_args(annotation)[1]
         return "mapping" if values is Any else f"mapping of names to {describe_type(values)}s"

@@ -120,12 +120,20 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Records: prompt+chosen, prompt+chosen+rejected, or prompt+completions(+rewards). See docs."""
 
+    added_later = frozenset({"chat_template", "template_kwargs"})
+
     path: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1, description="JSONL file, directory written by an earlier stage, local or hub `datasets` name"
     )
     split: str = Field(default="train", description="split, where `path` names a `datasets` data set")
     tokenizer: FilePath | None = Field(
         default=None, description="tokenizer directory or .model file; default: the checkpoint's own"
+    )
+    chat_template: str | None = Field(
+        default=None, min_length=1, description="Jinja template of chat messages, or its file; default: the tokenizer's"
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as enable_thinking"
     )
     max_prompt_tokens: PositiveInt = Field(default=512, description="a longer prompt is an error")
     max_completion_tokens: PositiveInt = Field(default=512, description="a longer completion is an error")
@@ -182,12 +190,20 @@ class LogConfig(Section):
 class SamplingConfig(Section):
     """The sampling of candidates."""
 
+    added_later = frozenset({"stop_token_ids", "stop"})
+
     candidates: PositiveInt = Field(default=4, description="K, candidates per prompt")
     temperature: PositiveFloat = Field(default=0.8, description="tau; logits are divided by it")
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=1.0, description="draw from the most likely tokens of this total probability"
     )
     max_new_tokens: PositiveInt = Field(default=128, description="a candidate that is not ended by then is cut")
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field(
+        default=(), description="ids that end a candidate, besides those that the model's files name"
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="strings that end a candidate once it has one of them"
+    )
     max_active_candidates: PositiveInt = Field(
         default=256, description="candidates decoded at once by one data-parallel rank"
     )

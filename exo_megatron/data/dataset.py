@@ -16,16 +16,9 @@ from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
 from exo_megatron.data.groups import Group
 from exo_megatron.data.loss_fields import check_token_logprobs, read_loss_fields
 from exo_megatron.data.pairs import check_different, choose_pair
-from exo_megatron.data.records import (
-    SourceRecord,
-    completion_text,
-    completion_texts,
-    finite_numbers,
-    prompt_text,
-    read_records,
-)
+from exo_megatron.data.records import SourceRecord, finite_numbers, read_records
 from exo_megatron.data.stored_logprobs import WantedLogprobs, describe_temperatures, reference_logprobs
-from exo_megatron.data.text import Text
+from exo_megatron.data.text import Answer, Text, completion_text, completion_texts, prompt_text
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import ConfigError, DataError, TieError
 
@@ -203,9 +196,9 @@ class _Encoder:
             ids = self.tokenizer.encode_prompt(prompt)
         return self.checked_prompt(record, ids)
 
-    def completion(self, record: SourceRecord, name: str, completion: Text) -> tuple[int, ...]:
+    def completion(self, record: SourceRecord, name: str, completion: Answer, prompt: Text) -> tuple[int, ...]:
         with _located(record):
-            ids = self.tokenizer.encode_completion(completion)
+            ids = self.tokenizer.encode_completion(completion, prompt=prompt)
         return self.checked_completion(record, name, ids)
 
     def stored_logprobs(
@@ -268,7 +261,7 @@ def _prompt(record: SourceRecord, encoder: _Encoder) -> Prompt:
 def _sft_group(record: SourceRecord, encoder: _Encoder) -> Group:
     prompt = _prompt_of(record)
     chosen = completion_text(record.where, record.fields, "chosen", prompt=prompt)
-    return Group(record.id, encoder.prompt(record, prompt), (encoder.completion(record, "chosen", chosen),))
+    return Group(record.id, encoder.prompt(record, prompt), (encoder.completion(record, "chosen", chosen, prompt),))
 
 
 def _rewarded_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Group:
@@ -319,7 +312,7 @@ def _chosen_and_rejected(record: SourceRecord, encoder: _Encoder, rule: PairRule
             fix="remove pairs",
         )
     chosen, rejected = (
-        encoder.completion(record, name, completion_text(record.where, record.fields, name, prompt=prompt))
+        encoder.completion(record, name, completion_text(record.where, record.fields, name, prompt=prompt), prompt)
         for name in ("chosen", "rejected")
     )
     group = Group(record.id, encoder.prompt(record, prompt), (chosen, rejected))
@@ -369,7 +362,7 @@ def _completions_group(record: SourceRecord, encoder: _Encoder, choose: Choose) 
     group = Group(
         record.id,
         encoder.prompt(record, prompt),
-        tuple(encoder.completion(record, f"completions[{k}]", completions[k]) for k in numbers),
+        tuple(encoder.completion(record, f"completions[{k}]", completions[k], prompt) for k in numbers),
         rewards=tuple(rewards[k] for k in numbers),
     )
     return encoder.with_loss_fields(record, group, numbers, len(completions))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,37 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from exo_megatron.data.text import Message
+from exo_megatron.data.text import Chat, Message
 from exo_megatron.errors import DataError, reason
+
+EVERYWHERE = frozenset({"role", "content", "tool_call_id"})
+"""Fields of messages that need not be named in a template; an identifier of a call says nothing to the model."""
+
+OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "tokenize", "chat_template"})
 
 
 class HfCodec:
     """A fast tokenizer, and a copy of it that leaves spaces at the beginning of a text alone.
 
-    The copy neither inserts nor strips a space there, so it is used for continuations.
+    The copy neither inserts nor strips a space there, so it is used for continuations. Conversations
+    are rendered with the tokenizer's chat template and the variables `template_kwargs`.
     """
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, path: Path, tokenizer: PreTrainedTokenizerFast, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Use a tokenizer. Raises DataError for variables that its template does not have."""
         self.path = path
         self._tokenizer = tokenizer
+        self._template_kwargs = dict(template_kwargs or {})
+        self._check_template_kwargs()
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         description["truncation"] = description["padding"] = None
         self._start = BackendTokenizer.from_str(json.dumps(description))
         self._continuation = BackendTokenizer.from_str(json.dumps(_without_prefix_space(description)))
-        ids = set(self._start.get_vocab(with_added_tokens=True).values())
-        special = {id for id, token in self._start.get_added_tokens_decoder().items() if token.special}
-        self.vocab_size = max(ids) + 1
-        self.text_vocab_size = max(ids - special, default=-1) + 1
+        self.ids = frozenset(self._start.get_vocab(with_added_tokens=True).values())
+        added = self._start.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.eos_id = _eos_id(path, tokenizer)
         self.prefix_ids = _default_prefix(tokenizer)
 
@@ -48,21 +59,21 @@ class HfCodec:
         text: str = self._backend(continuation).decode(list(ids), skip_special_tokens=True)
         return text
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Render messages with the chat template.
+    def render(self, chat: Chat, *, generation_prompt: bool) -> str:
+        """Render a conversation with the chat template.
 
-        Raises DataError if there is no template or it refuses the messages.
+        Raises DataError if there is no template, it refuses the messages, or knows nothing of a field
+        that they have.
         """
-        if self._tokenizer.chat_template is None:
-            raise DataError(
-                str(self.path),
-                "the tokenizer has no chat template, and the data has chat messages",
-                expected="a chat template, or prompts and completions as strings",
-                fix="add chat_template to tokenizer_config.json, or write the data as strings",
-            )
+        tools: list[Any] | None = [dict(tool) for tool in chat.tools] or None
+        self._check_fields(chat.messages, self._template(tools), tools)
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=generation_prompt, tokenize=False
+                [dict(message) for message in chat.messages],
+                tools=tools,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self._template_kwargs,
             )
         # Templates raise exceptions of any type, through jinja2 or transformers.
         except Exception as error:
@@ -74,15 +85,56 @@ class HfCodec:
             ) from None
         return str(text)
 
+    def _template(self, tools: list[Any] | None) -> str:
+        """Return the template: of several, the one for tools where there are tools."""
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                str(self.path),
+                "the tokenizer has no chat template, and the data has chat messages",
+                expected="a chat template, or prompts and completions as strings",
+                fix="set data.chat_template, or write the data as strings",
+            )
+        return str(self._tokenizer.get_chat_template(tools=tools))
+
+    def _check_fields(self, messages: Sequence[Message], template: str, tools: object) -> None:
+        """Raise DataError for what the messages have and the template never reads."""
+        fields = {name for message in messages for name in message} - EVERYWHERE
+        unread = [name for name in sorted(fields | ({"tools"} if tools else set())) if not _reads(template, name)]
+        if unread:
+            raise DataError(
+                str(self.path),
+                f"the chat template has no use for {', '.join(map(repr, unread))} of the messages",
+                expected="messages all of which the template writes",
+                fix="set data.chat_template to one that does, or remove the field from the data",
+            )
+
+    def _check_template_kwargs(self) -> None:
+        for name in self._template_kwargs:
+            if name in OWN_VARIABLES or not _reads(self._template(None), name):
+                raise DataError(
+                    f"data.template_kwargs.{name}",
+                    f"the chat template of {self.path} has no such variable to set",
+                    expected="variables that the template reads, such as enable_thinking",
+                    fix="correct the name, or remove it",
+                )
+
     def _backend(self, continuation: bool) -> BackendTokenizer:
         return self._continuation if continuation else self._start
 
 
-def load_hf_codec(path: Path) -> HfCodec:
+def load_hf_codec(
+    path: Path, chat_template: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> HfCodec:
     """Load a tokenizer directory with AutoTokenizer, from local files, running none of its code.
 
-    Raises DataError if the tokenizer cannot be loaded, is no fast tokenizer, or differs from its
-    SentencePiece model.
+    Args:
+        path: the directory.
+        chat_template: a template in place of the tokenizer's own.
+        template_kwargs: variables of the template.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded, is no fast tokenizer, or differs from its
+            SentencePiece model, or the template does not have the variables.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
@@ -103,7 +155,13 @@ def load_hf_codec(path: Path) -> HfCodec:
         )
     if not (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
         _check_conversion(path, tokenizer)
-    return HfCodec(path, tokenizer)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return HfCodec(path, tokenizer, template_kwargs)
+
+
+def _reads(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _eos_id(path: Path, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -6,13 +6,12 @@ import difflib
 import gzip
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.data.text import Message, Text
 from exo_megatron.errors import DataError, reason
 from exo_megatron.utils.files import parse_json_object, read_jsonl
 
@@ -188,7 +187,7 @@ def text(where: str, fields: Fields, name: str) -> str:
     value = require(where, fields, name)
     if not isinstance(value, str):
         raise wrong_type(where, name, value, "a string")
-    return _unicode(where, name, value)
+    return unicode_text(where, name, value)
 
 
 def boolean(where: str, fields: Fields, name: str) -> bool:
@@ -206,19 +205,19 @@ def finite_number(where: str, fields: Fields, name: str) -> float:
 
 def finite_numbers(where: str, fields: Fields, name: str) -> tuple[float, ...]:
     """Return a list of finite numbers. Raises DataError for another value."""
-    values = _list(where, fields, name, "a list of numbers")
+    values = list_field(where, fields, name, "a list of numbers")
     return tuple(_finite(where, f"{name}[{k}]", value) for k, value in enumerate(values))
 
 
 def finite_number_lists(where: str, fields: Fields, name: str) -> tuple[tuple[float, ...], ...]:
     """Return a list of lists of finite numbers. Raises DataError for another value."""
-    lists = dict(enumerate(_list(where, fields, name, "a list of lists of numbers")))
+    lists = dict(enumerate(list_field(where, fields, name, "a list of lists of numbers")))
     return tuple(finite_numbers(f"{where} {name}", {str(k): values}, str(k)) for k, values in lists.items())
 
 
 def token_ids(where: str, fields: Fields, name: str) -> tuple[int, ...]:
     """Return a non-empty list of token ids >= 0. Raises DataError for another value."""
-    values = _list(where, fields, name, "a list of token ids")
+    values = list_field(where, fields, name, "a list of token ids")
     if not values or not all(type(value) is int and value >= 0 for value in values):
         raise wrong_type(where, name, values, "a non-empty list of token ids >= 0")
     return tuple(values)
@@ -226,42 +225,10 @@ def token_ids(where: str, fields: Fields, name: str) -> tuple[int, ...]:
 
 def object_list(where: str, fields: Fields, name: str) -> list[Fields]:
     """Return a non-empty list of JSON objects. Raises DataError for another value."""
-    values = _list(where, fields, name, "a list of objects")
+    values = list_field(where, fields, name, "a list of objects")
     if not values or not all(isinstance(value, Mapping) for value in values):
         raise wrong_type(where, name, values, "a non-empty list of objects")
     return list(values)
-
-
-def prompt_text(where: str, fields: Fields, name: str = "prompt") -> Text:
-    """Return a prompt: a string, or chat messages that do not end with the assistant's.
-
-    Raises DataError for another value.
-    """
-    value = _text_or_messages(where, name, require(where, fields, name))
-    if not isinstance(value, str) and value[-1]["role"] == "assistant":
-        raise DataError(
-            where,
-            f"{name!r} ends with a message of the assistant",
-            expected="a prompt that ends with the turn to be answered",
-            fix="move the assistant's last message into the completion",
-        )
-    return value
-
-
-def completion_text(where: str, fields: Fields, name: str, *, prompt: Text) -> Text:
-    """Return a candidate of `prompt`: a string, or one assistant message if the prompt is messages.
-
-    Raises DataError for another value and for an empty text.
-    """
-    return _completion(where, name, require(where, fields, name), prompt)
-
-
-def completion_texts(where: str, fields: Fields, name: str, *, prompt: Text) -> list[Text]:
-    """Return a non-empty list of candidates of `prompt`, each as `completion_text` returns it."""
-    values = _list(where, fields, name, "a list of completions")
-    if not values:
-        raise DataError(where, f"{name!r} is empty", expected="at least one completion", fix="remove the record")
-    return [_completion(where, f"{name}[{k}]", value, prompt) for k, value in enumerate(values)]
 
 
 def wrong_type(where: str, name: str, value: object, expected: str) -> DataError:
@@ -272,50 +239,7 @@ def wrong_type(where: str, name: str, value: object, expected: str) -> DataError
     return DataError(where, f"{name!r} is {shown}", expected=expected, fix="correct the record")
 
 
-def _completion(where: str, name: str, value: object, prompt: Text) -> Text:
-    completion = _text_or_messages(where, name, value)
-    if isinstance(completion, str) != isinstance(prompt, str):
-        kinds = ("a string", "a list of messages")
-        raise DataError(
-            where,
-            f"'prompt' is {kinds[not isinstance(prompt, str)]}, {name!r} is {kinds[not isinstance(completion, str)]}",
-            expected="both strings, or both lists of messages",
-            fix="write the completion as the prompt is written",
-        )
-    if not isinstance(completion, str) and (len(completion) != 1 or completion[0]["role"] != "assistant"):
-        raise DataError(
-            where,
-            f"{name!r} has messages of {', '.join(message['role'] for message in completion)}",
-            expected="exactly one message, of the assistant",
-            fix="move all messages before the completion into 'prompt'",
-        )
-    content = completion if isinstance(completion, str) else completion[0]["content"]
-    if not content.strip():
-        raise DataError(
-            where, f"{name!r} is an empty completion", expected="text", fix="remove the record or the completion"
-        )
-    return completion
-
-
-def _text_or_messages(where: str, name: str, value: object) -> Text:
-    if isinstance(value, str):
-        return _unicode(where, name, value)
-    if not isinstance(value, Sequence) or not value:
-        raise wrong_type(where, name, value, "a string or a non-empty list of chat messages")
-    return [_message(where, f"{name}[{k}]", item) for k, item in enumerate(value)]
-
-
-def _message(where: str, name: str, value: object) -> Message:
-    expected = 'a message {"role": string, "content": string}'
-    if not isinstance(value, Mapping):
-        raise wrong_type(where, name, value, expected)
-    role, content = value.get("role"), value.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise wrong_type(where, name, value, expected)
-    return {"role": role, "content": _unicode(where, name, content)}
-
-
-def _unicode(where: str, name: str, value: str) -> str:
+def unicode_text(where: str, name: str, value: str) -> str:
     """Return the text. Raises DataError if it holds half of a surrogate pair.
 
     JSON can write that, but no tokenizer can read it.
@@ -332,7 +256,8 @@ def _unicode(where: str, name: str, value: str) -> str:
     return value
 
 
-def _list(where: str, fields: Fields, name: str, expected: str) -> list[Any]:
+def list_field(where: str, fields: Fields, name: str, expected: str) -> list[Any]:
+    """Return a list. Raises DataError for another value; `expected` says what it should be."""
     value = require(where, fields, name)
     if not isinstance(value, list):
         raise wrong_type(where, name, value, expected)

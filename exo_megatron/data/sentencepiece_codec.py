@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from exo_megatron.data.text import Message
+from exo_megatron.data.text import Chat
 from exo_megatron.errors import DataError, reason
 
 
@@ -38,8 +38,8 @@ class SentencePieceCodec:
                 expected="a .model file",
                 fix="restore the file",
             ) from None
-        self.vocab_size: int = self._start.get_piece_size()
-        self.text_vocab_size = self.vocab_size
+        self.ids = frozenset(range(self._start.get_piece_size()))
+        self.special_ids: frozenset[int] = frozenset()
         self.eos_id: int = self._start.eos_id()
         if self.eos_id < 0:
             raise DataError(
@@ -61,7 +61,7 @@ class SentencePieceCodec:
         text: str = (self._continuation if continuation else self._start).decode(list(ids))
         return text
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> NoReturn:
+    def render(self, chat: Chat, *, generation_prompt: bool) -> NoReturn:
         """Raise DataError: a SentencePiece model has no chat template."""
         raise DataError(
             str(self.path),

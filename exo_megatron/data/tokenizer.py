@@ -1,36 +1,54 @@
 """One small interface to Hugging Face tokenizers and bare SentencePiece models.
 
-Prompt and candidate are tokenised separately and joined: the ids of a prompt do not depend on the
-text after it. A candidate is tokenised as a continuation, so that no space is inserted or lost
-where the two meet: `decode(encode_prompt(p) + encode_completion(c)) == p + c` as far as the
+Strings: prompt and candidate are tokenised separately and joined, so the ids of a prompt do not depend
+on the text after it. A candidate is tokenised as a continuation, so that no space is inserted or lost
+where the two meet: `decode(encode_prompt(p) + encode_completion(c, prompt=p)) == p + c` as far as the
 tokenizer's normalisation keeps text.
+
+Conversations: the ids of prompt and candidate together are those of the whole conversation, as the
+chat template writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from exo_megatron.data.text import Message, Text, TextCodec
+from exo_megatron.data.text import Answer, Chat, Message, Text, TextCodec
 from exo_megatron.errors import DataError
+from exo_megatron.utils.files import read_json
 
-PROBE: tuple[Message, ...] = ({"role": "user", "content": "x"},)
+GENERATION_CONFIG = "generation_config.json"
+_QUESTION, _ANSWER = "question", "answer"
 
 
 class Tokenizer:
     """A converter between text and the token ids of one model."""
 
-    def __init__(self, path: Path, codec: TextCodec, embedding_rows: int | None = None) -> None:
-        """Wrap a codec for a model with `embedding_rows` (see `fitted_to`), None if unknown."""
+    def __init__(
+        self, path: Path, codec: TextCodec, stops: Iterable[int] = (), embedding_rows: int | None = None
+    ) -> None:
+        """Wrap a codec for a model with `embedding_rows` (see `fitted_to`), None if unknown.
+
+        `stops` are ids that end a candidate, besides end-of-sequence and the end of a turn.
+        """
         self.path = path
         self._codec = codec
         self._embedding_rows = embedding_rows
+        known = (self.eos_id, find_turn_end(codec), *stops)
+        self.stop_ids = frozenset(id for id in known if id in codec.ids)
 
     @property
     def vocab_size(self) -> int:
         """The number above all ids that both the tokenizer and, if it is known, its model have."""
-        entries = self._codec.vocab_size
+        entries = max(self._codec.ids) + 1
         return entries if self._embedding_rows is None else min(entries, self._embedding_rows)
+
+    @property
+    def absent_ids(self) -> list[int]:
+        """Ids of the model that are no token, in order: rows of its embedding that nothing stands for."""
+        return sorted(set(range(self._embedding_rows or 0)) - self._codec.ids)
 
     def fitted_to(self, embedding_rows: int) -> Tokenizer:
         """Return the tokenizer for a model with `embedding_rows` embedding rows.
@@ -39,7 +57,7 @@ class Tokenizer:
         lacks. Added special tokens that it lacks (of images, for example) do no harm unless a text
         holds one; readers of data check this with `vocab_size`.
         """
-        entries = max(self._codec.text_vocab_size, self.eos_id + 1)
+        entries = max(*(self._codec.ids - self._codec.special_ids), self.eos_id) + 1
         if entries > embedding_rows:
             raise DataError(
                 str(self.path),
@@ -47,11 +65,15 @@ class Tokenizer:
                 expected="a tokenizer with no more entries than the model's vocabulary",
                 fix="use the tokenizer that belongs to the checkpoint (data.tokenizer)",
             )
-        return Tokenizer(self.path, self._codec, embedding_rows)
+        return Tokenizer(self.path, self._codec, self.stop_ids, embedding_rows)
+
+    def stopping_at(self, ids: Iterable[int]) -> Tokenizer:
+        """Return the tokenizer with more ids that end a candidate."""
+        return Tokenizer(self.path, self._codec, self.stop_ids.union(ids), self._embedding_rows)
 
     @property
     def eos_id(self) -> int:
-        """Id of the end-of-sequence token, which ends candidates."""
+        """Id of the end-of-sequence token, which ends candidates that nothing else ends."""
         return self._codec.eos_id
 
     def prompt_text(self, prompt: Text) -> str:
@@ -74,21 +96,20 @@ class Tokenizer:
             return ids
         return prefix + ids
 
-    def encode_completion(self, completion: Text, *, ended: bool = True) -> list[int]:
-        """Return the ids of a candidate without BOS, with end-of-sequence last if it is `ended`.
+    def encode_completion(self, completion: Answer, *, prompt: Text, ended: bool = True) -> list[int]:
+        """Return the ids of a candidate of `prompt`, without BOS, up to the token that ends it.
 
-        A candidate of chat messages is the text that the template adds to a prompt for them, up to
-        the last end-of-sequence.
+        That is one of `stop_ids`: the one that text or template ends with, else end-of-sequence, which
+        is added. If it is not `ended`, the token is left out. Raises DataError as `encode_prompt`, and
+        if the ids of the prompt are not the beginning of those of the whole conversation.
         """
-        ids = self._codec.encode(self._completion_text(completion), continuation=True)
-        eos = self.eos_id
-        if not isinstance(completion, str) and eos in ids:
-            # Templates write more after the turn's end (for example a line break), which the model
-            # never generates.
-            del ids[len(ids) - ids[::-1].index(eos) :]
-        if ids and ids[-1] == eos:
-            ids.pop()
-        return [*ids, eos] if ended else ids
+        if isinstance(prompt, str) or isinstance(completion, str):
+            ids = self._codec.encode(str(completion), continuation=True)
+        else:
+            ids = self._answer_ids(prompt, completion)
+        if not ids or ids[-1] not in self.stop_ids:
+            ids.append(self.eos_id)
+        return ids if ended else ids[:-1]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole sequence that begins with a prompt, without special tokens."""
@@ -98,43 +119,129 @@ class Tokenizer:
         """Return the text of a candidate, its leading space included, without special tokens."""
         return self._codec.decode(ids, continuation=True)
 
-    def _completion_text(self, completion: Text) -> str:
-        if isinstance(completion, str):
-            return completion
-        before = self._codec.render(PROBE, generation_prompt=True)
-        whole = self._codec.render((*PROBE, *completion), generation_prompt=False)
-        if not whole.startswith(before):
+    def _answer_ids(self, prompt: Chat, answer: Sequence[Message]) -> list[int]:
+        """Return what the template adds to the prompt for the answer, up to the token that ends it.
+
+        Templates write more after the turn's end (a line break, the end of the text), which a model
+        never generates.
+        """
+        before = self.encode_prompt(prompt)
+        whole = self._codec.encode(
+            self._codec.render(prompt.followed_by(answer), generation_prompt=False), continuation=False
+        )
+        if whole[: len(before)] != before:
             raise DataError(
                 str(self.path),
-                "the chat template does not write a completion as a continuation of its generation prompt",
-                expected="a template whose conversation begins with the prompt rendered for generation",
-                fix="correct the chat template, or give prompts and completions as strings",
+                "the answer is no continuation of its prompt: the chat template or the tokenizer writes the end of the "
+                f"prompt {self._tail(before)} otherwise where the answer follows "
+                f"({self._tail(whole[: len(before)])})",
+                expected="a conversation that begins with the prompt as it is rendered for generation",
+                fix="remove what the answer begins with (line breaks), correct the template, or give strings",
             )
-        return whole[len(before) :]
+        return self._up_to_its_end(whole[len(before) :])
+
+    def _up_to_its_end(self, ids: list[int]) -> list[int]:
+        """Cut an answer after its last stop token but those that only blanks part from an earlier one."""
+        *earlier, end = [place for place, id in enumerate(ids) if id in self.stop_ids] or [len(ids) - 1]
+        while earlier and not self._codec.decode(ids[earlier[-1] : end], continuation=True).strip():
+            end = earlier.pop()
+        return ids[: end + 1]
+
+    def _tail(self, ids: Sequence[int]) -> str:
+        return repr("..." + self._codec.decode(ids, continuation=True)[-20:])
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(
+    path: Path, *, chat_template: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """Load a tokenizer directory or a SentencePiece .model file.
 
-    The directory holds Hugging Face files, or only a tokenizer.model. Only local files are read,
-    and no code from the directory is run. Raises DataError if there is no tokenizer, it cannot be
-    read, or it has no end-of-sequence token.
+    The directory holds Hugging Face files, or only a tokenizer.model; the stop tokens of its
+    generation_config.json end candidates. Only local files are read, and no code from the directory
+    is run.
+
+    Args:
+        path: the directory or file.
+        chat_template: a chat template in place of the tokenizer's own, or the path of a file with one.
+        template_kwargs: variables of the chat template.
+
+    Raises:
+        DataError: there is no tokenizer, it cannot be read, or has no end-of-sequence token; or
+            template or variables cannot be used.
     """
     if path.is_file() and path.suffix == ".model":
-        return _load_sentencepiece(path, path)
+        return _load_sentencepiece(path, path, chat_template)
     if not path.is_dir():
         raise DataError(
             str(path), "is not a tokenizer", expected="a tokenizer directory or a .model file", fix="correct the path"
         )
+    stops = read_generation_stops(path)
     hugging_face = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if not hugging_face and (path / "tokenizer.model").is_file():
-        return _load_sentencepiece(path, path / "tokenizer.model")
+        return _load_sentencepiece(path, path / "tokenizer.model", chat_template).stopping_at(stops)
     from exo_megatron.data.hf_codec import load_hf_codec
 
-    return Tokenizer(path, load_hf_codec(path))
+    template = None if chat_template is None else _read_template(chat_template)
+    return Tokenizer(path, load_hf_codec(path, template, template_kwargs), stops)
 
 
-def _load_sentencepiece(path: Path, file: Path) -> Tokenizer:
+def _load_sentencepiece(path: Path, file: Path, chat_template: str | None) -> Tokenizer:
     from exo_megatron.data.sentencepiece_codec import SentencePieceCodec
 
+    if chat_template is not None:
+        raise DataError(
+            "data.chat_template",
+            f"{file} is a bare SentencePiece model, in whose text special tokens are ordinary text",
+            expected="a Hugging Face tokenizer for chat messages",
+            fix="remove data.chat_template, or give a tokenizer directory with tokenizer.json (data.tokenizer)",
+        )
     return Tokenizer(path, SentencePieceCodec(file))
+
+
+def _read_template(text_or_file: str) -> str:
+    """Return a chat template, from its file if that is what is given."""
+    if "{" in text_or_file:
+        return text_or_file
+    file = Path(text_or_file).expanduser()
+    if not file.is_file():
+        raise DataError(
+            "data.chat_template",
+            f"{text_or_file!r} is neither a file nor a template",
+            expected="a file with a Jinja template, or the template itself",
+            fix="correct the path",
+        )
+    return file.read_text(encoding="utf-8")
+
+
+def read_generation_stops(directory: Path) -> list[int]:
+    """Return the end-of-sequence ids of a model's generation_config.json, one or several; [] without the file.
+
+    Raises DataError if the file cannot be read or has other values there.
+    """
+    file = directory / GENERATION_CONFIG
+    if not file.is_file():
+        return []
+    settings = read_json(file)
+    stored = settings.get("eos_token_id") if isinstance(settings, dict) else settings
+    ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(id) is int for id in ids):
+        raise DataError(
+            str(file), f"'eos_token_id' is {stored!r}", expected="a token id or a list of them", fix="correct the file"
+        )
+    return ids
+
+
+def find_turn_end(codec: TextCodec) -> int | None:
+    """Return the special token that the chat template writes after an answer; None if there is none.
+
+    Models that were tuned on the template end their turns with it, whatever their end-of-sequence
+    token is.
+    """
+    messages = ({"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER})
+    try:
+        rendered = codec.render(Chat(messages), generation_prompt=False)
+    except DataError:  # no template, or one that wants other messages
+        return None
+    _, answer, after = rendered.rpartition(_ANSWER)
+    ids = codec.encode(after, continuation=True) if answer else []
+    return ids[0] if ids and ids[0] in codec.special_ids else None

@@ -16,6 +16,7 @@ from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.execution.policy import PolicyCheckpoint, find_policy, find_tokenizer
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
+from exo_megatron.rollout.stops import check_stops
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def make_plan(config: EvaluateConfig) -> Plan:
     source = find_policy(config.reference.checkpoint, config.parallel)
     reference = Target(REFERENCE_NAME, read_step(source.path), source)
     found = [each for name, path in config.models.items() for each in find_checkpoints(name, path)]
-    tokenizer = find_tokenizer(source, config.data.tokenizer)
+    tokenizer = find_tokenizer(source, config.data)
     prompts = tuple(load_prompts(config.data, tokenizer))
     _check_number(prompts, config)
+    check_stops(tokenizer, config.sampling)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
     targets = tuple(Target(name, step, find_policy(path, config.parallel)) for name, step, path in found)
     for target in (reference, *targets):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resolve_checkpoint, tokenizer_path
 from exo_megatron.checkpoint.load import load_model
-from exo_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig
-from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from exo_megatron.config.sections import ComputeConfig, DataConfig, ModelConfig, ParallelConfig
+from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer, read_generation_stops
 from exo_megatron.errors import CheckpointError
 from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
@@ -155,12 +155,16 @@ def find_policy_and_reference(
     return source, other
 
 
-def find_tokenizer(source: PolicyCheckpoint, other: Path | None) -> Tokenizer:
-    """Load the checkpoint's own tokenizer, or the `other` one.
+def find_tokenizer(source: PolicyCheckpoint, data: DataConfig) -> Tokenizer:
+    """Load the checkpoint's own tokenizer, or that of `data`, with the chat template of `data`.
 
-    Raises DataError if it is too large for the model.
+    The checkpoint's stop tokens end candidates in either case. Raises DataError if the tokenizer is
+    too large for the model.
     """
-    return load_tokenizer(other or source.hf_files).fitted_to(source.spec.vocab_size)
+    tokenizer = load_tokenizer(
+        data.tokenizer or source.hf_files, chat_template=data.chat_template, template_kwargs=data.template_kwargs
+    )
+    return tokenizer.stopping_at(read_generation_stops(source.hf_files)).fitted_to(source.spec.vocab_size)
 
 
 def load_policy(

@@ -22,6 +22,7 @@ from exo_megatron.models.layouts.decode import DecodeLayout, build_decode_layout
 from exo_megatron.rollout.engine import GeneratedCandidate, GeneratedGroup
 from exo_megatron.rollout.sampling import draw_tokens, uniforms
 from exo_megatron.rollout.scheduler import ActiveCandidate, Pass, Scheduler
+from exo_megatron.rollout.stops import StopRule
 from exo_megatron.utils.progress import Progress
 
 MAX_PREFILL_TOKENS = 4096
@@ -32,10 +33,12 @@ class NativeEngine:
     """RolloutEngine on this rank's part of a policy."""
 
     def __init__(self, policy: Policy) -> None:
-        """Use a policy loaded with its tokenizer, whose end-of-sequence token ends a candidate."""
+        """Use a policy loaded with its tokenizer, whose stop tokens end a candidate."""
         self._policy = policy
         self._topology = policy.topology
-        self._eos_id = policy.text_tokenizer.eos_id
+        self._tokenizer = policy.text_tokenizer
+        absent = self._tokenizer.absent_ids
+        self._absent = torch.tensor(absent, device=self._topology.device) if absent else None
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, seed: int, progress: Progress | None
@@ -61,7 +64,7 @@ class NativeEngine:
             max_new_tokens=sampling.max_new_tokens,
             max_active=sampling.max_active_candidates,
             max_prefill_tokens=MAX_PREFILL_TOKENS,
-            eos_id=self._eos_id,
+            ends=StopRule(self._tokenizer, sampling).ends,
         )
         cache = self._allocate(prompts, sampling, scheduler.prompt_slots)
         numbers = _UniformNumbers(prompts, sampling, seed)
@@ -140,7 +143,7 @@ class NativeEngine:
                 places = torch.tensor([place for _, place in work.draws]).to(topology.device, non_blocking=True)
                 uniform = torch.from_numpy(numbers.of(work.draws)).to(topology.device, non_blocking=True)
                 # A token id is exact in fp64.
-                drawn[0], drawn[1] = draw_tokens(logits, places, uniform, sampling)
+                drawn[0], drawn[1] = draw_tokens(logits, places, uniform, sampling, self._absent)
             if topology.tensor_size > 1:
                 source = dist.get_process_group_ranks(topology.tensor_group)[0]
                 dist.broadcast(drawn, src=source, group=topology.tensor_group)

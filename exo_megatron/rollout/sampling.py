@@ -61,7 +61,9 @@ def uniforms(seed: int, prompt_id: str, *, candidates: int, steps: int) -> npt.N
     return bits.astype(np.float64) * 2.0**-53
 
 
-def draw_tokens(logits: Tensor, places: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Tensor, places: Tensor, uniform: Tensor, sampling: SamplingConfig, absent: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw tokens by inversion of the cumulative distribution.
 
     All arithmetic is in fp64, for a bounded number of draws at a time. Local to the rank.
@@ -71,25 +73,29 @@ def draw_tokens(logits: Tensor, places: Tensor, uniform: Tensor, sampling: Sampl
         places: [D] int64, the row of logits that each draw is from.
         uniform: [D] fp64 in [0, 1).
         sampling: gives temperature and top_p.
+        absent: ids that are no token and are never drawn, int64; None if there are none.
 
     Returns:
         Tokens [D] int64 and log-probs [D] fp64. The token is the first v with P(id <= v) > uniform,
-        where P is softmax(logits / temperature) restricted to the smallest set of most likely
-        tokens of mass at least top_p (ties to the lower id) and renormalised. The log-prob is under
+        where P is softmax(logits / temperature) without `absent`, restricted to the smallest set of
+        most likely tokens of mass at least top_p (ties to the lower id) and renormalised. The log-prob is under
         softmax(logits / temperature) without that restriction.
     """
     step = max(1, CHUNK_ELEMENTS // logits.shape[1])
     parts = [
-        _draw_chunk(logits[place_chunk], uniform_chunk, sampling)
+        _draw_chunk(logits[place_chunk], uniform_chunk, sampling, absent)
         for place_chunk, uniform_chunk in zip(places.split(step), uniform.split(step), strict=True)
     ]
     return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
 
 
-def _draw_chunk(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+def _draw_chunk(
+    logits: Tensor, uniform: Tensor, sampling: SamplingConfig, absent: Tensor | None
+) -> tuple[Tensor, Tensor]:
     scaled = logits.to(torch.float64).div_(sampling.temperature)
-    scaled.sub_(scaled.amax(-1, keepdim=True))
-    weights = scaled.exp()
+    normaliser = scaled.logsumexp(-1)
+    present = scaled if absent is None else scaled.index_fill(-1, absent, -torch.inf)
+    weights = (present - present.amax(-1, keepdim=True)).exp_()
     total = weights.sum(-1)
     kept = weights if sampling.top_p >= 1.0 else _nucleus(weights, sampling.top_p * total)
     cumulative = kept.cumsum(-1)
@@ -97,7 +103,7 @@ def _draw_chunk(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tu
     # always found.
     target = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)
-    logprobs = scaled.gather(-1, tokens)[:, 0] - total.log()
+    logprobs = scaled.gather(-1, tokens)[:, 0] - normaliser
     return tokens[:, 0], logprobs
 
 

@@ -10,7 +10,7 @@ own scheduler on the same draws and so computes the same passes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -79,7 +79,7 @@ class Scheduler:
         max_new_tokens: int,
         max_active: int,
         max_prefill_tokens: int,
-        eos_id: int,
+        ends: Callable[[Sequence[int]], bool],
     ) -> None:
         """Queue all prompts, the longest first.
 
@@ -90,7 +90,7 @@ class Scheduler:
             max_active: candidate slots.
             max_prefill_tokens: prompt tokens that one pass admits (a longer prompt is admitted
                 alone).
-            eos_id: token that ends a candidate.
+            ends: tells whether the last of a candidate's tokens ends it.
         """
         # Longest first: prompts in the cache at the same time are then about equally long, and
         # attention reads every prompt slot up to the longest one.
@@ -104,7 +104,7 @@ class Scheduler:
         self._max_new_tokens = max_new_tokens
         self._max_active = max_active
         self._max_prefill_tokens = max_prefill_tokens
-        self._eos_id = eos_id
+        self._ends = ends
         self.prompt_slots = min(len(prompts), PROMPT_SLOT_FACTOR * -(-max_active // candidates))
 
     def next_pass(self) -> Pass | None:
@@ -140,7 +140,7 @@ class Scheduler:
         for (candidate, place), token, logprob in zip(self._draws, tokens, logprobs, strict=True):
             candidate.tokens.append(token)
             candidate.logprob += logprob
-            candidate.finished = token == self._eos_id
+            candidate.finished = self._ends(candidate.tokens)
             if candidate.finished or len(candidate.tokens) == self._max_new_tokens:
                 completed.append(candidate)
                 self._release(candidate, place if place < held else None)

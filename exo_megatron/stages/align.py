@@ -33,7 +33,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
     groups = load_groups(
         config.data,
-        find_tokenizer(source, config.data.tokenizer),
+        find_tokenizer(source, config.data),
         purpose=objective.loss.spec.compares,
         candidates=config.candidates,
         pairs=config.pairs,

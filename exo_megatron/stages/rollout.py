@@ -10,6 +10,7 @@ from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.draw import draw_candidates
 from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
+from exo_megatron.rollout.stops import check_stops
 from exo_megatron.utils.files import write_json
 
 
@@ -20,8 +21,9 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     before the model is built.
     """
     source = find_policy(config.model.checkpoint, config.parallel)
-    tokenizer = find_tokenizer(source, config.data.tokenizer)
+    tokenizer = find_tokenizer(source, config.data)
     prompts = load_prompts(config.data, tokenizer)
+    check_stops(tokenizer, config.sampling)
     check_lengths(prompts, config.sampling, source.spec)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:

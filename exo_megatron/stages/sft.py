@@ -21,7 +21,7 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     world.
     """
     source = find_policy(config.model.checkpoint, config.parallel)
-    groups = load_groups(config.data, find_tokenizer(source, config.data.tokenizer), purpose="sft")
+    groups = load_groups(config.data, find_tokenizer(source, config.data), purpose="sft")
     check_groups(groups, source.spec, config.compute, config.parallel)
     identity = run_identity(
         data_digest(groups),

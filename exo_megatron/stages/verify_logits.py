@@ -8,7 +8,8 @@ from pathlib import Path
 from exo_megatron.checkpoint.directory import tokenizer_path
 from exo_megatron.config.stages import VerifyConfig
 from exo_megatron.conversion.verifying import Comparison, Direction
-from exo_megatron.data.records import SourceRecord, completion_texts, prompt_text, read_jsonl_records
+from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.data.text import completion_texts, prompt_text
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError
 from exo_megatron.evaluation.logits import (
@@ -154,7 +155,7 @@ def _example(record: SourceRecord, tokenizer: Tokenizer) -> Example:
         raise DataError(record.where, "has no tokens", expected="a prompt of at least one token", fix="remove it")
     if "completions" in record.fields:
         texts = completion_texts(record.where, record.fields, "completions", prompt=prompt)
-        return Example(ids, tuple(tuple(tokenizer.encode_completion(text)) for text in texts))
+        return Example(ids, tuple(tuple(tokenizer.encode_completion(text, prompt=prompt)) for text in texts))
     half = -(-len(ids) // 2)
     rest = ids[half:] or ids
     return Example(ids[:half], (rest, rest[::-1], rest[: -(-len(rest) // 2)]))

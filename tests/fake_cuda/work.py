@@ -78,7 +78,7 @@ def _do(case: Case, layers: int) -> None:
     )
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(), model_parallel(runtime, parallel, seed=1) as topology:
         model = build_policy(model_spec(case.family, layers), topology, compute)
-        tokenizer: Any = SimpleNamespace(eos_id=0)
+        tokenizer: Any = SimpleNamespace(stop_ids=frozenset({0}), absent_ids=[])
         WORK[case.work](Policy(model, topology, compute, tokenizer=tokenizer))
 
 

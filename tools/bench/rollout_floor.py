@@ -63,7 +63,7 @@ def planned_passes(prompts: Sequence[tuple[int, ...]], sampling: SamplingConfig)
         max_new_tokens=sampling.max_new_tokens,
         max_active=sampling.max_active_candidates,
         max_prefill_tokens=MAX_PREFILL_TOKENS,
-        eos_id=NEVER,
+        ends=lambda tokens: tokens[-1] == NEVER,
     )
     passes: list[PlannedPass] = []
     while (work := scheduler.next_pass()) is not None:

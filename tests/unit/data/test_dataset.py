@@ -18,6 +18,7 @@ from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candi
 from exo_megatron.data.dataset import Purpose, load_groups, load_prompts
 from exo_megatron.data.groups import Group
 from exo_megatron.data.loss_fields import TOKEN_LOGPROBS
+from exo_megatron.data.text import Chat
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError
 from tests.reference.tiny_llama import tiny_tokenizer
@@ -25,6 +26,10 @@ from tests.reference.tiny_llama import tiny_tokenizer
 GOOD, BAD, DULL = " was good .", " was bad .", " is not so dull ."
 PAIR = {"id": "p", "prompt": "The movie", "chosen": GOOD, "rejected": BAD}
 REWARDED = {"id": "r", "prompt": "The movie", "completions": [GOOD, BAD, DULL], "rewards": [0.5, -1, 2]}
+
+
+def ids_of(tokenizer: Tokenizer, completion: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode_completion(completion, prompt="x"))
 
 
 def user(content: str) -> dict[str, str]:
@@ -74,7 +79,7 @@ class TestPrompts:
     def test_chat_messages_are_rendered(self, file: Path, chat: Tokenizer) -> None:
         (prompt,) = load_prompts(config(file, {"prompt": [user("The movie?")]}), chat)
         assert prompt.text == "<|user|>The movie?</s>\n<|assistant|>"
-        assert prompt.ids == tuple(chat.encode_prompt([user("The movie?")]))
+        assert prompt.ids == tuple(chat.encode_prompt(Chat((user("The movie?"),))))
 
     def test_prompts_of_a_candidates_file_keep_their_ids(self, tmp_path: Path, spm: Tokenizer) -> None:
         record = CandidateRecord("a", "The movie", (1, 9, 9), (Candidate("", (2,), True, 0.0),))
@@ -125,7 +130,7 @@ class TestSft:
     def test_the_chosen_completion_is_the_one_candidate(self, file: Path, spm: Tokenizer) -> None:
         plain = {"prompt": "It", "chosen": GOOD}
         first, second = groups(file, spm, "sft", PAIR, plain)
-        assert first == Group("p", tuple(spm.encode_prompt("The movie")), (tuple(spm.encode_completion(GOOD)),))
+        assert first == Group("p", tuple(spm.encode_prompt("The movie")), (ids_of(spm, GOOD),))
         assert first.candidates[0][-1] == spm.eos_id
         assert second.id == "line-2"
 
@@ -144,7 +149,7 @@ class TestSft:
             ({"prompt": "x", "chosen": [assistant("y")]}, "'prompt' is a string, 'chosen' is a list of messages"),
             ({"prompt": [user("x")], "chosen": "y"}, "'prompt' is a list of messages, 'chosen' is a string"),
             ({"prompt": [user("x")], "chosen": [assistant(" ")]}, "'chosen' is an empty completion"),
-            ({"prompt": [user("x")], "chosen": [user("y")]}, "exactly one message, of the assistant"),
+            ({"prompt": [user("x")], "chosen": [user("y")]}, "the first and the last are the assistant's"),
             ({"prompt": [user("x")], "chosen": [user("x"), assistant("y")]}, "messages of user, assistant"),
             ({"chosen": "y"}, "no field 'prompt'"),
         ],
@@ -153,7 +158,7 @@ class TestSft:
         assert expected in refused(file, chat, "sft", row)
 
     def test_completion_too_long(self, file: Path, spm: Tokenizer) -> None:
-        length = len(spm.encode_completion(DULL))
+        length = len(ids_of(spm, DULL))
         row = {"id": "x1", "prompt": "It", "chosen": DULL}
         assert groups(file, spm, "sft", row, max_completion_tokens=length)
         with pytest.raises(DataError) as error:
@@ -165,7 +170,10 @@ class TestSft:
 class TestPreference:
     def test_pairs(self, file: Path, spm: Tokenizer) -> None:
         (group,) = groups(file, spm, "preference", PAIR, k=2)
-        assert group.candidates == (tuple(spm.encode_completion(GOOD)), tuple(spm.encode_completion(BAD)))
+        assert group.candidates == (
+            ids_of(spm, GOOD),
+            ids_of(spm, BAD),
+        )
         assert group.rewards is None
 
     def test_errors(self, file: Path, spm: Tokenizer) -> None:
@@ -189,7 +197,7 @@ class TestRewards:
     def test_all_completions_with_their_rewards(self, file: Path, spm: Tokenizer) -> None:
         two = {"prompt": "It", "completions": [GOOD, BAD], "rewards": [3, 3.0]}
         first, second = groups(file, spm, "rewards", REWARDED, two)
-        assert first.candidates == tuple(tuple(spm.encode_completion(text)) for text in (GOOD, BAD, DULL))
+        assert first.candidates == tuple(ids_of(spm, text) for text in (GOOD, BAD, DULL))
         assert first.rewards == (0.5, -1.0, 2.0)
         assert second.rewards == (3.0, 3.0), "equal rewards are legitimate"
 

@@ -120,7 +120,7 @@ def test_all_values_of_a_candidate_go_along(
 def test_two_draws_are_the_first_two_whatever_else_was_drawn(data: Data, rewards: Sequence[float], chosen: int) -> None:
     assert data.candidates("preference", drawn("r", rewards)) == [[chosen, 1 - chosen]]
     (pair,) = data.load("preference", texts("t", rewards))
-    encoded = [tuple(data.tokenizer.encode_completion(text)) for text in (GOOD, BAD)]
+    encoded = [tuple(data.tokenizer.encode_completion(text, prompt="x")) for text in (GOOD, BAD)]
     assert pair.candidates == (encoded[chosen], encoded[1 - chosen])
     assert pair.rewards == (rewards[chosen], rewards[1 - chosen])
 
@@ -160,7 +160,7 @@ class TestOnlyWhatIsUsedIsChecked:
         with pytest.raises(DataError, match=r"'candidates\[3\]' of record 'r' has 5 tokens"):
             data.load("preference", row, limits={"max_completion_tokens": 4}, **ALL)
         long = texts("t", [0.0, 1.0, 2.0])
-        length = max(len(data.tokenizer.encode_completion(text)) for text in (GOOD, BAD))
+        length = max(len(data.tokenizer.encode_completion(text, prompt="x")) for text in (GOOD, BAD))
         assert len(data.load("preference", long, limits={"max_completion_tokens": length})) == 1
         with pytest.raises(DataError, match=r"'completions\[2\]' of record 't'"):
             data.load("rewards", long, limits={"max_completion_tokens": length})

@@ -10,6 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from exo_megatron.data.text import Chat
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError
 from tests.unit.data.tokenizers_made_here import CHAT_TEMPLATE, hf_directory, sentencepiece_model
@@ -56,21 +57,21 @@ def test_prompt_and_completion_decode_jointly(
     tokenizers: dict[str, Tokenizer], name: str, prompt: str, completion: str
 ) -> None:
     tokenizer = tokenizers[name]
-    prompt_ids, completion_ids = tokenizer.encode_prompt(prompt), tokenizer.encode_completion(completion)
+    prompt_ids, completion_ids = tokenizer.encode_prompt(prompt), tokenizer.encode_completion(completion, prompt=prompt)
     assert tokenizer.decode(prompt_ids + completion_ids) == prompt + completion
     assert tokenizer.decode_completion(completion_ids) == completion
     assert prompt_ids[0] == 1 and 1 not in prompt_ids[1:]
     assert completion_ids.count(tokenizer.eos_id) == 1 and completion_ids[-1] == tokenizer.eos_id == 2
     assert 1 not in completion_ids
-    assert tokenizer.encode_completion(completion, ended=False) == completion_ids[:-1]
+    assert tokenizer.encode_completion(completion, prompt=prompt, ended=False) == completion_ids[:-1]
 
 
 def test_words_keep_the_pieces_that_the_model_was_trained_with(spm: Tokenizer, spm_file: Path) -> None:
     """' was good' after a prompt has the very ids that 'was good' has at the beginning of a text."""
     plain = SentencePieceProcessor(model_file=str(spm_file))
-    assert spm.encode_completion(" was good", ended=False) == plain.encode("was good")
+    assert spm.encode_completion(" was good", prompt="The movie", ended=False) == plain.encode("was good")
     assert spm.encode_prompt("The movie") == [plain.bos_id(), *plain.encode("The movie")]
-    joined = spm.encode_prompt("The movie") + spm.encode_completion(" was good", ended=False)
+    joined = spm.encode_prompt("The movie") + spm.encode_completion(" was good", prompt="The movie", ended=False)
     assert joined == [plain.bos_id(), *plain.encode("The movie was good")]
 
 
@@ -92,11 +93,11 @@ def test_truncation_and_padding_saved_with_a_tokenizer_are_not_applied(tmp_path:
 
 def test_text_that_brings_its_special_tokens_does_not_get_them_twice(chat: Tokenizer) -> None:
     assert chat.encode_prompt("<s>The movie") == chat.encode_prompt("The movie")
-    assert chat.encode_completion(" was good</s>") == chat.encode_completion(" was good")
+    assert chat.encode_completion(" was good</s>", prompt="x") == chat.encode_completion(" was good", prompt="x")
 
 
 def test_control_symbols_in_text_are_text_for_sentencepiece(spm: Tokenizer) -> None:
-    ids = spm.encode_completion(" good</s> bad")
+    ids = spm.encode_completion(" good</s> bad", prompt="x")
     assert ids.count(spm.eos_id) == 1
     assert spm.decode_completion(ids) == " good</s> bad"
 
@@ -111,41 +112,43 @@ def test_no_bos_where_the_tokenizer_adds_none(tmp_path: Path) -> None:
     assert 1 not in load_tokenizer(directory).encode_prompt("The movie")
 
 
+ASKED = Chat(({"role": "user", "content": "The movie?"},))
+GOOD = ({"role": "assistant", "content": "It was good"},)
+
+
 class TestChat:
     def test_prompt_is_rendered_with_the_generation_prompt(self, chat: Tokenizer) -> None:
-        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "The movie?"}]
-        assert chat.prompt_text(messages) == "<|system|>Be kind.</s>\n<|user|>The movie?</s>\n<|assistant|>"
-        ids = chat.encode_prompt(messages)
+        asked = Chat(({"role": "system", "content": "Be kind."}, *ASKED.messages))
+        assert chat.prompt_text(asked) == "<|system|>Be kind.</s>\n<|user|>The movie?</s>\n<|assistant|>"
+        ids = chat.encode_prompt(asked)
         assert ids[-1] == 4 and 1 not in ids  # ends with <|assistant|>; this template writes no BOS
         assert chat.decode(ids) == "Be kind.\nThe movie?\n"
 
     def test_completion_is_the_answer_and_its_end(self, chat: Tokenizer) -> None:
-        completion = [{"role": "assistant", "content": "It was good"}]
-        ids = chat.encode_completion(completion)
+        ids = chat.encode_completion(GOOD, prompt=ASKED)
         assert chat.decode_completion(ids) == "It was good"
         assert ids[-1] == chat.eos_id and ids.count(chat.eos_id) == 1
-        assert chat.encode_completion(completion, ended=False) == ids[:-1]
+        assert chat.encode_completion(GOOD, prompt=ASKED, ended=False) == ids[:-1]
 
     def test_end_of_sequence_is_added_where_the_template_writes_none(self, tmp_path: Path) -> None:
         template = CHAT_TEMPLATE.replace("</s>", "")
         tokenizer = load_tokenizer(hf_directory(tmp_path, "bytes", chat_template=template))
-        ids = tokenizer.encode_completion([{"role": "assistant", "content": "good"}])
-        assert tokenizer.decode_completion(ids) == "good\n" and ids[-1] == tokenizer.eos_id
+        ids = tokenizer.encode_completion(GOOD, prompt=ASKED)
+        assert tokenizer.decode_completion(ids) == "It was good\n" and ids[-1] == tokenizer.eos_id
 
     def test_errors(self, spm: Tokenizer, chat: Tokenizer, tmp_path: Path) -> None:
-        messages = [{"role": "user", "content": "x"}]
         with pytest.raises(DataError, match="no chat template"):
-            spm.encode_prompt(messages)
+            spm.encode_prompt(ASKED)
         bare = load_tokenizer(hf_directory(tmp_path / "bare", "bytes", chat_template=None))
-        with pytest.raises(DataError, match=r"no chat template.*fix: add chat_template"):
-            bare.encode_prompt(messages)
+        with pytest.raises(DataError, match=r"no chat template.*fix: set data.chat_template"):
+            bare.encode_prompt(ASKED)
         with pytest.raises(DataError, match=r"refuses the messages.*unknown role critic"):
-            chat.encode_prompt([{"role": "critic", "content": "x"}])
+            chat.encode_prompt(Chat(({"role": "critic", "content": "x"},)))
         reversing = load_tokenizer(
             hf_directory(tmp_path / "odd", "bytes", chat_template="{{ messages[-1]['content'] }}: answer")
         )
-        with pytest.raises(DataError, match="does not write a completion as a continuation"):
-            reversing.encode_completion([{"role": "assistant", "content": "good"}])
+        with pytest.raises(DataError, match="the answer is no continuation of its prompt"):
+            reversing.encode_completion(GOOD, prompt=ASKED)
 
 
 class TestLoading:

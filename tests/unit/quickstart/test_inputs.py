@@ -132,14 +132,17 @@ def test_tokenizer_keeps_every_text(inputs: Path) -> None:
     tokenizer: Tokenizer = load_tokenizer(inputs / "hf")
     longest = 0
     for _, record in read_jsonl(inputs / "sft.jsonl"):
-        prompt, completion = tokenizer.encode_prompt(record["prompt"]), tokenizer.encode_completion(record["chosen"])
+        prompt, completion = (
+            tokenizer.encode_prompt(record["prompt"]),
+            tokenizer.encode_completion(record["chosen"], prompt=record["prompt"]),
+        )
         assert prompt[0] == 1 and completion[-1] == tokenizer.eos_id == 2
         assert tokenizer.decode_completion(completion) == record["chosen"]
         assert tokenizer.decode(prompt + completion) == record["prompt"] + record["chosen"]
         longest = max(longest, len(completion))
     assert longest <= LONGEST_COMPLETION + 1
     # Words of the corpus are not spelt in bytes or letters.
-    assert len(tokenizer.encode_completion(" a generous piece of work .")) < 16
+    assert len(tokenizer.encode_completion(" a generous piece of work .", prompt="x")) < 16
 
 
 def test_model_loads_and_fits_its_tokenizer(inputs: Path) -> None:

@@ -133,3 +133,20 @@ def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None
     chunked = draw_tokens(logits, torch.arange(9), uniform, SamplingConfig(temperature=0.7, top_p=0.8))
     assert torch.equal(whole[0], chunked[0])
     torch.testing.assert_close(whole[1], chunked[1], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_absent_ids_are_never_drawn(top_p: float) -> None:
+    """The others keep their proportions, and log-probs are those of the whole vocabulary."""
+    logits = torch.tensor([[0.5, 9.0, -1.0, 0.1, 2000.0], [0.0, 1.0, 0.2, 0.3, 0.4]])
+    places, absent = torch.arange(2).repeat_interleave(4000), torch.tensor([1, 4])
+    uniform = torch.linspace(0, 1 - 2**-53, 4000, dtype=torch.float64).repeat(2)
+    sampling = SamplingConfig(temperature=0.8, top_p=top_p)
+    tokens, logprobs = draw_tokens(logits, places, uniform, sampling, absent)
+    expected, _ = draw_tokens(logits.index_fill(1, absent, -torch.inf), places, uniform, sampling)
+    assert torch.equal(tokens, expected) and not torch.isin(tokens, absent).any()
+    whole = (logits.double() / 0.8).log_softmax(-1)
+    assert logprobs.numpy() == pytest.approx(whole[places, tokens].numpy(), rel=1e-12)
+    assert (
+        len(tokens[:4000].unique()) > 1 and torch.isin(draw_tokens(logits, places, uniform, sampling)[0], absent).any()
+    )

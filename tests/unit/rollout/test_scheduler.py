@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
 from exo_megatron.rollout.scheduler import Pass, Scheduler
 
 EOS = 2
+
+
+def ended(tokens: Sequence[int]) -> bool:
+    return tokens[-1] == EOS
 
 
 class FakeCache:
@@ -48,7 +53,7 @@ def simulate(
         max_new_tokens=max_new,
         max_active=max_active,
         max_prefill_tokens=prefill,
-        eos_id=EOS,
+        ends=ended,
     )
     cache = FakeCache(scheduler.prompt_slots, max_active)
     results = {}
@@ -103,5 +108,5 @@ def test_slots_in_use_are_the_first_ones() -> None:
 
 
 def test_no_prompts() -> None:
-    scheduler = Scheduler([], candidates=4, max_new_tokens=3, max_active=8, max_prefill_tokens=9, eos_id=EOS)
+    scheduler = Scheduler([], candidates=4, max_new_tokens=3, max_active=8, max_prefill_tokens=9, ends=ended)
     assert scheduler.next_pass() is None
