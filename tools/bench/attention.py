@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from exo_megatron.diagnosis.memory import peak_bytes
+from exo_megatron.diagnosis.timing import Timings, alternate
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.layouts.groups import GroupLayout, build_layout
-from tools.bench.memory import peak_bytes
 from tools.bench.options import Options
 from tools.bench.sides import Different, agree
 from tools.bench.table import Table
-from tools.bench.timing import Timings, alternate
 
 HEADS, GROUPED_HEADS, HEAD_DIM = 8, 2, 64
 OURS, SEPARATE, DENSE, FLEX = "ours", "separate sequences", "dense mask", "FlexAttention"

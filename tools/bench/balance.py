@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import plan_microbatches
-from tools.bench.lengths import HH, TLDR, Distribution, Lengths
+from exo_megatron.diagnosis.work import Lengths
+from tools.bench.lengths import HH, TLDR, Distribution
 from tools.bench.options import Options
 from tools.bench.schedule import Durations, makespan
 from tools.bench.sides import Different

@@ -14,17 +14,17 @@ from functools import partial
 
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.data.groups import Group
+from exo_megatron.diagnosis.likelihood import unshared
+from exo_megatron.diagnosis.memory import peak_bytes
+from exo_megatron.diagnosis.timing import alternate
+from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.parallel.runtime import Runtime
-from tools.bench.lengths import Lengths
-from tools.bench.likelihood import unshared
-from tools.bench.memory import peak_bytes
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.pictures import Line, Panel, draw_panels
 from tools.bench.sharing import Sides
 from tools.bench.sides import agree
 from tools.bench.table import Table
-from tools.bench.timing import alternate
 
 TOLERANCE = 1e-5
 OURS, SEPARATE = "prompt shared", "separate sequences"

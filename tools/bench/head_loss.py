@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from exo_megatron.config.sections import LossConfig
+from exo_megatron.diagnosis.memory import peak_bytes
+from exo_megatron.diagnosis.timing import alternate
 from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs, sharded_logprobs
 from exo_megatron.losses.objective import group_objective
 from exo_megatron.models.layouts.groups import GroupLayout, build_layout
 from tools.bench.measured import Measured
-from tools.bench.memory import peak_bytes
 from tools.bench.sides import agree
-from tools.bench.timing import alternate
 
 STRAIGHT, KEPT, PARTLY, RECOMPUTED = "straightforward", "ours, kept", "ours, partly kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, PARTLY: 17.0, RECOMPUTED: 1.0}

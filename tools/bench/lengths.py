@@ -14,22 +14,9 @@ import random
 import statistics
 from dataclasses import dataclass
 
-from exo_megatron.data.groups import Group
+from exo_megatron.diagnosis.work import Lengths
 
 LONGEST = 512
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Lengths of prompt and candidates of one group, in tokens."""
-
-    prompt: int
-    candidates: tuple[int, ...]
-
-    @classmethod
-    def of(cls, group: Group) -> Lengths:
-        """Take the lengths of a group of tokens."""
-        return cls(len(group.prompt), tuple(len(candidate) for candidate in group.candidates))
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from exo_megatron.config.sections import ParallelConfig
+from exo_megatron.diagnosis.memory import peak_bytes
+from exo_megatron.diagnosis.timing import alternate
 from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from tools.bench.measured import Measured
-from tools.bench.memory import peak_bytes
 from tools.bench.sides import agree
-from tools.bench.timing import alternate
 
 NAIVE, MEGATRON, KEPT, RECOMPUTED = "naive", "megatron-core", "ours, kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, RECOMPUTED: 4.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tools.bench.timing import Timings
+from exo_megatron.diagnosis.timing import Timings
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,13 @@ from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.config.stages import ImportConfig
 from exo_megatron.conversion.importing import hf_spec
 from exo_megatron.data.groups import Group
+from exo_megatron.diagnosis.work import Lengths, ModelSize, llama_size
 from exo_megatron.execution.policy import Policy
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
 from exo_megatron.stages.import_hf import run_import
 from exo_megatron.training.optimizer import Trainee
-from tools.bench.lengths import Lengths
-from tools.bench.work import ModelSize, llama_size
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
+from exo_megatron.diagnosis.memory import peak_bytes
+from exo_megatron.diagnosis.timing import alternate
+from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.training.optimizer import Trainee
 from exo_megatron.training.step import plan_step
-from tools.bench.lengths import Lengths
-from tools.bench.memory import peak_bytes
 from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.saved import saved_bytes
 from tools.bench.sides import agree
 from tools.bench.table import Table
-from tools.bench.timing import alternate
 from tools.bench.training import OurSteps, backward
 
 SHAPES = ((512, 128, 8, 1), (400, 50, 8, 1), (400, 50, 8, 4), (256, 256, 16, 1), (512, 512, 8, 1))

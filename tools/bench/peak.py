@@ -11,25 +11,23 @@ visible query-key pair. Recomputation is not counted, nor norms, activations, so
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
-from tools.bench.lengths import HH, TLDR, Distribution, Lengths
+from exo_megatron.diagnosis.machine import SquareProducts
+from exo_megatron.diagnosis.timing import alternate
+from exo_megatron.diagnosis.work import Lengths, shared_work
+from tools.bench.lengths import HH, TLDR, Distribution
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.table import Table
-from tools.bench.timing import alternate, timed
 from tools.bench.training import OurSteps
-from tools.bench.work import shared_work
 
 LOSS = LossConfig(kind="exo_rw", beta_pi=0.5, temperature=0.8)
 CANDIDATES = 4
@@ -77,32 +75,6 @@ def step_flops(shape: Shape, groups: Sequence[Group]) -> float:
     """Count the FLOPs of a step. See the module."""
     work = shared_work([Lengths.of(group) for group in groups], response_only=True)
     return work.step_flops(shape.size, live=False)
-
-
-@dataclass(frozen=True)
-class SquareProducts:
-    """Products of two square matrices, `times` of them, into a third."""
-
-    matrices: tuple[Tensor, Tensor, Tensor]
-    times: int
-
-    @classmethod
-    def of(cls, size: int, dtype: torch.dtype, device: torch.device, *, seconds: float) -> SquareProducts:
-        """Make as many products as take about so many seconds."""
-        left, right, result = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(3))
-        one = cls((left, right, result), 1)
-        one()
-        return cls((left, right, result), math.ceil(seconds / timed(one)))
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of all products."""
-        return 2.0 * self.matrices[0].shape[0] ** 3 * self.times
-
-    def __call__(self) -> None:
-        left, right, result = self.matrices
-        for _ in range(self.times):
-            torch.mm(left, right, out=result)
 
 
 def _row(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
-from tools.bench.timing import Clock, timed
+from exo_megatron.diagnosis.timing import Clock, timed
 from tools.bench.training import ADAM, LEARNING_RATE
 
 

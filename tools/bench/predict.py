@@ -28,10 +28,11 @@ from typing import Any
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.dataset import Purpose, load_groups
 from exo_megatron.data.tokenizer import load_tokenizer
+from exo_megatron.diagnosis.work import Lengths, ModelSize
 from exo_megatron.errors import ConfigError, DataError
-from tools.bench.lengths import HH, TLDR, Lengths
+from tools.bench.lengths import HH, TLDR
 from tools.bench.table import Table
-from tools.bench.work import MODELS, ModelSize, chunks, model_size, padded_work, waterfall
+from tools.bench.work import MODELS, chunks, model_size, padded_work, waterfall
 
 DRAWN = 512
 """Groups that are drawn of a named kind of lengths."""

@@ -27,17 +27,17 @@ from transformers import LlamaForCausalLM
 from exo_megatron.config.sections import ComputeConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from exo_megatron.diagnosis.timing import Clock, Timings, alternate, choose_clock, timed
+from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.execution.policy import Policy
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.native import NativeEngine
 from tools.bench.counting import counted_passes
-from tools.bench.lengths import Lengths
 from tools.bench.models import Shape, matched_models, random_groups, words, world
 from tools.bench.options import Options
 from tools.bench.rollout_floor import Floor, PlannedPass, planned_passes
 from tools.bench.sides import Different, agree
 from tools.bench.table import Record, Table
-from tools.bench.timing import Clock, Timings, alternate, choose_clock, timed
 
 CASES = ((400, 50, 8, 32), (47, 128, 4, 64), (400, 50, 8, 4), (47, 128, 4, 4))
 """P, R, K and the number of prompts: enough to fill the active set, and few, where the time of the

@@ -23,15 +23,14 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
-from tools.bench.lengths import Lengths
-from tools.bench.likelihood import WeightedLikelihood, unshared
+from exo_megatron.diagnosis.likelihood import WeightedLikelihood, unshared
+from exo_megatron.diagnosis.timing import alternate
+from exo_megatron.diagnosis.work import Lengths, separate_work, shared_work
 from tools.bench.models import Matched, Shape, hf_gradients, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.sides import agree
 from tools.bench.table import Table
-from tools.bench.timing import alternate
 from tools.bench.training import OurSteps, backward
-from tools.bench.work import separate_work, shared_work
 
 SHAPES = ((47, 230, 4), (400, 50, 4), (400, 50, 8), (512, 512, 4), (1024, 128, 8), (2048, 256, 8))
 QUICK_SHAPES = ((12, 20, 4), (40, 5, 8))

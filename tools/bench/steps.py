@@ -23,32 +23,22 @@ from functools import partial
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig
 from exo_megatron.data.groups import Group
+from exo_megatron.diagnosis.timing import Clock, Timings, alternate, choose_clock
+from exo_megatron.diagnosis.work import Lengths, ModelSize
 from exo_megatron.parallel.runtime import Runtime
 from tools.bench.counting import counted
 from tools.bench.hf_peer import StraightforwardLoss
-from tools.bench.lengths import HH, TLDR, Lengths
+from tools.bench.lengths import HH, TLDR
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.options import Options
 from tools.bench.peer import Peer, PeerSteps
 from tools.bench.pictures import Bars, draw_bars
 from tools.bench.sides import agree
 from tools.bench.table import Record, Table
-from tools.bench.timing import Clock, Timings, alternate, choose_clock
 from tools.bench.training import OurSteps
 from tools.bench.trl_peer import TrlTrainer
 from tools.bench.variants import Variant
-from tools.bench.work import (
-    MODELS,
-    PACKING,
-    PLAIN,
-    RESPONSE_ONLY,
-    SHARING,
-    STORED,
-    ModelSize,
-    Rung,
-    padded_work,
-    waterfall,
-)
+from tools.bench.work import MODELS, PACKING, PLAIN, RESPONSE_ONLY, SHARING, STORED, Rung, padded_work, waterfall
 
 PAIR = LossConfig(kind="exo_pref", beta_pi=0.1, label_smoothing=1e-3, temperature=1.0)  # TRL has no temperature
 REWARDS = LossConfig(kind="exo_rw", beta_pi=0.5, beta_r=1.0, temperature=0.8)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import MicroBatch, make_microbatch, plan_microbatches
+from exo_megatron.diagnosis.likelihood import unshared
 from exo_megatron.execution.forward import forward_only, stage_output
 from exo_megatron.execution.policy import Policy
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
 from exo_megatron.models.layouts.groups import GroupLayout
 from exo_megatron.training.objectives import AlignObjective, DeviceBatch, UnitSum
 from exo_megatron.training.step import forward_gradients, train_step
-from tools.bench.likelihood import unshared
 from tools.bench.models import hf_gradients
 from tools.bench.training import LEARNING_RATE, OurSteps
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, MixtralConfig
 
+from exo_megatron.diagnosis.work import Lengths, ModelSize, shared_work
 from tools.bench.__main__ import main
-from tools.bench.lengths import Lengths
 from tools.bench.models import words
 from tools.bench.predict import predict, read_groups
-from tools.bench.work import MODELS, ModelSize, model_size, padded_work, shared_work, waterfall
+from tools.bench.work import MODELS, model_size, padded_work, waterfall
 
 
 def test_work_by_hand() -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import MicroBatch, make_microbatch
+from exo_megatron.diagnosis.likelihood import unshared
+from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.execution import forward
 from exo_megatron.training import step
 from tools.bench.compare import Finding, compare, read_committed
-from tools.bench.lengths import HH, TLDR, Lengths
-from tools.bench.likelihood import unshared
+from tools.bench.lengths import HH, TLDR
 from tools.bench.models import Shape, matched_models, random_groups, world
 from tools.bench.sharing import formula
 from tools.bench.steps import COMPUTE, QUICK_CELLS, QUICK_SHAPE, REWARDS, count_work, our_steps
