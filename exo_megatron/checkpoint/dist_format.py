@@ -179,16 +179,14 @@ def template_shapes(sharded_state: dict[str, Any]) -> dict[str, tuple[int, ...]]
     megatron-core lets the vocabulary of embeddings differ from the stored one
     (`allow_shape_mismatch`); we do not.
     """
-    tensors = [value for value in _shards(sharded_state) if isinstance(value, ShardedTensor)]
-    return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+    return {tensor.key: tuple(tensor.global_shape) for tensor in sharded_tensors(sharded_state)}
 
 
 def local_bytes(sharded_state: dict[str, Any]) -> int:
     """Count the bytes of shards that this rank will write, as their main replica."""
-    tensors = [value for value in _shards(sharded_state) if isinstance(value, ShardedTensor)]
     return sum(
         tensor.data.numel() * tensor.data.element_size()
-        for tensor in tensors
+        for tensor in sharded_tensors(sharded_state)
         if tensor.data is not None and is_main_replica(tensor.replica_id)
     )
 
@@ -207,9 +205,9 @@ def _is_extra_state(value: Any) -> bool:
     return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
 
 
-def _shards(sharded_state: dict[str, Any]) -> list[Any]:
-    """List all sharded leaves, with the factories (gated fc1) built."""
+def sharded_tensors(sharded_state: dict[str, Any]) -> list[Any]:
+    """List megatron-core's sharded tensors of a state, with the factories (gated fc1) built."""
     leaves: list[Any] = []
     for value in nested_values(sharded_state):
         leaves += list(nested_values(value.build())) if isinstance(value, ShardedTensorFactory) else [value]
-    return leaves
+    return [leaf for leaf in leaves if isinstance(leaf, ShardedTensor)]

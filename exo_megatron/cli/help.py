@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 
+from exo_megatron.cli.doctor_options import DEFAULT_MINUTES, USAGE
 from exo_megatron.config.describe import KeyDescription, describe_keys
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, RunConfig
@@ -32,7 +33,7 @@ def general_help() -> str:
         [
             "usage: exo-megatron STAGE [--config FILE] [key=value ...]",
             "       exo-megatron run [--config FILE] [key=value ...]",
-            "       exo-megatron doctor",
+            f"       exo-megatron {USAGE}",
             "",
             "Alignment of language models by efficient exact optimization (EXO) on megatron-core.",
             "",
@@ -51,11 +52,24 @@ def general_help() -> str:
 def command_help(command: str) -> str:
     """Write the answer to `exo-megatron COMMAND --help`: all keys with type, default, meaning."""
     if command == "doctor":
-        return f"usage: exo-megatron doctor\n\n{summary(command)}\nExit code 0 if the essentials work, else 1.\n"
+        return _DOCTOR_HELP
     if command == "run":
         return _settings_help(command, RunConfig, [*textwrap.wrap(_RUN_NOTES, _columns()), ""])
     return _settings_help(command, {**STAGE_CONFIGS, **COMMAND_CONFIGS}[command], [])
 
+
+_DOCTOR_HELP = f"""usage: exo-megatron {USAGE}
+
+{summary("doctor")}
+Exit code 0 if the essentials work, else 1.
+
+  --gpu          compute on the GPU instead, and compare with plain arithmetic on the CPU: attention, log-probs,
+                 whole steps, checkpoints, decoding, experts; then speed and memory against what they should be.
+                 Under torchrun with several ranks also at TP=n and DP=n. Exit code 0 if no check failed, else 1.
+  --cpu          a small version of the same checks on the CPU, whose speed says nothing
+  --json FILE    write the results there, with versions and device
+  --minutes N    for all checks together (default {DEFAULT_MINUTES:g}); one that does not fit is named and not run
+"""
 
 _RUN_NOTES = (
     "Sections under `defaults` hold for every stage that has them; a stage's own values go before. "

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from exo_megatron import __version__
 from exo_megatron.cli import help as texts
+from exo_megatron.cli.doctor_options import DoctorOptions, parse_doctor_options
 from exo_megatron.config.describe import nearest
 from exo_megatron.config.load import load_command_config, load_run_config, load_stage_config
 from exo_megatron.config.sections import Section
-from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, PicklesConfig, VerifyConfig
+from exo_megatron.config.stages import STAGE_CONFIGS, PicklesConfig, VerifyConfig
 from exo_megatron.errors import ConfigError
 from exo_megatron.parallel.ending import leave_mpi, report
 
@@ -78,6 +79,8 @@ def _dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"exo-megatron {__version__}")
         return 0
+    if words[0] == "doctor":
+        return _doctor(parse_doctor_options(words[1:]))
     command, arguments = words[0], parse_arguments(words[1:])
     if command not in texts.COMMANDS:
         near = nearest(command, texts.COMMANDS)
@@ -108,13 +111,16 @@ def _run(command: str, arguments: Arguments) -> int:
 
         run_workflow(workflow)
         return 0
-    if command in COMMAND_CONFIGS:
-        return run_command(load_command_config(command, file, overrides))
-    if file is not None or overrides:
-        raise ConfigError("command line", "doctor takes no settings", expected="exo-megatron doctor", fix="remove them")
-    from exo_megatron.cli.doctor import run_doctor
+    return run_command(load_command_config(command, file, overrides))
 
-    return run_doctor()
+
+def _doctor(options: DoctorOptions) -> int:
+    if options.help:
+        print(texts.command_help("doctor"), end="")
+        return 0
+    from exo_megatron.cli.doctor import run_doctor, run_gpu_doctor
+
+    return run_gpu_doctor(options) if options.gpu else run_doctor()
 
 
 def run_command(config: Section) -> int:

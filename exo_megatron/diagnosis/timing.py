@@ -64,15 +64,16 @@ def alternate(
     return Timings({side: tuple(values) for side, values in seconds.items()})
 
 
-def timed(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Measure the seconds of one run."""
+def timed(work: Callable[[], object], clock: Clock = time.perf_counter, *, wait: bool = True) -> float:
+    """Measure the seconds of one run; until the device has finished if `wait`, else until the host has."""
     gc.collect()
     gc.disable()
     try:
         finish()
         start = clock()
         work()
-        finish()
+        if wait:
+            finish()
         return clock() - start
     finally:
         gc.enable()
