@@ -81,6 +81,7 @@ def check_resume(site: Site, parallel: ParallelConfig, precision: Precision) -> 
     """
     whole, resumed = site.directory / f"whole-{precision}", site.directory / f"resumed-{precision}"
     first = Path("checkpoints") / step_directory(Path(), 1)
+    on_main(site.runtime, lambda: [shutil.rmtree(each, ignore_errors=True) for each in (whole, resumed)])
     with model_parallel(site.runtime, parallel, seed=0) as topology, _deterministic():
         wanted = _train(site, topology, whole, precision, fresh=True)
         on_main(site.runtime, lambda: _copy(whole / first, resumed / first))
