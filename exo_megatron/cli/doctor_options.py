@@ -17,7 +17,7 @@ _FLAGS = ("--gpu", "--cpu", "--help", "-h")
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What the command was asked for.
+    """The options of one call.
 
     Attributes:
         gpu: compute on the device, and time it; else only look at what is installed.

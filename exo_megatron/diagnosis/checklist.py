@@ -10,11 +10,11 @@ from exo_megatron.config.sections import ParallelConfig
 from exo_megatron.diagnosis.checks import DeviceCheck, Outcome
 from exo_megatron.diagnosis.decode_speed import check_decode_speed
 from exo_megatron.diagnosis.decoding import check_greedy
-from exo_megatron.diagnosis.kernels import check_attention, check_logprobs
+from exo_megatron.diagnosis.kernels import check_logprobs, check_merge
 from exo_megatron.diagnosis.machine import Machine
 from exo_megatron.diagnosis.saved import check_loaded, check_resume
 from exo_megatron.diagnosis.site import Precision, Site
-from exo_megatron.diagnosis.small_models import SmallModel, SmallSizes
+from exo_megatron.diagnosis.small_models import GroupLengths, SmallModel, SmallSizes
 from exo_megatron.diagnosis.speed import (
     ON_CPU,
     ON_CUDA,
@@ -41,6 +41,7 @@ class Sizes:
     Attributes:
         small: of the models whose results are compared.
         speed: of what is timed.
+        attention: lengths of the groups of the check of attention.
         logprobs: hidden size and vocabulary of the check of log-probs.
         correct_seconds: that a check of correctness takes.
         start_seconds: that a check of speed takes besides the arithmetic it times.
@@ -48,6 +49,7 @@ class Sizes:
 
     small: SmallSizes
     speed: SpeedSizes
+    attention: GroupLengths
     logprobs: tuple[int, int]
     correct_seconds: float
     start_seconds: float
@@ -66,23 +68,25 @@ SIZES = {
             max_tokens=36,
         ),
         ON_CPU,
+        attention=((11, (5, 7, 3)), (1, (4, 2)), (23, (9, 1, 6, 8)), (6, (12,))),
         logprobs=(64, 960),
         correct_seconds=2.0,
         start_seconds=1.0,
     ),
     "cuda": Sizes(
         SmallSizes(
-            hidden=256,
-            ffn=512,
-            layers=3,
+            hidden=128,
+            ffn=256,
+            layers=2,
             head_dim=64,
-            vocab=1000,
+            vocab=512,
             experts=8,
-            groups=((110, (50, 37, 3)), (1, (40, 12)), (230, (60, 1, 45, 30)), (64, (64,))),
-            max_tokens=320,
+            groups=((40, (20, 17, 3)), (1, (12, 5)), (70, (24, 1, 18, 12)), (30, (30,))),
+            max_tokens=110,
         ),
         ON_CUDA,
-        logprobs=(512, 30720),
+        attention=((110, (50, 37, 3)), (1, (40, 12)), (530, (160, 1, 45, 130)), (64, (64,))),
+        logprobs=(256, 7680),
         correct_seconds=8.0,
         start_seconds=6.0,
     ),
@@ -103,7 +107,9 @@ def correctness_checks(site: Site, sizes: Sizes) -> list[DeviceCheck]:
     ranks = site.runtime.world_size
     cut, copies = ParallelConfig(tensor=ranks), ParallelConfig()
     runs: dict[str, Run] = {
-        f"attention in {name}": partial(check_attention, site, DTYPES[name], head_dim=sizes.small.head_dim)
+        f"attention in {name}": partial(
+            check_merge, site, DTYPES[name], lengths=sizes.attention, head_dim=sizes.small.head_dim
+        )
         for name in PRECISIONS
     }
     hidden, vocab = sizes.logprobs

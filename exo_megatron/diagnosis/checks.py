@@ -10,8 +10,8 @@ from typing import Literal
 from exo_megatron.errors import ExoError, reason
 from exo_megatron.parallel.runtime import Runtime, share_object
 
-Verdict = Literal["passed", "failed", "slower than expected", "more than expected", "not run (time)", "not run"]
-SEVERITY: tuple[Verdict, ...] = (
+CheckVerdict = Literal["passed", "failed", "slower than expected", "more than expected", "not run (time)", "not run"]
+SEVERITY: tuple[CheckVerdict, ...] = (
     "passed",
     "not run",
     "not run (time)",
@@ -23,9 +23,9 @@ SEVERITY: tuple[Verdict, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found, what was expected, and the verdict."""
+    """The result of a check, and the verdict on it."""
 
-    verdict: Verdict
+    verdict: CheckVerdict
     seen: str
     expected: str
 
@@ -40,7 +40,7 @@ class Figure:
 
 
 def fast_enough(fast: bool, seen: str, expected: str) -> Outcome:
-    """Judge a speed."""
+    """Return the outcome of a check of speed."""
     return Outcome("passed" if fast else "slower than expected", seen, expected)
 
 
@@ -76,7 +76,7 @@ class Result:
     """One line of the table. seconds: that it took."""
 
     check: str
-    verdict: Verdict
+    verdict: CheckVerdict
     seen: str
     expected: str
     seconds: float

@@ -11,6 +11,7 @@ from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import make_microbatch
 from exo_megatron.diagnosis.checks import Figure, Outcome, judge
 from exo_megatron.diagnosis.site import FP32_LIMIT, Site, relative_error
+from exo_megatron.diagnosis.small_models import GroupLengths, draw_groups
 from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.models.attention.kernels import kernels_for
@@ -28,9 +29,9 @@ LOGITS_MEMORY = {"kept": 1024.0, "recomputed": 0.0}
 """Values of compute.logits_memory_mib with which a backward pass keeps all logits or none."""
 
 
-def check_attention(site: Site, dtype: torch.dtype, *, head_dim: int) -> Outcome:
+def check_merge(site: Site, dtype: torch.dtype, *, lengths: GroupLengths, head_dim: int) -> Outcome:
     """Compare the merged passes and their gradients with one softmax per candidate. Local."""
-    layout = make_microbatch(site.dense.groups, multiple=1).layout
+    layout = make_microbatch(draw_groups(lengths, vocab=2), multiple=1).layout
     generator = torch.Generator().manual_seed(2)
     query, key, value, upstream = (
         torch.randn(layout.num_tokens, heads, head_dim, generator=generator).to(dtype)
@@ -40,7 +41,7 @@ def check_attention(site: Site, dtype: torch.dtype, *, head_dim: int) -> Outcome
     ours = [each.to(site.device).requires_grad_() for each in (query, key, value)]
     output = on_device.attend(*ours, layer_number=1, rule=rule)
     found = (output, *torch.autograd.grad(output, ours, upstream.to(site.device)))
-    plain = QKV(*(each.double().requires_grad_() for each in (query, key, value)))
+    plain = QKV(*(each.detach().double().requires_grad_() for each in (query, key, value)))
     wanted = _plain_attention(plain, layout, rule)
     exact = (wanted, *torch.autograd.grad(wanted, plain, upstream.double()))
     limit = HALF_LIMIT if dtype == torch.bfloat16 else FP32_LIMIT
@@ -85,7 +86,7 @@ def check_logprobs(site: Site, parallel: ParallelConfig, *, hidden_size: int, vo
     hidden = torch.randn(layout.predict_index.shape[0], hidden_size, generator=generator).bfloat16()
     weight = (torch.randn(vocab, hidden_size, generator=generator) * (3 / hidden_size**0.5)).bfloat16()
     upstream = torch.randn(layout.token_target.shape[0], generator=generator)
-    plain = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    plain = [each.double().requires_grad_() for each in (hidden, weight)]
     lines = torch.log_softmax(plain[0] @ plain[1].t() / TEMPERATURE, dim=-1)
     wanted = lines[layout.token_predictor, layout.token_target]
     exact = torch.autograd.grad(wanted, plain, upstream.double())

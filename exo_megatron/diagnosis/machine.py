@@ -1,4 +1,4 @@
-"""What this device reaches by itself: matrix products and copies, timed."""
+"""Speeds that this device reaches by itself: matrix products and copies, timed."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from exo_megatron.config.sections import LossConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.models.spec import ModelSpec
 
-Tensors = dict[str, Tensor]
-"""Tensors by their names in an HF checkpoint."""
+NamedTensors = dict[str, Tensor]
+"""NamedTensors by their names in an HF checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PlainModel:
         return _swiglu(hidden, *weights)
 
     def _experts(self, hidden: Tensor, layer: str) -> Tensor:
-        """Weight the chosen experts of every token by their share of the chosen probabilities."""
+        """Sum up the chosen experts of every token, weighted by their share of the chosen probabilities."""
         if self.spec.experts is None:
             raise ValueError(f"{self.spec.family} has no experts")
         router = self.tensors[f"{layer}block_sparse_moe.gate.weight"]
@@ -91,8 +91,9 @@ class PlainModel:
         for number in range(self.spec.experts.count):
             name = f"{layer}block_sparse_moe.experts.{number}."
             gate, up, down = (self.tensors[f"{name}{each}.weight"] for each in ("w1", "w3", "w2"))
-            share = (shares * (chosen == number)).sum(-1, keepdim=True).to(hidden.dtype)
-            total = total + share * _swiglu(hidden, gate, up, down)
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            share = shares[token, place].unsqueeze(-1).to(hidden.dtype)
+            total = total.index_add(0, token, share * _swiglu(hidden[token], gate, up, down))
         return total
 
 
@@ -132,9 +133,9 @@ class PlainStep:
     """One step: losses [G] of the groups, gradients of their mean, and the weights after Adam."""
 
     losses: Tensor
-    gradients: Tensors
+    gradients: NamedTensors
     grad_norm: float
-    weights: Tensors
+    weights: NamedTensors
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is told of the checks while they run, and the JSON file with their results."""
+"""Lines of text about the checks while they run, and the JSON file with their results."""
 
 from __future__ import annotations
 

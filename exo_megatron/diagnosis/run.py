@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import time
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from exo_megatron.diagnosis.checklist import SIZES, correctness_checks, speed_checks
 from exo_megatron.diagnosis.checks import DeviceCheck, Result, failure, run_check
@@ -38,7 +41,7 @@ def diagnose(runtime: Runtime, *, minutes: float, json: Path | None) -> int:
         machine = runtime.broadcast_object(measure_machine(runtime.device, DTYPES[sizes.speed.precision]))
         site = make_site(runtime, directory, sizes.small)
         checks = [*correctness_checks(site, sizes), *speed_checks(runtime, sizes, machine)]
-        results = run_checks(checks, record, deadline)
+        results = run_all(checks, record, deadline)
     return int(any(result.verdict == "failed" for result in results))
 
 
@@ -72,7 +75,7 @@ def make_site(runtime: Runtime, directory: Path, sizes: SmallSizes) -> Site:
 
 @dataclass(frozen=True)
 class Record:
-    """What rank 0 prints and writes. json: file for the results, if any."""
+    """The output of rank 0, printed and written. json: file for the results, if any."""
 
     runtime: Runtime
     environment: Environment
@@ -100,7 +103,7 @@ class Record:
             write_results(self.json, self.environment, results)
 
 
-def run_checks(checks: Sequence[DeviceCheck], record: Record, deadline: float) -> list[Result]:
+def run_all(checks: Sequence[DeviceCheck], record: Record, deadline: float) -> list[Result]:
     """Run all checks in turn. Collective over the world.
 
     With several processes a check that raises on this rank is recorded, if this is rank 0, and ends
@@ -117,5 +120,13 @@ def run_checks(checks: Sequence[DeviceCheck], record: Record, deadline: float) -
                 raise RuntimeError(f"the check {check.name!r} raised an exception") from error
             record.add(results)
             progress.advance(1, last=check.name)
+            _free_memory(record.runtime)
     record.end(results)
     return results
+
+
+def _free_memory(runtime: Runtime) -> None:
+    """Free the memory of a check's models, for the next one."""
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from exo_megatron.diagnosis.site import BF16_FACTOR, Precision, Site, load_small
 from exo_megatron.diagnosis.small_models import EXO, SmallModel
 from exo_megatron.diagnosis.steps import ADAM
 from exo_megatron.diagnosis.whole import gather_tensors
+from exo_megatron.errors import reason
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.topology import Topology, model_parallel
@@ -79,13 +82,18 @@ def check_resume(site: Site, parallel: ParallelConfig, precision: Precision) -> 
     The second training begins with other weights, so that it can only be equal by what it loads.
     Collective over the world.
     """
-    whole, resumed = site.directory / f"whole-{precision}", site.directory / f"resumed-{precision}"
+    place = Path(on_main(site.runtime, lambda: tempfile.mkdtemp(dir=site.directory)))
+    whole, resumed = place / "whole", place / "resumed"
     first = Path("checkpoints") / step_directory(Path(), 1)
-    on_main(site.runtime, lambda: [shutil.rmtree(each, ignore_errors=True) for each in (whole, resumed)])
-    with model_parallel(site.runtime, parallel, seed=0) as topology, _deterministic():
-        wanted = _train(site, topology, whole, precision, fresh=True)
-        on_main(site.runtime, lambda: _copy(whole / first, resumed / first))
-        found = _train(site, topology, resumed, precision, fresh=False)
+    try:
+        with model_parallel(site.runtime, parallel, seed=0) as topology, _deterministic():
+            wanted = _train(site, topology, whole, precision, fresh=True)
+            on_main(site.runtime, lambda: _copy(whole / first, resumed / first))
+            found = _train(site, topology, resumed, precision, fresh=False)
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        return Outcome("not run", reason(error), "kernels that add in a fixed order")
     different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
     moments = sum("optimizer" in name for name in different)
     figures = [Figure("weights that differ", len(different) - moments, 0.0), Figure("optimizer state", moments, 0.0)]
@@ -143,10 +151,29 @@ def _as_they_are(groups: Sequence[Group]) -> Sequence[Group]:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Let kernels that may add in any order, such as flash attention's backward, use a fixed one."""
+    """Let kernels that may add in any order, such as flash attention's backward, use a fixed one.
+
+    Not with `warn_only`, with which torch leaves that backward as it is. A kernel that has no fixed
+    order raises RuntimeError.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    with _variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8"):  # which torch asks for; one stream is in order anyway
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable in a block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

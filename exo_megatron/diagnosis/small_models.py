@@ -19,7 +19,7 @@ from exo_megatron.config.sections import LossConfig
 from exo_megatron.conversion.importing import ImportPlan, hf_spec
 from exo_megatron.conversion.rules import TensorRule
 from exo_megatron.data.groups import Group
-from exo_megatron.diagnosis.plain import PlainModel, Tensors, plain_logprobs
+from exo_megatron.diagnosis.plain import NamedTensors, PlainModel, plain_logprobs
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
@@ -27,6 +27,10 @@ from exo_megatron.parallel.runtime import Runtime
 EXO = LossConfig(kind="exo_rw", beta_pi=0.2, beta_r=0.7, temperature=0.8)
 REFERENCE_NOISE = 2.0
 """Nats, standard deviation: how far the reference's log-probs are from those of the policy."""
+
+
+GroupLengths = Sequence[tuple[int, Sequence[int]]]
+"""Prompt length and candidate lengths of every group, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class SmallSizes:
         hidden, ffn, layers, head_dim, vocab: of the model. It has as many key/value heads as there
             are ranks, at least 2, and twice as many query heads.
         experts: of a mixture; two are chosen for a token.
-        groups: prompt length and candidate lengths of every group.
+        groups: their lengths.
         max_tokens: of a micro-batch. The longest group exceeds it and is trained on in parts.
     """
 
@@ -47,7 +51,7 @@ class SmallSizes:
     head_dim: int
     vocab: int
     experts: int
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    groups: GroupLengths
     max_tokens: int
 
 
@@ -67,7 +71,7 @@ class SmallModel:
     """
 
     spec: ModelSpec
-    tensors: Tensors
+    tensors: NamedTensors
     hf: Path
     checkpoint: Path
     rules: tuple[TensorRule, ...]
@@ -127,7 +131,7 @@ def _write_hf(hf: Path, config: dict[str, Any]) -> None:
     (hf / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def draw_tensors(rules: Sequence[TensorRule]) -> Tensors:
+def draw_tensors(rules: Sequence[TensorRule]) -> NamedTensors:
     """Draw every HF tensor: norms around 1, matrices that keep the size of what they multiply.
 
     Values are rounded to bf16. The same on every rank.
@@ -166,7 +170,7 @@ def _import(hf: Path, checkpoint: Path, runtime: Runtime) -> None:
     )
 
 
-def draw_groups(lengths: Sequence[tuple[int, Sequence[int]]], vocab: int) -> list[Group]:
+def draw_groups(lengths: GroupLengths, vocab: int) -> list[Group]:
     """Draw groups of random tokens with normal rewards; the same for the same arguments."""
     generator = random.Random(0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,7 +32,7 @@ SHARING_SHARE = 0.97
 """Share of the formula that sharing is to reach in bf16."""
 MEMORY_FACTOR = 1.1
 ROUNDS = 3
-ADAM = OptimizerConfig(lr=1e-6)
+STEP_OPTIMIZER = OptimizerConfig(lr=1e-6)
 SharingShape = tuple[int, int, int]
 """Prompt, candidate length, K."""
 
@@ -141,7 +141,7 @@ def steps_groups(sizes: SpeedSizes, topology: Topology) -> list[Group]:
 def run_step(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchObjective) -> None:
     """Run one optimizer step, from packing to Adam."""
     batches = plan_step(trainee, groups, objective)
-    train_step(trainee, batches.microbatches, objective, oversized=batches.oversized, learning_rate=ADAM.lr)
+    train_step(trainee, batches.microbatches, objective, oversized=batches.oversized, learning_rate=STEP_OPTIMIZER.lr)
 
 
 def check_step_speed(runtime: Runtime, sizes: SpeedSizes, machine: Machine) -> Outcome:
@@ -159,7 +159,7 @@ def check_step_speed(runtime: Runtime, sizes: SpeedSizes, machine: Machine) -> O
     objective = AlignObjective.of(LossConfig())
     with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
         compute = ComputeConfig(precision=sizes.precision, max_tokens_per_microbatch=sizes.max_tokens)
-        trainee = make_trainee(random_policy(sizes.trained, topology, compute), ADAM)
+        trainee = make_trainee(random_policy(sizes.trained, topology, compute), STEP_OPTIMIZER)
         step = partial(run_step, trainee, steps_groups(sizes, topology), objective)
         seconds = alternate({"step": step}, rounds=ROUNDS).median("step")
     shares = executed / seconds / machine.flops, executed / seconds / machine.mfu_flops
@@ -184,20 +184,21 @@ def check_sharing(runtime: Runtime, sizes: SpeedSizes, shape: SharingShape) -> O
     with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
         tokens = max(sizes.shared_tokens, group_tokens)
         compute = ComputeConfig(precision=sizes.precision, max_tokens_per_microbatch=tokens)
-        trainee = make_trainee(random_policy(spec, topology, compute), ADAM)
+        trainee = make_trainee(random_policy(spec, topology, compute), STEP_OPTIMIZER)
         count = tokens // group_tokens * topology.data_size
         groups = draw_groups([(prompt, (length,) * candidates)] * count, spec.vocab_size)
-        sides = {"off": partial(_gradients, trainee, unshared(groups)), "on": partial(_gradients, trainee, groups)}
+        sides = {"off": _prepared(trainee, unshared(groups)), "on": _prepared(trainee, groups)}
         ratio = alternate(sides, rounds=ROUNDS).ratio("off", "on")
     reached = ratio / ideal
     seen, expected = f"{ratio:.2f} times as fast, {reached:.0%}", f"{ideal:.2f}, at least {SHARING_SHARE:.0%}"
     return fast_enough(reached >= SHARING_SHARE, seen, expected)
 
 
-def _gradients(trainee: Trainee, groups: Sequence[Group]) -> None:
+def _prepared(trainee: Trainee, groups: Sequence[Group]) -> Callable[[], object]:
+    """Pack the groups, and return forward and backward of the step as a function."""
     objective = WeightedLikelihood()
     batches = plan_step(trainee, groups, objective)
-    forward_gradients(trainee, batches.microbatches, objective, batches.oversized)
+    return partial(forward_gradients, trainee, batches.microbatches, objective, batches.oversized)
 
 
 def check_memory(runtime: Runtime, sizes: SpeedSizes) -> Outcome:
@@ -210,7 +211,7 @@ def check_memory(runtime: Runtime, sizes: SpeedSizes) -> Outcome:
         groups, objective = steps_groups(sizes, topology), AlignObjective.of(LossConfig())
 
         def work() -> None:
-            trainee = make_trainee(random_policy(sizes.trained, topology, compute), ADAM)
+            trainee = make_trainee(random_policy(sizes.trained, topology, compute), STEP_OPTIMIZER)
             for _ in range(2):
                 run_step(trainee, groups, objective)
 
@@ -254,11 +255,8 @@ def check_host_time(runtime: Runtime, sizes: SpeedSizes, machine: Machine) -> Ou
     group = draw_groups([(8, (4, 4))], sizes.trained.vocab_size)
     with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
         compute = ComputeConfig(precision=sizes.precision, max_tokens_per_microbatch=sizes.max_tokens)
-        trainee = make_trainee(random_policy(sizes.trained, topology, compute), ADAM)
-        few = group * topology.data_size
-        objective = WeightedLikelihood()
-        microbatches = plan_step(trainee, few, objective).microbatches
-        issue = partial(forward_gradients, trainee, microbatches, objective)
+        trainee = make_trainee(random_policy(sizes.trained, topology, compute), STEP_OPTIMIZER)
+        issue = _prepared(trainee, group * topology.data_size)
         issue()
         finish()
         seconds = min(timed(issue, wait=False) for _ in range(ROUNDS)) / sizes.trained.layers

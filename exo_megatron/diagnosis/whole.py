@@ -11,16 +11,16 @@ from torch import Tensor
 
 from exo_megatron.checkpoint.dist_format import sharded_tensors, without_extra_state
 from exo_megatron.conversion.rules import TensorRule
-from exo_megatron.diagnosis.plain import Tensors
+from exo_megatron.diagnosis.plain import NamedTensors
 from exo_megatron.models.policy import PolicyModel
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training.optimizer import Trainee
 
-Values = Mapping[torch.nn.Parameter, Tensor]
+ByParameter = Mapping[torch.nn.Parameter, Tensor]
 """A tensor of the shape of each parameter of this rank, such as its gradient."""
 
 
-def complete_gradients(trainee: Trainee) -> Values:
+def complete_gradients(trainee: Trainee) -> ByParameter:
     """Copy the gradients of this rank's parameters, summed over the model copies.
 
     After the reduction each rank of a data group has its part of every bucket: one all-gather over
@@ -41,8 +41,8 @@ def complete_gradients(trainee: Trainee) -> Values:
 
 
 def gather_tensors(
-    model: PolicyModel, rules: Sequence[TensorRule], runtime: Runtime, values: Values | None = None
-) -> Tensors | None:
+    model: PolicyModel, rules: Sequence[TensorRule], runtime: Runtime, values: ByParameter | None = None
+) -> NamedTensors | None:
     """Gather the weights of a model by HF name on rank 0, on the CPU; None on the other ranks.
 
     Collective over the world. A part that ranks hold with different values is infinite.
@@ -65,7 +65,7 @@ def gather_tensors(
     gathered = runtime.gather_objects(shards)
     if gathered is None:
         return None
-    whole: Tensors = {}
+    whole: NamedTensors = {}
     for key, shape, stacked, offset, data in (shard for of_rank in gathered for shard in of_rank):
         whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))
         place = tuple(slice(start, start + size) for start, size in zip(offset[stacked:], data.shape, strict=True))
@@ -76,7 +76,7 @@ def gather_tensors(
 
 
 @contextmanager
-def _holding(model: PolicyModel, values: Values | None) -> Iterator[None]:
+def _holding(model: PolicyModel, values: ByParameter | None) -> Iterator[None]:
     """Let the parameters hold other values in a block."""
     if values is None:
         yield
@@ -91,8 +91,8 @@ def _holding(model: PolicyModel, values: Values | None) -> Iterator[None]:
             parameter.data = weight
 
 
-def _under_hf_names(whole: Tensors, rules: Sequence[TensorRule]) -> Tensors:
-    found: Tensors = {}
+def _under_hf_names(whole: NamedTensors, rules: Sequence[TensorRule]) -> NamedTensors:
+    found: NamedTensors = {}
     for rule in rules:
         for entry in rule.entries():
             found |= zip(entry.sources, rule.transform.split(whole[rule.key][entry.index]), strict=True)

@@ -30,7 +30,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the FLOPs of a model depend on.
+    """The sizes on which the FLOPs of a model depend.
 
     Attributes:
         name: for tables.
@@ -72,7 +72,7 @@ def llama_size(name: str, *, hidden: int, layers: int, ffn: int, kv: int, vocab:
 
 @dataclass(frozen=True)
 class Work:
-    """What passes through a model: tokens, visible query-key pairs, positions that are projected."""
+    """The quantities that pass through a model: tokens, visible query-key pairs, positions that are projected."""
 
     tokens: int
     pairs: float

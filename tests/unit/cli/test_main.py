@@ -94,7 +94,7 @@ def test_output_that_cannot_be_written(calls, tmp_path, capsys):
         (["score", "--config", "none.yaml"], "none.yaml: cannot be read (No such file or directory)"),
         (["score", "output"], "got 'output'; expected key.path=value"),
         (["run", "output=x"], "stages: missing"),
-        (["doctor", "x=1"], "doctor takes no settings"),
+        (["doctor", "x=1"], "doctor has no setting 'x'"),
         ([*SCORE], "output: missing"),
     ],
 )
