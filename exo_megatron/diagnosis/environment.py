@@ -38,4 +38,10 @@ def _describe_device(device: torch.device) -> dict[str, str | int | None]:
         return {"device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"}
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
-    return {"device": properties.name, "capability": capability, "device_bytes": properties.total_memory}
+    return {
+        "device": properties.name,
+        "capability": capability,
+        "device_bytes": properties.total_memory,
+        # NVIDIA's containers may allow TF32, with which fp32 is not fp32: "highest" does not.
+        "fp32_products": torch.get_float32_matmul_precision(),
+    }
