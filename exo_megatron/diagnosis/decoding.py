@@ -11,12 +11,13 @@ from torch import Tensor
 
 from exo_megatron.config.sections import ParallelConfig, SamplingConfig
 from exo_megatron.data.dataset import Prompt
-from exo_megatron.data.text import Message
+from exo_megatron.data.text import Chat
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.diagnosis.checks import Figure, Outcome, judge
 from exo_megatron.diagnosis.plain import PlainModel
 from exo_megatron.diagnosis.site import BF16_FACTOR, Precision, Site, load_small
 from exo_megatron.diagnosis.small_models import SmallModel
+from exo_megatron.errors import DataError
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.engine import GeneratedCandidate
 from exo_megatron.rollout.native import NativeEngine
@@ -31,31 +32,30 @@ LIMIT_FP32 = 1e-3
 class NoText:
     """A codec of models that have ids and no text: no token ends a candidate. See TextCodec."""
 
-    vocab_size: int
+    ids: frozenset[int]
+    special_ids: frozenset[int] = frozenset()
     eos_id: int = -1
     prefix_ids: tuple[int, ...] = ()
 
-    @property
-    def text_vocab_size(self) -> int:
-        """See TextCodec."""
-        return self.vocab_size
-
     def encode(self, text: str, *, continuation: bool) -> list[int]:
         """Refuse text."""
-        raise ValueError("there is no text")
+        raise _NO_TEXT
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Refuse to write text."""
-        raise ValueError("there is no text")
+        raise _NO_TEXT
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def render(self, chat: Chat, *, generation_prompt: bool) -> str:
         """Refuse messages."""
-        raise ValueError("there is no text")
+        raise _NO_TEXT
+
+
+_NO_TEXT = DataError("doctor", "its models have no text", expected="token ids", fix="give token ids")
 
 
 def endless_tokens(vocab: int) -> Tokenizer:
     """Make a tokenizer for drawing ids that never end by themselves."""
-    return Tokenizer(Path("doctor"), NoText(vocab))
+    return Tokenizer(Path("doctor"), NoText(frozenset(range(vocab))))
 
 
 def check_greedy(site: Site, model: SmallModel, parallel: ParallelConfig, precision: Precision) -> Outcome | None:
