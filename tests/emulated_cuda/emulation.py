@@ -1,0 +1,61 @@
+"""Gives this process a CUDA device that computes on the CPU. To be installed before megatron-core is imported."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.emulated_cuda import flash, products
+from tests.fake_cuda import device
+
+OPERATORS: dict[str, Callable[..., object]] = {
+    "_flash_attention_forward": flash.forward,
+    "_flash_attention_backward": flash.backward,
+    "mm.dtype": products.product,
+    "bmm.dtype": products.product,
+    "mm.dtype_out": products.product_out,
+    "bmm.dtype_out": products.product_out,
+}
+LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+def install() -> None:
+    """Needs the libraries of tests/fake_cuda and of this folder, see libraries.py."""
+    device.install()
+    importlib.import_module("exo_emulated_cuda_memory")
+    for name, operator in OPERATORS.items():
+        LIBRARY.impl(name, operator, "CUDA")
+    for module in (dist, dist.distributed_c10d):
+        for name in ("init_process_group", "new_group"):
+            vars(module)[name] = _over_gloo(vars(module)[name])
+
+
+def _over_gloo(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a group that is asked of NCCL gloo, which the library of this folder lets take CUDA tensors."""
+
+    def started(*args: Any, **kwargs: Any) -> Any:
+        args = tuple("gloo" if arg == "nccl" else arg for arg in args)
+        return start(*args, **{key: "gloo" if value == "nccl" else value for key, value in kwargs.items()})
+
+    return started
+
+
+@contextmanager
+def flash_in_fp32() -> Iterator[None]:
+    """Let fp32 take the flash operator, which on a GPU has no fp32, so that it can be compared to 1e-5."""
+    kernels = importlib.import_module("exo_megatron.models.attention.kernels")
+    original = kernels.may_use_flash_varlen
+    vars(kernels)["may_use_flash_varlen"] = _any_dtype
+    try:
+        yield
+    finally:
+        vars(kernels)["may_use_flash_varlen"] = original
+
+
+def _any_dtype(device: torch.device, dtype: torch.dtype, *, softcap: float | None) -> bool:
+    return device.type == "cuda" and softcap is None
