@@ -10,10 +10,8 @@ It also takes fp32, which the real one refuses, so that it can be compared to 1e
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -44,15 +42,13 @@ def forward(
     _check(query, key, value, query_bounds, key_bounds, longest_query, longest_key, dropout)
     _check_single_queries(query, key, query_bounds, longest_query, (window_size_left, window_size_right))
     q, k, v = (_wide(each) for each in (query, key, value))
-    output = torch.zeros_like(q)
-    lse = torch.full(q.shape[1::-1], math.inf, dtype=torch.float64)
-    for block in _blocks(query_bounds, key_bounds):
-        scores = _scores(q, k, block, _scale(query, scale), causal, (window_size_left, window_size_right))
-        block_lse = scores.logsumexp(-1)
-        seen = ~block_lse.isneginf()
-        weights = (scores - block_lse.masked_fill(~seen, 0.0).unsqueeze(-1)).exp()
-        output[block[0]] = torch.einsum("hqk,khd->qhd", weights, _per_query_head(v[block[1]], q))
-        lse[:, block[0]] = block_lse.masked_fill(~seen, math.inf)  # infinity where no key is seen
+    scores = _scores(q, k, _scale(query, scale))
+    scores.masked_fill_(_hidden(query_bounds, key_bounds, causal, window_size_left, window_size_right), -math.inf)
+    lse = scores.logsumexp(-1)
+    unseeing = lse.isneginf()
+    weights = (scores - lse.masked_fill(unseeing, 0.0).unsqueeze(-1)).exp()
+    output = torch.einsum("hqk,khd->qhd", weights, _per_query_head(v, q))
+    lse.masked_fill_(unseeing, math.inf)  # as in the real one, where a query sees no key
     unread = torch.empty(2, dtype=torch.uint64, device=query.device)
     nothing = torch.empty(0, dtype=query.dtype, device=query.device)
     return _narrow(output, query), lse.float().to(query.device), unread, unread[0].clone(), nothing
@@ -86,22 +82,19 @@ def backward(
         _require(each.shape == query.shape, f"{name} must have shape {tuple(query.shape)}, not {tuple(each.shape)}")
     _require(lse.is_cuda and lse.dtype == torch.float32, f"softmax_lse must be fp32 on CUDA, not {lse.dtype}")
     heads_first = tuple(query.shape[1::-1])
-    _require(tuple(lse.shape) == heads_first, f"softmax_lse must be [heads, tokens] {heads_first}, not {tuple(lse.shape)}")
+    _require(
+        tuple(lse.shape) == heads_first, f"softmax_lse must be [heads, tokens] {heads_first}, not {tuple(lse.shape)}"
+    )
     _require(lse.is_contiguous(), "softmax_lse must be contiguous")
     q, k, v, out, d_out = (_wide(each) for each in (query, key, value, output, grad))
-    dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
-    sums = lse.cpu().double()
     factor = _scale(query, scale)
-    for block in _blocks(query_bounds, key_bounds):
-        queries, keys = block
-        scores = _scores(q, k, block, factor, causal, (window_size_left, window_size_right))
-        weights = (scores - sums[:, queries].unsqueeze(-1)).exp()
-        delta = (d_out[queries] * out[queries]).sum(-1).t().unsqueeze(-1)
-        d_weights = torch.einsum("qhd,khd->hqk", d_out[queries], _per_query_head(v[keys], q))
-        d_scores = weights * (d_weights - delta) * factor
-        dq[queries] = torch.einsum("hqk,khd->qhd", d_scores, _per_query_head(k[keys], q))
-        dk[keys] = _per_key_head(torch.einsum("hqk,qhd->khd", d_scores, q[queries]), k)
-        dv[keys] = _per_key_head(torch.einsum("hqk,qhd->khd", weights, d_out[queries]), v)
+    weights = (_scores(q, k, factor) - lse.cpu().double().unsqueeze(-1)).exp()
+    weights.masked_fill_(_hidden(query_bounds, key_bounds, causal, window_size_left, window_size_right), 0.0)
+    delta = (d_out * out).sum(-1).t().unsqueeze(-1)
+    d_scores = weights * (torch.einsum("qhd,khd->hqk", d_out, _per_query_head(v, q)) - delta) * factor
+    dq = torch.einsum("hqk,khd->qhd", d_scores, _per_query_head(k, q))
+    dk = _per_key_head(torch.einsum("hqk,qhd->khd", d_scores, q), k)
+    dv = _per_key_head(torch.einsum("hqk,qhd->khd", weights, d_out), v)
     return _narrow(dq, query), _narrow(dk, key), _narrow(dv, value)
 
 
@@ -138,14 +131,13 @@ def _check(
     _check_bounds("cu_seqlens_k", key_bounds, longest_key, key.shape[0])
 
 
-def _check_bounds(name: str, bounds: Tensor, longest: Any, tokens: int) -> None:
-    _require(type(longest) is int, f"the maximum of {name} must be an int, not {type(longest)}")
+def _check_bounds(name: str, bounds: Tensor, longest: int, tokens: int) -> None:
     _require(bounds.dtype == torch.int32, f"{name} must have dtype int32")
     _require(bounds.is_cuda, f"{name} must be on CUDA")
     _require(bounds.dim() == 1 and bounds.is_contiguous(), f"{name} must be contiguous")
     _require(bounds.numel() > 1, "batch size must be positive")
     ends = bounds.tolist()
-    lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+    lengths = [stop - start for start, stop in itertools.pairwise(ends)]
     _require(ends[0] == 0 and ends[-1] == tokens, f"{name} goes from {ends[0]} to {ends[-1]}, not from 0 to {tokens}")
     _require(min(lengths) >= 0, f"{name} falls: {ends}")
     _require(max(lengths) <= longest, f"{name} has a length of {max(lengths)}, above the maximum {longest}")
@@ -172,12 +164,6 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _blocks(query_bounds: Tensor, key_bounds: Tensor) -> Iterator[tuple[slice, slice]]:
-    queries, keys = query_bounds.tolist(), key_bounds.tolist()
-    for index in range(len(queries) - 1):
-        yield slice(*queries[index : index + 2]), slice(*keys[index : index + 2])
-
-
 def _per_query_head(heads: Tensor, query: Tensor) -> Tensor:
     """[k, key heads, d] -> [k, query heads, d]."""
     return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
@@ -188,24 +174,26 @@ def _per_key_head(heads: Tensor, key: Tensor) -> Tensor:
     return heads.view(heads.shape[0], key.shape[1], -1, heads.shape[2]).sum(2)
 
 
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    block: tuple[slice, slice],
-    scale: float,
-    causal: bool,
-    window: tuple[int | None, int | None],
-) -> Tensor:
-    """[heads, queries, keys], -inf where a key is hidden; the last query is at the place of the last key."""
-    queries, keys = q[block[0]], k[block[1]]
-    scores = torch.einsum("qhd,khd->hqk", queries, _per_query_head(keys, q)) * scale
-    places = torch.arange(queries.shape[0]) + keys.shape[0] - queries.shape[0]
-    ahead = torch.arange(keys.shape[0]) - places.unsqueeze(1)
-    left, right = (-1 if each is None else each for each in window)
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[heads, queries, keys], of all blocks with all."""
+    return torch.einsum("qhd,khd->hqk", q, _per_query_head(k, q)) * scale
+
+
+def _hidden(query_bounds: Tensor, key_bounds: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor:
+    """[queries, keys], whether the query does not see the key: one of another block, or outside of the window.
+
+    The last query of a block is at the place of its last key.
+    """
+    queries, keys = query_bounds.cpu().long().diff(), key_bounds.cpu().long().diff()
+    blocks = torch.arange(queries.shape[0])
+    query_block, key_block = blocks.repeat_interleave(queries), blocks.repeat_interleave(keys)
+    query_place = torch.arange(query_block.shape[0]) - (query_bounds.cpu()[:-1] + queries - keys)[query_block]
+    key_place = torch.arange(key_block.shape[0]) - key_bounds.cpu()[:-1][key_block]
+    ahead = key_place - query_place.unsqueeze(1)
+    hidden = key_block != query_block.unsqueeze(1)
     right = 0 if causal else right
-    hidden = torch.zeros_like(ahead, dtype=torch.bool)
-    if right >= 0:
+    if right is not None and right >= 0:
         hidden |= ahead > right
-    if left >= 0:
+    if left is not None and left >= 0:
         hidden |= ahead < -left
-    return scores.masked_fill(hidden, -math.inf)
+    return hidden

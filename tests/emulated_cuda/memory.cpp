@@ -8,6 +8,7 @@
 #include <Python.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <string>
@@ -40,6 +41,7 @@ class Call {
 
   c10::IValue to_host(const c10::IValue& value) {
     if (value.isTensor()) return to_host(value.toTensor());
+    if (value.isStorage()) return value.toStorage().device() == kCuda ? c10::IValue(to_host(value.toStorage())) : value;
     if (value.isDevice()) return value.toDevice().is_cuda() ? c10::IValue(kHost) : value;
     if (!value.isList()) return value;
     auto result = c10::impl::GenericList(value.toList().elementType());
@@ -55,17 +57,22 @@ class Call {
     return result;
   }
 
-  // Whether an operator that changed a tensor's memory or sizes, as `out=` may, has to be told to the original.
+  // Gives the originals what an operator changed beside numbers: their memory or sizes (`out=`), or their storage (set_).
   void follow_changes() {
     for (auto& [original, host] : pairs_) {
-      auto& storage = original.storage();
-      if (host.storage().data() != storage.data() || host.storage().nbytes() != storage.nbytes()) {
+      const auto* own = storages_.at(original.storage().unsafeGetStorageImpl()).second.unsafeGetStorageImpl();
+      if (host.storage().unsafeGetStorageImpl() != own) {
+        for (auto& [bytes, both] : storages_)
+          if (host.storage().is_alias_of(both.second)) original.unsafeGetTensorImpl()->set_storage_keep_dtype(both.first);
+      } else if (host.storage().data() != original.storage().data()) {
         auto fresh = same_bytes(host.storage(), kCuda);
-        storage.set_data_ptr_noswap(std::move(fresh.mutable_data_ptr()));
-        storage.set_nbytes(host.storage().nbytes());
+        original.storage().set_data_ptr_noswap(std::move(fresh.mutable_data_ptr()));
+        original.storage().set_nbytes(host.storage().nbytes());
       }
-      if (host.sizes() != original.sizes() || host.strides() != original.strides())
+      if (host.sizes() != original.sizes() || host.strides() != original.strides() ||
+          host.storage_offset() != original.storage_offset()) {
         original.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
+      }
     }
   }
 
@@ -85,12 +92,17 @@ class Call {
     }
     for (auto& [original, host] : pairs_)
       if (original.is_same(tensor)) return host;
-    auto* bytes = tensor.storage().unsafeGetStorageImpl();
-    auto found = storages_.find(bytes);
-    if (found == storages_.end()) found = storages_.emplace(bytes, same_bytes(tensor.storage(), kHost)).first;
-    auto host = like(tensor, found->second, c10::DispatchKey::CPU);
+    auto host = like(tensor, to_host(tensor.storage()), c10::DispatchKey::CPU);
     pairs_.emplace_back(tensor, host);
     return host;
+  }
+
+  c10::Storage to_host(const c10::Storage& storage) {
+    auto* bytes = storage.unsafeGetStorageImpl();
+    auto found = storages_.find(bytes);
+    if (found == storages_.end())
+      found = storages_.emplace(bytes, std::make_pair(storage, same_bytes(storage, kHost))).first;
+    return found->second.second;
   }
 
   at::Tensor to_cuda(const at::Tensor& host, bool copied_to_host) {
@@ -105,7 +117,7 @@ class Call {
   std::string name_;
   bool on_host_ = false;
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs_;
-  std::unordered_map<c10::StorageImpl*, c10::Storage> storages_;
+  std::unordered_map<c10::StorageImpl*, std::pair<c10::Storage, c10::Storage>> storages_;  // on CUDA and on the host
 };
 
 void on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
@@ -147,7 +159,14 @@ const std::vector<std::pair<const char*, const char*>> kNamed{
 
 std::vector<c10::RegistrationHandleRAII> registered;
 
+// The kernels of c10d are replaced on purpose.
+struct Silent : c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
 void install() {
+  Silent silent;
+  c10::WarningUtils::WarningHandlerGuard guard(&silent);
   auto& dispatcher = c10::Dispatcher::singleton();
   const auto kernel = [] { return c10::KernelFunction::makeFromBoxedFunction<&on_host>(); };
   registered.push_back(dispatcher.registerFallback(c10::DispatchKey::CUDA, kernel(), "exo_emulated_cuda"));

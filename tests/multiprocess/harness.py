@@ -176,7 +176,7 @@ def _collect(world_size: int, folder: Path, index: int, check: Check) -> Outcome
     paths = [_result_path(folder, index, rank) for rank in range(world_size)]
     if not all(path.exists() for path in paths):
         return None
-    return Outcome(check.name, tuple(torch.load(path, weights_only=False) for path in paths), None)
+    return Outcome(check.name, tuple(torch.load(path, weights_only=False, map_location="cpu") for path in paths), None)
 
 
 def _logs(world_size: int, folder: Path) -> str:
