@@ -12,6 +12,7 @@ from exo_megatron.models.numerics import add_product_, product
 from exo_megatron.parallel.runtime import Runtime
 from tests.emulated_cuda import sabotage, strictness
 from tests.emulated_cuda.emulation import flash_in_fp32
+from tests.emulated_cuda.engine import CALLS, engine_in_fp32
 from tests.multiprocess import align_checks
 from tests.multiprocess.align_checks import RankRecord
 from tests.unit.models.attention.test_kernels import LAYOUTS, RULE, compare, make_layout, random_qkv
@@ -19,12 +20,17 @@ from tests.unit.models.attention.test_kernels import LAYOUTS, RULE, compare, mak
 WINDOW = ScoreRule(scale=0.37, window=3)
 
 
-def stage(runtime: Runtime, *, name: str, config: dict[str, Any], flash: bool) -> RankRecord:
-    """A stage of tests/multiprocess/align_checks.py; with `flash` attention takes the flash operator in fp32, too."""
+def stage(runtime: Runtime, *, name: str, config: dict[str, Any], flash: bool, engine: bool = False) -> RankRecord:
+    """A stage of tests/multiprocess/align_checks.py.
+
+    With `flash` attention takes the flash operator in fp32, too, with `engine` linears are Transformer Engine's.
+    """
     if runtime.device.type != "cuda":
         raise ValueError(f"the device is {runtime.device}")
-    with flash_in_fp32() if flash else nullcontext():
+    with flash_in_fp32() if flash else nullcontext(), engine_in_fp32() if engine else nullcontext():
         record: RankRecord = vars(align_checks)[name](runtime, config=config)
+    if engine and CALLS.keys() != {"product", "l2norm", "scale", "adam"}:
+        raise ValueError(f"of Transformer Engine only {sorted(CALLS)} ran")
     return record
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+
 import torch
 from torch import Tensor
 

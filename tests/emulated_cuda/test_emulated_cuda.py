@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.emulated_cuda.libraries import build_worker
+from tests.emulated_cuda.libraries import build_worker, fetch_engine, with_engine
 from tests.fake_cuda.libraries import reason_without_device
 from tests.multiprocess import test_align_parity as parity
 from tests.multiprocess.align_case import CASES, FEWEST_TOKENS, ROUGH_CASES, Case
@@ -32,6 +33,8 @@ IN_CI = [TP1, TP2, replace(TP2, max_tokens=FEWEST_TOKENS)]
 EXACT = [*IN_CI, *(case for case in CASES if case not in IN_CI)] if ALL else IN_CI
 # In fp32 as on a GPU: attention by matrix products.
 PLAIN = [Case(1, 1, 1), TP2, replace(TP2, max_tokens=FEWEST_TOKENS)] if ALL else []
+# The same with the linears and the Adam of Transformer Engine's Python.
+ENGINE = [TP1, TP2, replace(TP2, max_tokens=FEWEST_TOKENS)] if ALL else []
 ROUGH = [Case(2, 1, 1, precision="bf16"), *(ROUGH_CASES if ALL else [])]
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -76,9 +79,11 @@ class Worlds:
     """Starts the world of each size when the first test asks for it."""
 
     def __init__(self, folder: Path) -> None:
-        parity.write_inputs(folder)
         self.folder = folder
-        self.worker = build_worker(folder)
+        with ThreadPoolExecutor() as beside:
+            worker = beside.submit(build_worker, folder)
+            parity.write_inputs(folder)
+            self.worker = worker.result()
         self.outcomes: dict[int, dict[str, Outcome]] = {}
 
     def values(self, name: str, world_size: int = 2) -> tuple[Any, ...]:
@@ -94,11 +99,19 @@ class Worlds:
         for cases, flash in ((EXACT, True), (PLAIN, False), (ROUGH, False)):
             for case in cases:
                 if case.world_size == size:
-                    config = parity.stage_config(case, self.folder)
-                    config["output"] = self.folder / "runs" / _name(case, flash)
-                    arguments = {"name": "sft" if case.kind == "sft" else "align", "config": config, "flash": flash}
-                    checks.append(Check(_name(case, flash), f"{HERE}.checks:stage", arguments))
+                    checks.append(_stage(case, self.folder, flash=flash))
         return checks
+
+
+def _stage(case: Case, folder: Path, *, flash: bool, engine: bool = False) -> Check:
+    name = f"{_name(case, flash)}{'_engine' if engine else ''}"
+    arguments = {
+        "name": "sft" if case.kind == "sft" else "align",
+        "config": {**parity.stage_config(case, folder), "output": folder / "runs" / name},
+        "flash": flash,
+        "engine": engine,
+    }
+    return Check(name, f"{HERE}.checks:stage", arguments)
 
 
 def _name(case: Case, flash: bool) -> str:
@@ -188,3 +201,17 @@ def _agrees(case: Case, records: Sequence[Any]) -> None:
 @pytest.mark.parametrize("case", ROUGH, ids=by_name)
 def test_bf16(case: Case, worlds: Worlds) -> None:
     parity.follows_roughly(case, worlds.values(_name(case, flash=False), case.world_size))
+
+
+@pytest.mark.skipif(not ALL, reason="only with EXO_FAKE_CUDA=all: the package index is asked for Transformer Engine")
+def test_parity_with_transformer_engine(worlds: Worlds) -> None:
+    folder = worlds.folder / "engine"
+    folder.mkdir()
+    reason = fetch_engine(folder)
+    if reason is not None:
+        pytest.skip(reason)
+    worlds.values("refusals")  # the checkpoints are imported
+    checks = [_stage(case, worlds.folder, flash=True, engine=True) for case in ENGINE]
+    outcomes = run_checks(2, checks, worlds.folder / "engine-workers", worker=with_engine(worlds.worker, folder))
+    for case, check in zip(ENGINE, checks, strict=True):
+        _agrees(case, outcomes[check.name].values())

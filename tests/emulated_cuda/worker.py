@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
-from tests.emulated_cuda.emulation import install
+from tests.emulated_cuda import emulation, engine
 
 if __name__ == "__main__":
-    install()
+    emulation.install()
+    if engine.FOLDER in os.environ:
+        engine.install(Path(os.environ[engine.FOLDER]))
     importlib.import_module("tests.multiprocess.harness").work(Path(sys.argv[1]))
