@@ -1,8 +1,8 @@
 """Transformer Engine's own Python over a stand-in for its compiled part that computes.
 
-The Python is that of its wheel on the package index, unpacked somewhere; it needs no CUDA. Of the compiled part there is
-what training takes: one product of matrices, and the optimizer's kernels. Everything else can be named, which an import
-does, and raises NotImplementedError when it is called.
+The Python is that of its wheel on the package index, unpacked somewhere; it needs no CUDA. Of the compiled part there
+is what training takes: one product of matrices, and the optimizer's kernels. Everything else can be named, which an
+import does, and raises NotImplementedError when it is called.
 """
 
 from __future__ import annotations
