@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tests.emulated_cuda import flash, products
 from tests.fake_cuda import device
@@ -26,7 +28,12 @@ LIBRARY = torch.library.Library("aten", "IMPL")
 
 def install() -> None:
     """Needs the libraries of tests/fake_cuda and of this folder, see libraries.py."""
+    move: Any = nn.Module.to  # which is replaced for fake tensors, and right for tensors with data
     device.install()
+    of_module: Any = nn.Module
+    of_module.to = move
+    properties = torch.cuda.get_device_properties(0)
+    properties.uuid = f"emulated-{os.environ.get('LOCAL_RANK', 0)}"  # every rank sees a device of its own
     importlib.import_module("exo_emulated_cuda_memory")
     for name, operator in OPERATORS.items():
         LIBRARY.impl(name, operator, "CUDA")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -54,19 +53,12 @@ class Event:
 
 
 def install() -> None:
-    """Needs the libraries of this folder: one preloaded, the other on the path. For fake tensors and real ones."""
+    """Needs the libraries of this folder: one preloaded, the other on the path."""
     importlib.import_module("exo_fake_cuda_device")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU and moved
     vars(fake_tensor)["init_gpu_context"] = lambda device: None
     stream, generator = Stream(), torch.Generator()
-    properties = SimpleNamespace(
-        name="fake H100",
-        uuid=f"fake-{os.environ.get('LOCAL_RANK', 0)}",
-        total_memory=MEMORY,
-        major=9,
-        minor=0,
-        multi_processor_count=132,
-    )
+    properties = SimpleNamespace(name="fake H100", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132)
     replacements: dict[str, object] = {
         "is_available": _returns(True),
         "is_initialized": _returns(False),
@@ -98,10 +90,6 @@ def install() -> None:
     for name in ("get_rng_state", "set_rng_state"):
         vars(torch.cuda.random)[name] = replacements[name]
     vars(torch.cuda.nvtx).update(range_push=_returns(None), range_pop=_returns(None))
-
-
-def keep_parameters() -> None:
-    """Make `Module.to` give fake parameters other data instead of swapping them."""
     of_module: Any = nn.Module
     of_module.to = _module_to
 

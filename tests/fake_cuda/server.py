@@ -76,7 +76,6 @@ def _serve() -> None:
     os.dup2(2, 1)
     for module in ("device", "collectives"):
         importlib.import_module(f"tests.fake_cuda.{module}").install()
-    importlib.import_module("tests.fake_cuda.device").keep_parameters()
     importlib.import_module("tests.fake_cuda.work")
     for line in sys.stdin:
         order = json.loads(line)
