@@ -10,9 +10,9 @@ import torch
 from exo_megatron.models.attention.passes import ScoreRule
 from exo_megatron.models.numerics import add_product_, product
 from exo_megatron.parallel.runtime import Runtime
-from tests.emulated_cuda import sabotage, strictness
-from tests.emulated_cuda.emulation import flash_in_fp32
-from tests.emulated_cuda.engine import CALLS, engine_in_fp32
+from tests.emulated_cuda import emulation, sabotage, strictness
+from tests.emulated_cuda.engine import CALLS as ENGINE_CALLS
+from tests.emulated_cuda.engine import engine_in_fp32
 from tests.multiprocess import align_checks
 from tests.multiprocess.align_checks import RankRecord
 from tests.unit.models.attention.test_kernels import LAYOUTS, RULE, compare, make_layout, random_qkv
@@ -27,10 +27,14 @@ def stage(runtime: Runtime, *, name: str, config: dict[str, Any], flash: bool, e
     """
     if runtime.device.type != "cuda":
         raise ValueError(f"the device is {runtime.device}")
-    with flash_in_fp32() if flash else nullcontext(), engine_in_fp32() if engine else nullcontext():
+    emulation.CALLS.clear()
+    with emulation.flash_in_fp32() if flash else nullcontext(), engine_in_fp32() if engine else nullcontext():
         record: RankRecord = vars(align_checks)[name](runtime, config=config)
-    if engine and CALLS.keys() != {"product", "l2norm", "scale", "adam"}:
-        raise ValueError(f"of Transformer Engine only {sorted(CALLS)} ran")
+    flashes = flash or config["compute"]["precision"] == "bf16"
+    if bool(emulation.CALLS["_flash_attention_backward"]) != flashes:
+        raise ValueError(f"flash attention: {flashes} expected, called {dict(emulation.CALLS)}")
+    if engine and ENGINE_CALLS.keys() != {"product", "l2norm", "scale", "adam"}:
+        raise ValueError(f"of Transformer Engine only {sorted(ENGINE_CALLS)} ran")
     return record
 
 
@@ -86,5 +90,5 @@ def sabotaged(runtime: Runtime, *, name: str) -> str:
 def _attention(name: str, dtype: torch.dtype, tolerance: float, rule: ScoreRule, *, flash: bool) -> None:
     groups, multiple = LAYOUTS[name]
     layout = make_layout(groups, multiple).to(torch.device("cuda"))
-    with flash_in_fp32() if flash else nullcontext():
+    with emulation.flash_in_fp32() if flash else nullcontext():
         compare(groups, layout, random_qkv(layout.num_tokens, 4, 2, dtype, "cuda"), tolerance, rule)

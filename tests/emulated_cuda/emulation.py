@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,17 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.emulated_cuda import flash, products
+from tests.emulated_cuda import flash, norms, products
 from tests.fake_cuda import device
 
 OPERATORS: dict[str, Callable[..., object]] = {
     "_flash_attention_forward": flash.forward,
     "_flash_attention_backward": flash.backward,
+    "_fused_rms_norm": norms.forward,
+    "_fused_rms_norm_backward": norms.backward,
     "mm.dtype": products.product,
     "bmm.dtype": products.product,
     "mm.dtype_out": products.product_out,
     "bmm.dtype_out": products.product_out,
 }
+CALLS: Counter[str] = Counter()
+"""How often each of them was called in this process."""
 LIBRARY = torch.library.Library("aten", "IMPL")
 
 
@@ -36,10 +41,18 @@ def install() -> None:
     properties.uuid = f"emulated-{os.environ.get('LOCAL_RANK', 0)}"  # every rank sees a device of its own
     importlib.import_module("exo_emulated_cuda_memory")
     for name, operator in OPERATORS.items():
-        LIBRARY.impl(name, operator, "CUDA")
+        LIBRARY.impl(name, _counted(name, operator), "CUDA", allow_override=True)
     for module in (dist, dist.distributed_c10d):
         for name in ("init_process_group", "new_group"):
             vars(module)[name] = _over_gloo(vars(module)[name])
+
+
+def _counted(name: str, operator: Callable[..., object]) -> Callable[..., object]:
+    def counted(*args: Any, **kwargs: Any) -> object:
+        CALLS[name] += 1
+        return operator(*args, **kwargs)
+
+    return counted
 
 
 def _over_gloo(start: Callable[..., Any]) -> Callable[..., Any]:

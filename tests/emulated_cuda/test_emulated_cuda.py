@@ -27,14 +27,14 @@ from tests.unit.models.attention.test_kernels import LAYOUTS
 
 HERE = "tests.emulated_cuda"
 ALL = os.environ.get("EXO_FAKE_CUDA") == "all"
+# With two copies of the model, whose gradients are reduced while the backward pass runs, and cut in two.
 TP1, TP2 = Case(1, 1, 2), Case(2, 1, 1, recompute="selective")
-# In fp32 with the flash operator, which takes it in the emulation only: TP1 with the reduction of gradients overlapped.
 IN_CI = [TP1, TP2, replace(TP2, max_tokens=FEWEST_TOKENS)]
 EXACT = [*IN_CI, *(case for case in CASES if case not in IN_CI)] if ALL else IN_CI
-# In fp32 as on a GPU: attention by matrix products.
-PLAIN = [Case(1, 1, 1), TP2, replace(TP2, max_tokens=FEWEST_TOKENS)] if ALL else []
+# In fp32, with the flash operator, which takes it in the emulation only, and by matrix products, as on a GPU.
+RUNS = [*((case, True) for case in EXACT), *((case, False) for case in IN_CI if ALL)]
 # The same with the linears and the Adam of Transformer Engine's Python.
-ENGINE = [TP1, TP2, replace(TP2, max_tokens=FEWEST_TOKENS)] if ALL else []
+ENGINE = IN_CI
 ROUGH = [Case(2, 1, 1, precision="bf16"), *(ROUGH_CASES if ALL else [])]
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -96,10 +96,9 @@ class Worlds:
 
     def _checks(self, size: int) -> list[Check]:
         checks = _imports(self.folder) + _attention() + _others() if size == 2 else []
-        for cases, flash in ((EXACT, True), (PLAIN, False), (ROUGH, False)):
-            for case in cases:
-                if case.world_size == size:
-                    checks.append(_stage(case, self.folder, flash=flash))
+        for case, flash in [*RUNS, *((case, False) for case in ROUGH)]:
+            if case.world_size == size:
+                checks.append(_stage(case, self.folder, flash=flash))
         return checks
 
 
@@ -128,9 +127,10 @@ def _attention() -> list[Check]:
     checks = []
     for layout in LAYOUTS:
         for dtype, tolerance in DTYPES.items():
-            for flash in {True, dtype != torch.float32}:
+            for flash in (True, False) if dtype == torch.float32 else (False,):
                 arguments = {"layout": layout, "dtype": dtype, "tolerance": tolerance, "flash": flash}
-                checks.append(Check(f"{layout}, {dtype}, {flash}", f"{HERE}.checks:attention", arguments))
+                name = f"{layout}, {dtype}{', flash' if flash else ''}"
+                checks.append(Check(name, f"{HERE}.checks:attention", arguments))
     return checks
 
 
@@ -180,14 +180,9 @@ def test_sabotage_is_found(sabotage: str, worlds: Worlds) -> None:
     assert FOUND[sabotage] in worlds.values(sabotage)[0]
 
 
-@pytest.mark.parametrize("case", EXACT, ids=by_name)
-def test_parity_with_flash_attention(case: Case, worlds: Worlds) -> None:
-    _agrees(case, worlds.values(_name(case, flash=True), case.world_size))
-
-
-@pytest.mark.parametrize("case", PLAIN, ids=by_name)
-def test_parity_with_matrix_products(case: Case, worlds: Worlds) -> None:
-    _agrees(case, worlds.values(_name(case, flash=False), case.world_size))
+@pytest.mark.parametrize(("case", "flash"), RUNS, ids=lambda value: value.name if isinstance(value, Case) else None)
+def test_parity(case: Case, flash: bool, worlds: Worlds) -> None:
+    _agrees(case, worlds.values(_name(case, flash), case.world_size))
 
 
 def _agrees(case: Case, records: Sequence[Any]) -> None:
