@@ -33,7 +33,7 @@ def stage(runtime: Runtime, *, name: str, config: dict[str, Any], flash: bool, e
     flashes = flash or config["compute"]["precision"] == "bf16"
     if bool(emulation.CALLS["_flash_attention_backward"]) != flashes:
         raise ValueError(f"flash attention: {flashes} expected, called {dict(emulation.CALLS)}")
-    if engine and ENGINE_CALLS.keys() != {"product", "l2norm", "scale", "adam"}:
+    if engine and not (ENGINE_CALLS["product"] and ENGINE_CALLS["adam"]):
         raise ValueError(f"of Transformer Engine only {sorted(ENGINE_CALLS)} ran")
     return record
 
