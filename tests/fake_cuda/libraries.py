@@ -26,7 +26,15 @@ class Libraries:
 
 
 def reason_to_skip() -> str | None:
-    """Why fake CUDA cannot be made here; None if it can."""
+    """Why the cases of this folder cannot be judged here; None if they can."""
+    reason = reason_without_device()
+    if reason is None and version("megatron-core") != MEGATRON_CORE:
+        return f"the figures are those of megatron-core {MEGATRON_CORE}, this is {version('megatron-core')}"
+    return reason
+
+
+def reason_without_device() -> str | None:
+    """Why a CUDA device cannot be made here; None if it can."""
     pinned = re.search(r"^EXO_CPU_TORCH=(\S+)$", ENVIRONMENT.read_text(), re.MULTILINE)
     if pinned is None:
         raise LookupError(f"{ENVIRONMENT} names no EXO_CPU_TORCH")
@@ -34,13 +42,11 @@ def reason_to_skip() -> str | None:
         return "fake CUDA needs g++, which is not installed"
     if torch.version.cuda is not None or torch.__version__.partition("+")[0] != pinned[1]:
         return f"fake CUDA is made for the CPU build of torch {pinned[1]}, this is torch {torch.__version__}"
-    if version("megatron-core") != MEGATRON_CORE:
-        return f"the figures are those of megatron-core {MEGATRON_CORE}, this is {version('megatron-core')}"
     return None
 
 
-def build(folder: Path) -> Libraries:
-    """Compile both into `folder`, unless they are there."""
+def build(folder: Path, **modules: Path) -> Libraries:
+    """Compile both, and the C++ files of further Python modules by their names, into `folder`, side by side."""
     root = Path(torch.__file__).parent
     libraries = Libraries(folder / "libexo_fake_cuda_accelerator.so", folder)
     common = [
@@ -48,12 +54,12 @@ def build(folder: Path) -> Libraries:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{path}" for path in (root / "include", sysconfig.get_paths()["include"])),
     ]
-    module = folder / "exo_fake_cuda_device.so"
     linked = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-    for source, target, options in (
-        ("accelerator.cpp", libraries.accelerator, ["-ldl"]),
-        ("device.cpp", module, linked),
-    ):
-        if not target.exists():
-            subprocess.run([*common, str(HERE / source), "-o", str(target), *options], check=True)
+    commands = [[*common, str(HERE / "accelerator.cpp"), "-o", str(libraries.accelerator), "-ldl"]]
+    for name, source in {"exo_fake_cuda_device": HERE / "device.cpp", **modules}.items():
+        commands.append([*common, str(source), "-o", str(folder / f"{name}.so"), *linked])
+    compilers = [(command, subprocess.Popen(command)) for command in commands]
+    for command, code in [(command, compiler.wait()) for command, compiler in compilers]:
+        if code:
+            raise subprocess.CalledProcessError(code, command)
     return libraries

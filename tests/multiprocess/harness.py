@@ -19,8 +19,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ class Check:
     name: str
     function: str
     arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What runs on every rank: a module that calls `work`, and additions to its environment."""
+
+    module: str = "tests.multiprocess.harness"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class WorldFailure(AssertionError):
@@ -59,7 +67,12 @@ class Outcome:
 
 
 def run_checks(
-    world_size: int, checks: Sequence[Check], directory: Path, *, check_seconds: float = 60.0
+    world_size: int,
+    checks: Sequence[Check],
+    directory: Path,
+    *,
+    check_seconds: float = 60.0,
+    worker: Worker | None = None,
 ) -> dict[str, Outcome]:
     """Run every check in groups of `world_size` processes. `directory` receives logs and results."""
     outcomes: dict[str, Outcome] = {}
@@ -69,7 +82,7 @@ def run_checks(
         folder = directory / f"world{world_size}-start{start}"
         folder.mkdir(parents=True)
         torch.save(remaining, folder / "checks.pt")
-        problem = _run_group(world_size, folder, START_SECONDS + check_seconds * len(remaining))
+        problem = _run_group(world_size, folder, START_SECONDS + check_seconds * len(remaining), worker or Worker())
         finished = [_collect(world_size, folder, index, check) for index, check in enumerate(remaining)]
         complete = [outcome for outcome in finished if outcome is not None]
         if len(complete) < len(remaining):  # the group ended inside this check
@@ -107,7 +120,9 @@ def free_port() -> int:
     return port
 
 
-def start_group(world_size: int, command: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+def start_group(
+    world_size: int, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[bytes]]:
     """Start `command` once per rank, each in its own session, output to folder/rankN.log."""
     port = free_port()
     processes = []
@@ -116,7 +131,7 @@ def start_group(world_size: int, command: Sequence[str], folder: Path) -> list[s
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=worker_environment(rank, world_size, port),
+                    env={**worker_environment(rank, world_size, port), **(environment or {})},
                     cwd=REPOSITORY,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -152,16 +167,16 @@ def wait_group(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> 
     return f"no end after {seconds:.0f} s"
 
 
-def _run_group(world_size: int, folder: Path, seconds: float) -> str | None:
-    command = [sys.executable, "-m", "tests.multiprocess.harness", str(folder)]
-    return wait_group(start_group(world_size, command, folder), seconds)
+def _run_group(world_size: int, folder: Path, seconds: float, worker: Worker) -> str | None:
+    command = [sys.executable, "-m", worker.module, str(folder)]
+    return wait_group(start_group(world_size, command, folder, worker.environment), seconds)
 
 
 def _collect(world_size: int, folder: Path, index: int, check: Check) -> Outcome | None:
     paths = [_result_path(folder, index, rank) for rank in range(world_size)]
     if not all(path.exists() for path in paths):
         return None
-    return Outcome(check.name, tuple(torch.load(path, weights_only=False) for path in paths), None)
+    return Outcome(check.name, tuple(torch.load(path, weights_only=False, map_location="cpu") for path in paths), None)
 
 
 def _logs(world_size: int, folder: Path) -> str:
@@ -176,7 +191,7 @@ def _result_path(folder: Path, index: int, rank: int) -> Path:
     return folder / f"result{index:03d}-rank{rank}.pt"
 
 
-def _work(folder: Path) -> None:
+def work(folder: Path) -> None:
     """One rank: every check in order; the first that raises ends the process at once, so that no peer waits long."""
     torch.set_num_threads(1)
     from exo_megatron.parallel.runtime import distributed_runtime
@@ -199,4 +214,4 @@ def _work(folder: Path) -> None:
 
 if __name__ == "__main__":
     # Check was pickled as tests.multiprocess.harness.Check, so the work is done by the module of that name.
-    importlib.import_module("tests.multiprocess.harness")._work(Path(sys.argv[1]))
+    importlib.import_module("tests.multiprocess.harness").work(Path(sys.argv[1]))

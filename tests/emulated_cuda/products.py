@@ -1,0 +1,27 @@
+"""Matrix products of half precision with results in fp32, which torch has on CUDA only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """mm or bmm with out_dtype: the fp32 sums of the exact products."""
+    if left.dtype != right.dtype:
+        raise RuntimeError("input dtypes must be the same")
+    if dtype != left.dtype and not (dtype == torch.float32 and left.dtype in HALF):
+        raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+    return torch.matmul(left.to(dtype), right.to(dtype))
+
+
+def product_out(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """The same into a matrix that is there."""
+    if out.dtype != dtype:
+        raise RuntimeError("out_dtype must be the same as the dtype of the provided out tensor")
+    result = product(left, right, dtype)
+    if out.shape != result.shape:
+        raise RuntimeError(f"out has shape {tuple(out.shape)}, the product {tuple(result.shape)}")
+    return out.copy_(result)
