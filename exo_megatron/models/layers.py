@@ -7,6 +7,7 @@ unused features takes the host longer than the product. Values, names and checkp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -25,11 +26,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from exo_megatron.models.activations import Activation
 from exo_megatron.models.attention.passes import ScoreRule
-from exo_megatron.models.experts import Router
+from exo_megatron.models.experts import LocalExperts, Router
 from exo_megatron.models.layouts.base import Layout
-from exo_megatron.models.norms import LayerNorm, NormedResidual, RMSNorm, plain_residual
+from exo_megatron.models.numerics import ACTIVATIONS, LayerNorm, RMSNorm, gated
 from exo_megatron.models.rotary import RotaryTable, RotaryTables
 from exo_megatron.models.spec import ModelSpec
 
@@ -97,7 +97,7 @@ def backend(spec: ModelSpec, dtype: torch.dtype) -> Backend:
     dtype: of the parameters. In fp32 megatron-core's own are chosen too, because Transformer Engine
     multiplies fp32 matrices in TF32, with 10 bits of mantissa, whatever torch is told.
     """
-    activation = ModuleSpec(module=Activation, params={"name": spec.activation, "gated": spec.gated})
+    activation = ModuleSpec(module=BlockActivation, params={"name": spec.activation, "gated": spec.gated})
     if torch.cuda.is_available() and dtype != torch.float32:
         from megatron.core.extensions import transformer_engine
 
@@ -121,6 +121,45 @@ def block_spec(spec: ModelSpec, config: TransformerConfig, layers: range) -> Tra
         layer_specs=[_layer_spec(spec, config, parts, layer, tables.of(layer)) for layer in layers],
         layer_norm=_norm(spec),
     )
+
+
+class NormedResidual(torch.nn.Module):
+    """The residual connection of models that normalise what they add: residual + norm(output).
+
+    It replaces megatron-core's bias-dropout-add and follows its calling convention.
+    """
+
+    def __init__(self, config: TransformerConfig, zero_centered: bool) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon, zero_centered)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """Return the function that adds. Dropout is 0 in training too, and nothing is fused."""
+        return self._add
+
+    def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        output, bias = output_with_bias
+        normed: Tensor = self.norm(output if bias is None else output + bias)
+        return residual + normed
+
+
+class BlockActivation(MegatronModule):
+    """f(x), or f(gate) * up for x = [gate | up] where the block is gated. It has no parameters.
+
+    megatron-core asks for such a module, which gets all that the first product gave, where it would
+    ask Transformer Engine (`use_te_activation_func`). Its own fused SwiGLU has 13 operators unless
+    torch.compile joins them, which it would do for every length of a micro-batch.
+    """
+
+    def __init__(self, config: TransformerConfig, *, name: str, gated: bool) -> None:
+        """Take the arguments with which megatron-core builds it, and those of our layer spec."""
+        super().__init__(config=config)
+        self.function = ACTIVATIONS[name]
+        self.gated = gated
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute [..., F] -> [..., F], or [..., 2F] -> [..., F] where it is gated."""
+        return gated(hidden, self.function) if self.gated else self.function.of(hidden)
 
 
 class Attention(SelfAttention):
@@ -291,15 +330,11 @@ def _attention(spec: ModelSpec, parts: Backend, layer: int, table: RotaryTable |
 
 
 def _feed_forward(spec: ModelSpec, parts: Backend) -> Any:
-    """Specify the feed-forward block, or router and experts, each such a block, run one after another.
-
-    Grouped products are not used, because they keep their weights under other checkpoint keys and
-    shapes.
-    """
+    """Specify the feed-forward block, or router and experts, each such a block."""
     if spec.experts is None:
         return get_mlp_module_spec_for_backend(parts, use_te_activation_func=True)
     block = MLPSubmodules(linear_fc1=parts.column, activation_func=parts.activation, linear_fc2=parts.row)
-    experts = ModuleSpec(module=SequentialMLP, submodules=block)
+    experts = ModuleSpec(module=LocalExperts, submodules=block)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
 
 
@@ -307,6 +342,19 @@ def _norm(spec: ModelSpec) -> ModuleSpec:
     if spec.norm == "layer":
         return ModuleSpec(module=LayerNorm)
     return ModuleSpec(module=RMSNorm, params={"zero_centered": spec.zero_centered_norm})
+
+
+def plain_residual(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """Return the function that adds. Dropout is 0 in training too, and nothing is fused.
+
+    It replaces megatron-core's bias-dropout-add and follows its calling convention.
+    """
+    return _added
+
+
+def _added(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+    output, bias = output_with_bias
+    return residual + (output if bias is None else output + bias)
 
 
 def _residual(spec: ModelSpec, config: TransformerConfig) -> Any:

@@ -256,7 +256,7 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "layernorm_epsilon": spec.norm_epsilon,
         "qk_layernorm": spec.qk_norm,
         "gated_linear_unit": spec.gated,
-        # Not called: models/activations.py is in its place, which megatron-core permits for these.
+        # Not called: BlockActivation of models/layers.py is in its place, which megatron-core permits for these.
         "activation_func": functional.silu if spec.activation == "silu" else functional.gelu,
         "use_te_activation_func": True,
         "add_bias_linear": spec.linear_bias,

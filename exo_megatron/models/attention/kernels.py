@@ -248,7 +248,7 @@ def _put_back(gradient: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _window(pass_: AttentionPass, rule: ScoreRule) -> dict[str, int]:
-    """The operator's arguments: how many keys before and behind its own place a query sees."""
+    """Return the operator's arguments: how many keys before and behind its own place a query sees."""
     if rule.window is None or not _is_windowed(pass_, rule):
         return {}
     return {"window_size_left": rule.window - 1, "window_size_right": 0}

@@ -12,8 +12,8 @@ from torch.autograd.function import Function
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.execution.forward import forward_only, stage_output
+from exo_megatron.models.layers import plain_residual
 from exo_megatron.models.layouts.groups import build_layout
-from exo_megatron.models.norms import plain_residual
 from exo_megatron.models.policy import PolicyModel, build_policy
 from exo_megatron.models.spec import Experts
 from exo_megatron.parallel.runtime import distributed_runtime
