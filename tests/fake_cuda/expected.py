@@ -76,7 +76,7 @@ FIGURES = {
     "train-gpt2-tp2-bf16-rank0": _step(123, 19, 28),
     "train-neox-bf16": _step(129, 19, 28),
     "train-neox-tp2-bf16-rank0": _step(135, 19, 28),
-    "train-gemma2-bf16": _step(1416, 19, 18),
+    "train-gemma2-bf16": _step(1089.5, 19, 18),
     "train-gemma2-tp2-bf16-rank0": _step(1142.5, 19, 18),
     "train-gemma3-bf16": _step(154, 19, 22),
     "train-gemma3-tp2-bf16-rank0": _step(160, 19, 22),
@@ -88,21 +88,21 @@ FIGURES = {
     "train-moe-tp2-dp2-ep2-bf16-rank0": _step(157.5, 19, 11, experts=2, selected=4),
     "train-moe-dp2-ep2-bf16-rank0": _step(162.5, 19, 15, experts=2, selected=4),
     "train-llama-fp32": _step(513, 19, 15),
-    "train-llama-tp2-fp32-rank0": _step(874, 19, 15),
+    "train-llama-tp2-fp32-rank0": _step(543, 19, 15),
     "decode-llama-bf16": Figures(365, 103, {"tokens": 12}),
     "decode-llama-tp2-bf16-rank0": Figures(367, 103, {"tokens": 12}),
     "train-llama-pp2-bf16-rank0": _step(96, 19, 13, shapes=1, shape_transfers=2, transfers=2),
     "train-llama-pp2-bf16-rank1": _step(96, 20, 14, shapes=1, shape_transfers=2, transfers=2),
     "train_oversized-llama-pp2-bf16-rank0": _step(
-        831, 109, 13, shapes=2, part_shapes=3, shape_transfers=3, transfers=3, part_shape_transfers=5, part_transfers=5
+        458, 109, 13, shapes=2, part_shapes=3, shape_transfers=3, transfers=3, part_shape_transfers=5, part_transfers=5
     ),
     "train_oversized-llama-pp2-bf16-rank1": _step(
-        831, 111, 14, shapes=2, part_shapes=4, shape_transfers=3, transfers=3, part_shape_transfers=5, part_transfers=5
+        458, 111, 14, shapes=2, part_shapes=4, shape_transfers=3, transfers=3, part_shape_transfers=5, part_transfers=5
     ),
-    "decode-llama-pp2-bf16-rank0": Figures(533, 79, {"tokens": 12}),
-    "decode-llama-pp2-bf16-rank1": Figures(533, 103, {"tokens": 12}),
-    "score-llama-pp2-bf16-rank0": Figures(48, 14, {"scores": 1}),
-    "score-llama-pp2-bf16-rank1": Figures(48, 15, {"scores": 1}),
+    "decode-llama-pp2-bf16-rank0": Figures(365, 79, {"tokens": 12}),
+    "decode-llama-pp2-bf16-rank1": Figures(365, 103, {"tokens": 12}),
+    "score-llama-pp2-bf16-rank0": Figures(32, 14, {"scores": 1}),
+    "score-llama-pp2-bf16-rank1": Figures(32, 15, {"scores": 1}),
     "score-llama-bf16": Figures(32, 15, {"scores": 1}),
     "score-llama-tp2-bf16-rank0": Figures(32, 15, {"scores": 1}),
 }
