@@ -72,8 +72,9 @@ def expert_settings(experts: Experts, topology: Topology) -> dict[str, object]:
 class LocalExperts(SequentialMLP):
     """This rank's experts: products one expert after another, what is between them for all at once.
 
-    Grouped products are not used, because they keep their weights under other checkpoint keys and
-    shapes.
+    The latter on CUDA, where it saves launches. On the CPU megatron-core's way, one expert after
+    another, is 4% faster: it does not join the results of the first products. Grouped products are
+    not used, because they keep their weights under other checkpoint keys and shapes.
     """
 
     def forward(
@@ -90,11 +91,17 @@ class LocalExperts(SequentialMLP):
             [N, H] in the dtype of the tokens, on every rank that shares an expert its part of the
             sum, and no bias.
         """
-        counts = tokens_per_expert.tolist()
-        hidden = _products([expert.linear_fc1 for expert in self.local_experts], permuted_local_hidden_states, counts)
+        if permuted_local_hidden_states.is_cuda:
+            return self.together(permuted_local_hidden_states, tokens_per_expert.tolist(), permuted_probs), None
+        result: tuple[Tensor, None] = super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        return result
+
+    def together(self, tokens: Tensor, counts: list[int], weights: Tensor) -> Tensor:
+        """Compute `forward` on any device with the activations of all experts at once."""
+        hidden = _products([expert.linear_fc1 for expert in self.local_experts], tokens, counts)
         activated = self.local_experts[0].activation_func(hidden)
-        weighted = (activated * permuted_probs.unsqueeze(-1)).to(activated.dtype)
-        return _products([expert.linear_fc2 for expert in self.local_experts], weighted, counts), None
+        weighted = (activated * weights.unsqueeze(-1)).to(activated.dtype)
+        return _products([expert.linear_fc2 for expert in self.local_experts], weighted, counts)
 
 
 def _products(linears: list[nn.Module], tokens: Tensor, counts: list[int]) -> Tensor:

@@ -33,9 +33,12 @@ def test_values_and_gradients_are_those_of_megatron(counts: list[int], precision
         weights = torch.rand(sum(counts), generator=generator)
         gradient = torch.randn(tokens.shape, generator=generator).to(dtype)
         sides = []
-        for forward in (LocalExperts.forward, SequentialMLP.forward):
+        for together in (True, False):
             inputs = [tokens.clone().requires_grad_(), weights.clone().requires_grad_()]
-            output, bias = forward(ours, inputs[0], torch.tensor(counts), inputs[1])
-            assert bias is None and output.dtype == dtype
+            if together:
+                output = ours.together(inputs[0], counts, inputs[1])
+            else:
+                output, _ = SequentialMLP.forward(ours, inputs[0], torch.tensor(counts), inputs[1])
+            assert output.dtype == dtype
             sides.append([output, *torch.autograd.grad(output, [*inputs, *ours.parameters()], gradient)])
         assert all(torch.equal(*pair) for pair in zip(*sides, strict=True))
