@@ -1,4 +1,4 @@
-"""Mixtures of experts: the configuration of megatron-core's MoELayer.
+"""Mixtures of experts: the configuration of megatron-core's MoELayer, router and experts.
 
 Dense models do not use this module. Every token is routed by itself and no token is dropped, so a
 token's output depends neither on the others of its micro-batch nor on how micro-batches and experts
@@ -7,6 +7,7 @@ are spread over ranks. There is no load-balancing loss: alignment trains on the 
 
 from __future__ import annotations
 
+import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
@@ -66,6 +67,46 @@ def expert_settings(experts: Experts, topology: Topology) -> dict[str, object]:
         "expert_model_parallel_size": topology.expert_size,
         "expert_tensor_parallel_size": topology.parallel.expert_tensor,
     }
+
+
+class LocalExperts(SequentialMLP):
+    """This rank's experts: products one expert after another, what is between them for all at once.
+
+    The latter on CUDA, where it saves launches. On the CPU megatron-core's way, one expert after
+    another, is 4% faster: it does not join the results of the first products. Grouped products are
+    not used, because they keep their weights under other checkpoint keys and shapes.
+    """
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Apply the experts to their tokens [N, H], which lie expert after expert, and weight the results.
+
+        Args:
+            permuted_local_hidden_states: [N, H].
+            tokens_per_expert: [experts of this rank] integers, on the host.
+            permuted_probs: [N] fp32, the router's weights.
+
+        Returns:
+            [N, H] in the dtype of the tokens, on every rank that shares an expert its part of the
+            sum, and no bias.
+        """
+        if permuted_local_hidden_states.is_cuda:
+            return self.together(permuted_local_hidden_states, tokens_per_expert.tolist(), permuted_probs), None
+        result: tuple[Tensor, None] = super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        return result
+
+    def together(self, tokens: Tensor, counts: list[int], weights: Tensor) -> Tensor:
+        """Compute `forward` on any device with the activations of all experts at once."""
+        hidden = _products([expert.linear_fc1 for expert in self.local_experts], tokens, counts)
+        activated = self.local_experts[0].activation_func(hidden)
+        weighted = (activated * weights.unsqueeze(-1)).to(activated.dtype)
+        return _products([expert.linear_fc2 for expert in self.local_experts], weighted, counts)
+
+
+def _products(linears: list[nn.Module], tokens: Tensor, counts: list[int]) -> Tensor:
+    """Apply each linear to its share of the tokens."""
+    return torch.cat([linear(part)[0] for linear, part in zip(linears, tokens.split(counts), strict=True)])
 
 
 class Router(TopKRouter):

@@ -1,10 +1,5 @@
 """The layers as megatron-core specs, and the modules in them that megatron-core lacks.
 
-Norms work under sequence parallelism on every device. Each tensor-parallel rank then normalises its
-own tokens, so the gradient of weight and bias is a partial sum: the flag `sequence_parallel` makes
-megatron-core's finalize_model_grads all-reduce it over the tensor group. (Norms of query and key
-heads, which see this rank's heads of all tokens, are all-reduced because of `config.qk_layernorm`.)
-
 Passes without gradients take a short way through megatron-core's modules: a pass of generation
 carries few tokens, and what is done around a product for the sake of gradients, tensor ranks and
 unused features takes the host longer than the product. Values, names and checkpoints stay the same.
@@ -23,21 +18,20 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.nn import functional
 
 from exo_megatron.models.attention.passes import ScoreRule
-from exo_megatron.models.experts import Router
+from exo_megatron.models.experts import LocalExperts, Router
 from exo_megatron.models.layouts.base import Layout
+from exo_megatron.models.numerics import ACTIVATIONS, LayerNorm, RMSNorm, gated
 from exo_megatron.models.rotary import RotaryTable, RotaryTables
 from exo_megatron.models.spec import ModelSpec
-from exo_megatron.parallel import cpu_backend
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -70,7 +64,7 @@ def _whole_product(linear: ColumnLinear | RowLinear, input_: Tensor) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class LinearBackend:
+class Backend:
     """The part of megatron-core's backend protocol that dense layers ask for.
 
     Norms are never fused into linears.
@@ -78,6 +72,7 @@ class LinearBackend:
 
     column: Any
     row: Any
+    activation: ModuleSpec
 
     def column_parallel_linear(self) -> Any:
         """Return the linear that is cut along its output."""
@@ -87,80 +82,45 @@ class LinearBackend:
         """Return the linear that is cut along its input."""
         return self.row
 
+    def activation_func(self) -> Any:
+        """Return the module between the two linears of a feed-forward block."""
+        return self.activation
+
     def fuse_layernorm_and_linear(self) -> bool:
         """Refuse fusion, so that Transformer Engine does not change tensor names."""
         return False
 
 
-def linear_backend(dtype: torch.dtype) -> LinearBackend:
+def backend(spec: ModelSpec, dtype: torch.dtype) -> Backend:
     """Choose Transformer Engine's linears if it works and there is a GPU, else megatron-core's own.
 
     dtype: of the parameters. In fp32 megatron-core's own are chosen too, because Transformer Engine
     multiplies fp32 matrices in TF32, with 10 bits of mantissa, whatever torch is told.
     """
+    activation = ModuleSpec(module=BlockActivation, params={"name": spec.activation, "gated": spec.gated})
     if torch.cuda.is_available() and dtype != torch.float32:
         from megatron.core.extensions import transformer_engine
 
         if transformer_engine.HAVE_TE:  # it and its torch part can be imported
-            return LinearBackend(transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear)
-    return LinearBackend(ColumnLinear, RowLinear)
+            column, row = transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear
+            return Backend(column, row, activation)
+    return Backend(ColumnLinear, RowLinear, activation)
 
 
-def block_spec(
-    spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layers: range
-) -> TransformerBlockSubmodules:
+def block_spec(spec: ModelSpec, config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
     """Specify the layers of one pipeline stage and the final norm.
 
     Args:
         spec: the model.
         config: megatron-core's configuration of it.
-        linear: the linears to use.
         layers: numbers of the layers, from 0 over all pipeline stages.
     """
+    parts = backend(spec, config.params_dtype)
     tables = RotaryTables(spec, torch.device(torch.cuda.current_device()))
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(spec, config, linear, layer, tables.of(layer)) for layer in layers],
+        layer_specs=[_layer_spec(spec, config, parts, layer, tables.of(layer)) for layer in layers],
         layer_norm=_norm(spec),
     )
-
-
-class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (HF `LlamaRMSNorm`).
-
-    zero_centered: the factor is 1 + weight instead, in fp32 until the result is rounded (HF
-    `GemmaRMSNorm`).
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, zero_centered: bool = False
-    ) -> None:
-        """Accept the arguments with which megatron-core's layer specs build norms."""
-        super().__init__()
-        self.eps = eps
-        self.zero_centered = zero_centered
-        self.weight = _parameter(config, hidden_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., H] -> [..., H], in the same dtype."""
-        if not self.zero_centered:
-            return _rms_norm(hidden, self.weight, self.eps)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return _rms_norm(hidden.to(wide), 1 + self.weight.to(wide), self.eps).to(hidden.dtype)
-
-
-class LayerNorm(torch.nn.Module):
-    """torch.nn.LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, last dimension."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        """Accept the arguments with which megatron-core's layer specs build norms."""
-        super().__init__()
-        self.eps = eps
-        self.weight = _parameter(config, hidden_size)
-        self.bias = _parameter(config, hidden_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [..., H] -> [..., H], in the same dtype."""
-        return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class NormedResidual(torch.nn.Module):
@@ -183,17 +143,23 @@ class NormedResidual(torch.nn.Module):
         return residual + normed
 
 
-def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if hidden.is_cuda:
-        return functional.rms_norm(hidden, weight.shape, weight, eps)
-    return cpu_backend.rms_norm(hidden, weight, eps)
+class BlockActivation(MegatronModule):
+    """f(x), or f(gate) * up for x = [gate | up] where the block is gated. It has no parameters.
 
+    megatron-core asks for such a module, which gets all that the first product gave, where it would
+    ask Transformer Engine (`use_te_activation_func`). Its own fused SwiGLU has 13 operators unless
+    torch.compile joins them, which it would do for every length of a micro-batch.
+    """
 
-def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
-    device = torch.cuda.current_device()
-    parameter = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
-    vars(parameter)["sequence_parallel"] = config.sequence_parallel
-    return parameter
+    def __init__(self, config: TransformerConfig, *, name: str, gated: bool) -> None:
+        """Take the arguments with which megatron-core builds it, and those of our layer spec."""
+        super().__init__(config=config)
+        self.function = ACTIVATIONS[name]
+        self.gated = gated
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute [..., F] -> [..., F], or [..., 2F] -> [..., F] where it is gated."""
+        return gated(hidden, self.function) if self.gated else self.function.of(hidden)
 
 
 class Attention(SelfAttention):
@@ -327,23 +293,23 @@ class CoreAttention(torch.nn.Module):
 
 
 def _layer_spec(
-    spec: ModelSpec, config: TransformerConfig, linear: LinearBackend, layer: int, table: RotaryTable | None
+    spec: ModelSpec, config: TransformerConfig, parts: Backend, layer: int, table: RotaryTable | None
 ) -> ModuleSpec:
     """Specify pre-norm decoder layer `layer`: norm, attention, norm, feed-forward or experts."""
     return ModuleSpec(
         module=ParallelResidualLayer if spec.parallel_residual else SequentialLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=_norm(spec),
-            self_attention=_attention(spec, linear, layer, table),
+            self_attention=_attention(spec, parts, layer, table),
             self_attn_bda=_residual(spec, config),
             pre_mlp_layernorm=_norm(spec),
-            mlp=_experts(linear) if spec.experts else get_mlp_module_spec_for_backend(backend=linear),
+            mlp=_feed_forward(spec, parts),
             mlp_bda=_residual(spec, config),
         ),
     )
 
 
-def _attention(spec: ModelSpec, linear: LinearBackend, layer: int, table: RotaryTable | None) -> ModuleSpec:
+def _attention(spec: ModelSpec, parts: Backend, layer: int, table: RotaryTable | None) -> ModuleSpec:
     rule = ScoreRule(
         scale=spec.attention_scale or spec.head_dim**-0.5,
         softcap=spec.attention_softcap,
@@ -354,23 +320,21 @@ def _attention(spec: ModelSpec, linear: LinearBackend, layer: int, table: Rotary
         module=Attention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=linear.column_parallel_linear(),
+            linear_qkv=parts.column_parallel_linear(),
             core_attention=ModuleSpec(module=CoreAttention, params={"rule": rule, "table": table}),
-            linear_proj=linear.row_parallel_linear(),
+            linear_proj=parts.row_parallel_linear(),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
     )
 
 
-def _experts(linear: LinearBackend) -> ModuleSpec:
-    """Specify router and experts, each a gated block of the given linears, run one after another.
-
-    Grouped products are not used, because they keep their weights under other checkpoint keys and
-    shapes.
-    """
-    block = MLPSubmodules(linear_fc1=linear.column_parallel_linear(), linear_fc2=linear.row_parallel_linear())
-    experts = ModuleSpec(module=SequentialMLP, submodules=block)
+def _feed_forward(spec: ModelSpec, parts: Backend) -> Any:
+    """Specify the feed-forward block, or router and experts, each such a block."""
+    if spec.experts is None:
+        return get_mlp_module_spec_for_backend(parts, use_te_activation_func=True)
+    block = MLPSubmodules(linear_fc1=parts.column, activation_func=parts.activation, linear_fc2=parts.row)
+    experts = ModuleSpec(module=LocalExperts, submodules=block)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
 
 

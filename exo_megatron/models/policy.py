@@ -6,7 +6,6 @@ A policy ends in hidden states instead of logits, a reward model in scores of ev
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.errors import ConfigError, TopologyError
 from exo_megatron.models.attention.kernels import FLASH_HEAD_MULTIPLE, FLASH_LARGEST_HEAD, may_use_flash_varlen
 from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
-from exo_megatron.models.layers import block_spec, linear_backend
+from exo_megatron.models.layers import block_spec
 from exo_megatron.models.layouts.base import Layout
 from exo_megatron.models.numerics import product
 from exo_megatron.models.spec import ModelSpec
@@ -150,11 +149,6 @@ class PolicyModel(GPTModel):
         return packed_seq_params.predicting(hidden_states)
 
 
-ACTIVATIONS = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -220,7 +214,7 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
     config = transformer_config(spec, topology, compute)
     per_stage = spec.layers // topology.pipeline_size
     first = topology.pipeline_rank * per_stage
-    block = block_spec(spec, config, linear_backend(config.params_dtype), range(first, first + per_stage))
+    block = block_spec(spec, config, range(first, first + per_stage))
     policy = PolicyModel(
         config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
     )
@@ -262,7 +256,9 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "layernorm_epsilon": spec.norm_epsilon,
         "qk_layernorm": spec.qk_norm,
         "gated_linear_unit": spec.gated,
-        "activation_func": ACTIVATIONS[spec.activation],
+        # Not called: BlockActivation of models/layers.py is in its place, which megatron-core permits for these.
+        "activation_func": functional.silu if spec.activation == "silu" else functional.gelu,
+        "use_te_activation_func": True,
         "add_bias_linear": spec.linear_bias,
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
@@ -281,8 +277,7 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "calculate_per_token_loss": True,
         "perform_initialization": False,
         "deallocate_pipeline_outputs": True,
-        # megatron-core's fused GELU is always the tanh approximation.
-        "bias_activation_fusion": spec.gated and spec.activation == "silu",
+        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         # Only where parameters have gradient buffers: training/optimizer.py.

@@ -21,52 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def swiglu(both: Tensor, bias: Tensor | None = None, *unused: object) -> Tensor:
-    """Compute silu(gate) * up [..., F] for both = [gate | up] [..., 2F], plus bias if any.
-
-    Replaces megatron-core's `bias_swiglu_impl`. unused: fp8 storage and offloading of activations,
-    CUDA only.
-    """
-    both = both if bias is None else both + bias
-    if not torch.is_grad_enabled():
-        return _swiglu(both)
-    apply: Callable[..., Tensor] = _SwiGLU.apply
-    return apply(both)
-
-
-def weighted_swiglu(both: Tensor, bias: Tensor | None, weights: Tensor, *unused: object) -> Tensor:
-    """Compute `swiglu` times router weights [..., 1], in the dtype of `both`.
-
-    Replaces megatron-core's `weighted_bias_swiglu_impl`.
-    """
-    return (swiglu(both, bias) * weights).to(both.dtype)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        return _swiglu(both)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        result = torch.empty_like(both)
-        of_gate, of_up = result.chunk(2, dim=-1)
-        torch.mul(gradient, up, out=of_gate)
-        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        torch.ops.aten.silu.out(gate, out=of_up).mul_(gradient)
-        return result
-
-
-def _swiglu(both: Tensor) -> Tensor:
-    gate, up = both.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -316,9 +271,6 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_kernels() -> None:
-    for name in ("transformer.mlp", "transformer.moe.shared_experts"):
-        vars(_megatron(name))["bias_swiglu_impl"] = swiglu
-    vars(_megatron("transformer.mlp"))["weighted_bias_swiglu_impl"] = weighted_swiglu
     linear = vars(_megatron("tensor_parallel.layers"))
     linear["fused_weight_gradient_mlp_cuda"] = WeightGradients
     linear["_grad_accum_fusion_available"] = True

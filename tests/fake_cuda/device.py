@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from torch._subclasses import fake_tensor
 from tests.fake_cuda.trace import RECORD
 
 DEVICE = torch.device("cuda", 0)
+# Operators of which a build without CUDA has a composite only; one with CUDA has a kernel, and so do autograd's modes.
+FUSED = ("_fused_rms_norm",)
 MEMORY = 80 * 2**30
+LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 class Stream:
@@ -55,6 +58,8 @@ class Event:
 def install() -> None:
     """Needs the libraries of this folder: one preloaded, the other on the path."""
     importlib.import_module("exo_fake_cuda_device")
+    for name in FUSED:
+        LIBRARY.impl(name, _no_data, "CUDA")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU and moved
     vars(fake_tensor)["init_gpu_context"] = lambda device: None
     stream, generator = Stream(), torch.Generator()
@@ -92,6 +97,10 @@ def install() -> None:
     vars(torch.cuda.nvtx).update(range_push=_returns(None), range_pop=_returns(None))
     of_module: Any = nn.Module
     of_module.to = _module_to
+
+
+def _no_data(*args: object) -> NoReturn:
+    raise NotImplementedError("tensors of the fake device have no data")
 
 
 def _returns(value: object) -> Callable[..., object]:

@@ -85,6 +85,7 @@ def _do(case: Case, layers: int) -> None:
 def _train(policy: Policy, groups: list[Group]) -> None:
     trainee = make_trainee(policy, OptimizerConfig())
     objective = AlignObjective.of(LossConfig())
+    trainee.optimizer.step()  # Adam allocates its state in the first step of a run
     _mark_phases(trainee)
     RECORD.clear()
     with RECORD.during("plan"):

@@ -71,11 +71,12 @@ class PlainKernel:
 
     def forward(self, inputs: QKV, blocks: Blocks, rule: ScoreRule) -> Attended:
         """See DenseKernel."""
+        may_see_none = rule.window is not None and not blocks.causal
         parts = [
-            _forward_piece(_cut(inputs, queries, keys), _hidden(blocks, queries, keys, rule), rule)
+            _forward_piece(_cut(inputs, queries, keys), _hidden(blocks, queries, keys, rule), rule, may_see_none)
             for queries, keys in _pieces(inputs, blocks.causal, rule)
         ]
-        return Attended(*(torch.cat(each, dim=2) for each in zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else Attended(*(torch.cat(each, dim=2) for each in zip(*parts, strict=True)))
 
     def backward(self, grad: Tensor, inputs: QKV, attended: Attended, blocks: Blocks, rule: ScoreRule) -> QKV:
         """Compute gradients as flash attention does: P = exp(scores - LSE), delta = rowsum(dO * O).
@@ -84,13 +85,23 @@ class PlainKernel:
         """
         query, key, value = inputs
         output, lse = attended
+        delta = (grad.to(lse.dtype) * output).sum(-1)
+        pieces = list(_pieces(inputs, blocks.causal, rule))
+        gradients = (
+            _backward_piece(
+                (grad[:, :, queries], lse[:, :, queries], delta[:, :, queries]),
+                _cut(inputs, queries, keys),
+                _hidden(blocks, queries, keys, rule),
+                rule,
+            )
+            for queries, keys in pieces
+        )
+        if len(pieces) == 1 and pieces[0][1].start == 0:
+            dq, dk, dv = next(gradients)
+            return QKV(dq, dk.to(key.dtype), dv.to(value.dtype))
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros(each.shape, dtype=lse.dtype, device=each.device) for each in (key, value))
-        delta = (grad.to(lse.dtype) * output).sum(-1)
-        for queries, keys in _pieces(inputs, blocks.causal, rule):
-            piece = (grad[:, :, queries], lse[:, :, queries], delta[:, :, queries])
-            hidden = _hidden(blocks, queries, keys, rule)
-            dq, dk, dv = _backward_piece(*piece, _cut(inputs, queries, keys), hidden, rule)
+        for (queries, keys), (dq, dk, dv) in zip(pieces, gradients, strict=True):
             d_query[:, :, queries] = dq
             d_key[:, :, keys] += dk
             d_value[:, :, keys] += dv
@@ -117,36 +128,43 @@ def _pieces(inputs: QKV, causal: bool, rule: ScoreRule) -> Iterator[tuple[slice,
         yield slice(start, stop), slice(first, stop if causal else key_count)
 
 
-def _hidden(blocks: Blocks, queries: slice, keys: slice, rule: ScoreRule) -> Tensor:
+def _hidden(blocks: Blocks, queries: slice, keys: slice, rule: ScoreRule) -> Tensor | None:
     """Mark the keys that a query does not see, [b, 1, 1, q, k] bool: later ones if causal, and
-    those outside of its window.
+    those outside of its window. None: it sees all.
     """
-    positions = blocks.query_positions[:, queries].int(), blocks.key_positions[:, keys].int()
-    ago = positions[0].unsqueeze(-1) - positions[1].unsqueeze(-2)
-    hidden = ago < 0 if blocks.causal else torch.zeros_like(ago, dtype=torch.bool)
+    query, key = blocks.query_positions[:, queries].unsqueeze(-1), blocks.key_positions[:, keys].unsqueeze(-2)
+    hidden = key > query if blocks.causal else None
     if rule.window is not None:
-        hidden |= ago >= rule.window
-    return hidden[:, None, None]
+        gone = key <= query - rule.window
+        hidden = gone if hidden is None else hidden.logical_or_(gone)
+    return None if hidden is None else hidden[:, None, None]
 
 
-def _forward_piece(inputs: QKV, hidden: Tensor, rule: ScoreRule) -> Attended:
+def _forward_piece(inputs: QKV, hidden: Tensor | None, rule: ScoreRule, may_see_none: bool) -> Attended:
     query, key, value = inputs
-    scores = _scores(query, key, rule).masked_fill_(hidden, float("-inf"))
+    scores = _scores(query, key, rule)
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
-    weights = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp_()
+    finite = lse.masked_fill(lse.isneginf(), 0.0) if may_see_none else lse
+    weights = scores.sub_(finite.unsqueeze(-1)).exp_()
     output = product(_by_group(weights.flatten(1, 2).to(value.dtype), key), value.flatten(0, 1))
     return Attended(output.view(query.shape).to(query.dtype), lse.flatten(1, 2))
 
 
-def _backward_piece(grad: Tensor, lse: Tensor, delta: Tensor, inputs: QKV, hidden: Tensor, rule: ScoreRule) -> QKV:
-    """Compute a piece's gradients.
+def _backward_piece(
+    of_queries: tuple[Tensor, Tensor, Tensor], inputs: QKV, hidden: Tensor | None, rule: ScoreRule
+) -> QKV:
+    """Compute a piece's gradients, given that of its output, its LSE and delta.
 
     That of its queries is in their dtype; its shares of those of key and value are in that of LSE.
     """
-    query, key, value = inputs
+    (grad, lse, delta), (query, key, value) = of_queries, inputs
     keys, values, d_out = key.flatten(0, 1), value.flatten(0, 1), _by_group(grad, key)
     capped = _scores(query, key, rule)
-    probabilities = (capped - lse.reshape(capped.shape[:-1]).unsqueeze(-1)).exp_().masked_fill_(hidden, 0.0)
+    probabilities = (capped - lse.reshape(capped.shape[:-1]).unsqueeze(-1)).exp_()
+    if hidden is not None:
+        probabilities.masked_fill_(hidden, 0.0)
     d_value = product(_by_group(probabilities.flatten(1, 2).to(value.dtype), key).transpose(1, 2), d_out)
     d_weights = product(d_out, values.transpose(1, 2)).view(capped.shape) - delta.reshape(capped.shape[:-1])[..., None]
     d_scores = probabilities.mul_(d_weights).mul_(rule.scale)

@@ -8,8 +8,8 @@ whole.
 
 On CUDA in half precision, a pass is one variable-length flash-attention launch, whatever the number
 of blocks. Elsewhere it is one call of the CPU flash kernels for each run of blocks of equal shape.
-Where flash attention does not support what is asked (fp32 on CUDA, a soft cap, a window shorter
-than the texts), plain matrix products are used.
+Where flash attention does not support what is asked (fp32 on CUDA, a soft cap, on the CPU a window
+shorter than the texts), plain matrix products are used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def attend(
     Args:
         query: [S, hq, d].
         key, value: [S, hkv, d].
-        passes: in the first one every query is in a block. The others are merged into it.
+        passes: in the first one every query is in a block, in order. The others are merged into it.
         rule: how scores are computed.
         stored: read instead of key and value by the passes after the first. The backward adds the
             gradients to it.
@@ -119,19 +119,28 @@ class AttentionKernels(Protocol):
 
 def kernels_for(query: Tensor, pass_: AttentionPass, rule: ScoreRule) -> AttentionKernels:
     """Choose the kernels for this device and dtype that support the rule in this pass."""
-    if rule.softcap is not None or (rule.window is not None and pass_.longest > rule.window):
-        return BatchedKernels(PlainKernel())
-    if query.device.type != "cuda":
-        return BatchedKernels(CpuFlashKernel())
-    if may_use_flash_varlen(query.device, query.dtype, softcap=rule.softcap):
+    windowed = _is_windowed(pass_, rule)
+    if may_use_flash_varlen(query.device, query.dtype, softcap=rule.softcap) and (pass_.causal or not windowed):
         return FlashVarlenKernels()
-    return BatchedKernels(PlainKernel())
+    if query.device.type == "cuda" or rule.softcap is not None or windowed:
+        return BatchedKernels(PlainKernel())
+    return BatchedKernels(CpuFlashKernel())
+
+
+def takes_window(query: Tensor, rule: ScoreRule) -> bool:
+    """Tell whether a causal pass with a window that cuts its texts takes the CUDA operator."""
+    return rule.window is not None and may_use_flash_varlen(query.device, query.dtype, softcap=rule.softcap)
+
+
+def _is_windowed(pass_: AttentionPass, rule: ScoreRule) -> bool:
+    return rule.window is not None and pass_.longest > rule.window
 
 
 def may_use_flash_varlen(device: torch.device, dtype: torch.dtype, *, softcap: float | None) -> bool:
-    """Tell whether passes in which no text outgrows a window take the CUDA operator.
+    """Tell whether passes take the CUDA operator, causal ones with any window.
 
-    It has no fp32: there, matrix products are used.
+    It has no fp32: there, matrix products are used. A window counts from the end of a block, where
+    its last key must be that of its last query, as in causal passes only.
     """
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and softcap is None
 
@@ -145,9 +154,12 @@ def merge_(merged: Attended, other: Attended) -> None:
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     if output.dtype == share.dtype:
         output.lerp_(other_output, share)
+    elif output.is_cuda:  # whose operators widen half precision as they read it, without copies
+        change = torch.mul(other_output, share).addcmul_(output, share, value=-1)
+        torch.add(output, change, out=output)
     else:
         output.copy_(torch.lerp(output.to(share.dtype), other_output.to(share.dtype), share))
-    lse.copy_(torch.logaddexp(lse, other_lse))
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 FLASH_LARGEST_HEAD = 256
@@ -174,6 +186,7 @@ class FlashVarlenKernels:
             pass_.causal,
             False,
             scale=rule.scale,
+            **_window(pass_, rule),
         )
         return Attended(output, lse)
 
@@ -190,7 +203,7 @@ class FlashVarlenKernels:
     ) -> QKV:
         """See AttentionKernels."""
         # The random state is read only when dropout is on.
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+        no_rng = torch.empty(2, dtype=torch.uint64, device=grad.device)
         unused = torch.empty(0, dtype=torch.uint64, device=grad.device)
         queries, keys = pass_.query_index, pass_.key_index
         gradients = torch.ops.aten._flash_attention_backward(
@@ -209,9 +222,11 @@ class FlashVarlenKernels:
             no_rng,
             unused,
             scale=rule.scale,
+            **_window(pass_, rule),
         )
         if totals is None:
-            return QKV(*gradients)
+            sums = [_put_back(each, keys, like) for each, like in zip(gradients[1:], inputs[1:], strict=True)]
+            return QKV(gradients[0], *sums)
         for total, gradient, index in zip(totals, gradients, (queries, keys, keys), strict=True):
             if index is None:
                 total.add_(gradient)
@@ -222,6 +237,21 @@ class FlashVarlenKernels:
 
 def _taken(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor if index is None else tensor[index]
+
+
+def _put_back(gradient: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
+    """Sum the gradients of tokens that were taken, some of them several times, in at least fp32."""
+    if index is None:
+        return gradient
+    total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return total.index_add_(0, index, gradient.to(total.dtype)).to(like.dtype)
+
+
+def _window(pass_: AttentionPass, rule: ScoreRule) -> dict[str, int]:
+    """Return the operator's arguments: how many keys before and behind its own place a query sees."""
+    if rule.window is None or not _is_windowed(pass_, rule):
+        return {}
+    return {"window_size_left": rule.window - 1, "window_size_right": 0}
 
 
 @dataclass(frozen=True)

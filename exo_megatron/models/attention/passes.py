@@ -49,12 +49,14 @@ class AttentionPass:
 
     Block i of the queries is the `query_lengths[i]` tokens of the query tensor from token
     `query_starts[i]`, block i of the keys the `key_lengths[i]` tokens of the key tensor from
-    `key_starts[i]`. A causal block has as many keys as queries.
+    `key_starts[i]`. In a causal block the last key is that of the last query.
 
     Attributes:
         causal: whether a query sees only keys up to its own place in the block.
         query_index, key_index: [N] and [Q] int64, the same tokens, block after block; None: all
             tokens of the tensor, in order. On the device, as all tensors here.
+        query_starts, key_starts: empty in a pass for variable-length kernels alone, whose blocks of
+            keys are not consecutive tokens.
         query_bounds, key_bounds: [blocks + 1] int32, cumulative lengths.
         query_positions, key_positions: int64, the position in its text of every token of the
             tensors.

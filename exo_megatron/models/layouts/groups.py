@@ -8,19 +8,23 @@ Attention is two passes. First: causal inside every segment (each prompt, each c
 padding). Second: every candidate token over its whole prompt, not causal. The softmax of a
 candidate token over the union of both key sets is the merge of the two results by their
 log-sum-exps.
+
+With a window that cuts texts it is one pass where the kernels can do that: a candidate's keys are
+the end of its prompt, as far as its first token sees it, and its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from exo_megatron.models.attention.kernels import attend
+from exo_megatron.models.attention.kernels import attend, takes_window
 from exo_megatron.models.attention.passes import AttentionPass, ScoreRule
 
 
@@ -74,6 +78,7 @@ class GroupLayout:
             to last.
         candidate_lengths, last_index: [C] int64, length and last token of each candidate.
         group_sizes: K of each group.
+        windowed: the passes with a window made so far, by the window.
     """
 
     groups: tuple[GroupSpan, ...]
@@ -95,9 +100,12 @@ class GroupLayout:
     last_index: Tensor
     group_sizes: tuple[int, ...]
     qkv_format: str = "candidate_groups"
+    windowed: dict[int, AttentionPass] = field(default_factory=dict, init=False, compare=False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, rule: ScoreRule) -> Tensor:
         """See Layout."""
+        if rule.window is not None and self.longest > rule.window and takes_window(query, rule):
+            return attend(query, key, value, (self.windowed_pass(rule.window),), rule)
         return attend(query, key, value, self.passes(), rule)
 
     def predicting(self, hidden: Tensor) -> Tensor:
@@ -107,6 +115,12 @@ class GroupLayout:
     def candidate_ends(self, hidden: Tensor) -> Tensor:
         """See Layout."""
         return hidden[self.last_index, 0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text: a prompt with a candidate, or padding."""
+        texts = (group.prompt_length + max(group.candidate_lengths, default=0) for group in self.groups)
+        return max((*texts, *self.segment_lengths))
 
     def passes(self) -> tuple[AttentionPass, ...]:
         """Describe the attention passes: the first, and the second if there are candidates."""
@@ -150,9 +164,47 @@ class GroupLayout:
             longest=max(group.prompt_length + max(group.candidate_lengths, default=0) for group in self.groups),
         )
 
+    def windowed_pass(self, window: int) -> AttentionPass:
+        """Describe the one pass with a window. Layers with equal windows share it.
+
+        Its index tensors are made on the device, of those that are there.
+        """
+        if window not in self.windowed:
+            before = [0] * len(self.segment_lengths)
+            segment = 0
+            for group in self.groups:
+                for _ in group.candidate_lengths:
+                    segment += 1
+                    before[segment] = min(group.prompt_length, window - 1)
+                segment += 1
+            lengths = tuple(own + seen for own, seen in zip(self.segment_lengths, before, strict=True))
+            key_bounds, key_index = self._windowed_keys(window, sum(lengths))
+            self.windowed[window] = replace(
+                self.segment_pass(),
+                key_lengths=lengths,
+                query_starts=(),
+                key_starts=(),
+                key_index=key_index,
+                key_bounds=key_bounds,
+                longest=self.longest,
+            )
+        return self.windowed[window]
+
+    def _windowed_keys(self, window: int, count: int) -> tuple[Tensor, Tensor]:
+        """Compute bounds [segments + 1] int32 and tokens [count] int64 of the keys of `windowed_pass`."""
+        starts = self.segment_cu_seqlens[:-1].long()
+        position = self.position_ids[starts]  # of a segment's first token: 0, or its prompt's length
+        before = position.clamp(max=window - 1)
+        ends = torch.where(position == 0, starts, 0).cummax(0).values + position  # of the segments' prompts
+        bounds = functional.pad((self.segment_cu_seqlens.diff() + before).cumsum(0), (1, 0))
+        key = torch.arange(count, device=starts.device)
+        segment = torch.searchsorted(bounds, key, right=True) - 1
+        place = key - (bounds[:-1] + before)[segment]  # in the segment; below 0 in the prompt
+        return bounds.int(), place + torch.where(place < 0, ends[segment], starts[segment])
+
     def to(self, device: torch.device) -> GroupLayout:
         """Copy the layout to `device`, without waiting for it."""
-        values: dict[str, Any] = {field.name: vars(self)[field.name] for field in fields(self)}
+        values: dict[str, Any] = {each.name: vars(self)[each.name] for each in fields(self) if each.init}
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in values.items()

@@ -87,14 +87,15 @@ def test_the_check_follows_the_choice_of_kernels(device: torch.device, dtype: to
     """The operator runs only where the check counts with it. In fp32 matrix products run on CUDA."""
     query: Any = _Tensor(device, dtype)
     empty = torch.zeros(0, dtype=torch.int64)
-    for longest in (4, 5):
-        pass_ = AttentionPass(True, (4,), (4,), (0,), (0,), None, None, empty, empty, empty, empty, longest)
+    for longest, causal in ((4, True), (5, True), (5, False)):
+        pass_ = AttentionPass(causal, (4,), (4,), (0,), (0,), None, None, empty, empty, empty, empty, longest)
         chosen = kernels.kernels_for(query, pass_, rule)
+        cut = rule.window is not None and longest > rule.window
         if isinstance(chosen, BatchedKernels):
-            plain = device == CUDA or rule.softcap is not None or (rule.window is not None and longest > rule.window)
+            plain = device == CUDA or rule.softcap is not None or cut
             assert isinstance(chosen.dense, PlainKernel if plain else CpuFlashKernel)
         else:
             assert may_use_flash_varlen(device, dtype, softcap=rule.softcap)
         half_on_cuda = device == CUDA and dtype in (torch.bfloat16, torch.float16)
-        expected = half_on_cuda and rule.softcap is None and (rule.window is None or longest <= rule.window)
+        expected = half_on_cuda and rule.softcap is None and (causal or not cut)
         assert isinstance(chosen, FlashVarlenKernels) == expected

@@ -30,31 +30,6 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def plain_swiglu(both: Tensor, bias: Tensor | None) -> Tensor:
-    gate, up = (both if bias is None else both + bias).chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_swiglu_gradients_by_differences(biased: bool) -> None:
-    bias = [random(12, seed=1).requires_grad_()] if biased else []
-    assert torch.autograd.gradcheck(cpu_backend.swiglu, [random(5, 3, 12).requires_grad_(), *bias])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_is_what_hf_computes(dtype: torch.dtype) -> None:
-    """Bit for bit, in half precision too, where rounding twice or once makes a difference."""
-    both = random(50, 12, dtype=dtype)
-    assert torch.equal(cpu_backend.swiglu(both), plain_swiglu(both, None))
-
-
-def test_weighted_swiglu_keeps_the_type_of_the_tokens() -> None:
-    both, weights = random(5, 12, dtype=torch.bfloat16), random(5, 1, dtype=torch.float32, seed=2)
-    result = cpu_backend.weighted_swiglu(both, None, weights)
-    assert result.dtype == torch.bfloat16
-    assert torch.equal(result, (plain_swiglu(both, None) * weights).to(torch.bfloat16))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 3, 12), (7, 12), (4, 2, 3, 12)])
 def test_rms_norm_is_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
