@@ -30,6 +30,7 @@ from exo_megatron.models.attention.kernels import FLASH_HEAD_MULTIPLE, FLASH_LAR
 from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
 from exo_megatron.models.layers import block_spec, linear_backend
 from exo_megatron.models.layouts.base import Layout
+from exo_megatron.models.main_grad import adapt_embedding
 from exo_megatron.models.numerics import product
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
@@ -91,6 +92,8 @@ class PolicyModel(GPTModel):
             position_embedding_type="none" if spec.rotary is not None else "learned_absolute",
         )
         self.spec = spec
+        if is_first_stage:
+            adapt_embedding(self.embedding)
         if is_last_stage and spec.labels is not None:
             self.output_layer = ScoreHead(spec.labels, spec.hidden_size, config.params_dtype)
 
@@ -281,11 +284,14 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "calculate_per_token_loss": True,
         "perform_initialization": False,
         "deallocate_pipeline_outputs": True,
+        # Waits for the device after every transfer, for the sake of old versions of PyTorch: the
+        # stream that reads a tensor waits for its transfer anyway.
+        "batch_p2p_sync": False,
         # megatron-core's fused GELU is always the tanh approximation.
         "bias_activation_fusion": spec.gated and spec.activation == "silu",
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        # Only where parameters have gradient buffers: training/optimizer.py.
+        # Only where parameters have gradient buffers: models/main_grad.py.
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         **(expert_settings(spec.experts, topology) if spec.experts is not None else {}),

@@ -113,15 +113,6 @@ def _normed(vectors: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return torch.mul(x, scale).mul_(weight).to(vectors.dtype), scale
 
 
-class WeightGradients:
-    """Replacement of apex's `fused_weight_gradient_mlp_cuda`, which adds to `main_grad`."""
-
-    @staticmethod
-    def wgrad_gemm_accum_fp32(rows: Tensor, gradient: Tensor, total: Tensor) -> None:
-        """Add gradient^T rows to total [O, I] fp32; rows [N, I], gradient [N, O], any dtype."""
-        total.addmm_(gradient.t().to(total.dtype), rows.to(total.dtype))
-
-
 def scale(_chunk: int, _overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
     """Write factor times each of tensors[0] to its counterpart in tensors[1] (may be the same).
 
@@ -319,9 +310,6 @@ def _patch_kernels() -> None:
     for name in ("transformer.mlp", "transformer.moe.shared_experts"):
         vars(_megatron(name))["bias_swiglu_impl"] = swiglu
     vars(_megatron("transformer.mlp"))["weighted_bias_swiglu_impl"] = weighted_swiglu
-    linear = vars(_megatron("tensor_parallel.layers"))
-    linear["fused_weight_gradient_mlp_cuda"] = WeightGradients
-    linear["_grad_accum_fusion_available"] = True
     vars(_megatron("optimizer.clip_grads"))["multi_tensor_scale_impl"] = scale
     buffers = vars(_megatron("distributed.param_and_grad_buffer"))
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
 from exo_megatron.execution.policy import Policy
+from exo_megatron.models.main_grad import add_gradients_in_place
 from exo_megatron.models.policy import DTYPES
 
 # The only optimizer-state format of megatron-core that can be loaded at another topology. Of a
@@ -109,7 +108,7 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     _keep_padding_between_buckets(model)
     optimizer = get_megatron_optimizer(settings, [model])
     _fuse_torch_adam(optimizer)
-    _add_gradients_in_place(module)
+    add_gradients_in_place(module)
     # No grad_scale_func: fp32 and bf16 scale by 1, and it would make the model refer to the optimizer,
     # whose fp32 shards refer by their autograd graph to the model's hooks (see _take_accumulators).
     module.config.finalize_model_grads_func = finalize_model_grads
@@ -230,17 +229,3 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
-
-
-def _add_gradients_in_place(model: torch.nn.Module) -> None:
-    """Make megatron-core's own linears add weight gradients to its buffers (`main_grad`).
-
-    They then allocate no matrix of the weight's size per backward pass, and do not round its sum to
-    half precision. Only for a model whose parameters have such buffers. No effect on CUDA without
-    apex, whose kernel is used there, and on the layers of Transformer Engine.
-    """
-    if torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        return
-    for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            module.gradient_accumulation_fusion = True
