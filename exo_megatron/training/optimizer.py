@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -17,6 +18,7 @@ from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
 from exo_megatron.execution.policy import Policy
 from exo_megatron.models.main_grad import add_gradients_in_place
 from exo_megatron.models.policy import DTYPES
+from exo_megatron.training.gradients import finalize_gradients
 
 # The only optimizer-state format of megatron-core that can be loaded at another topology. Of a
 # model copy's ranks only data rank 0, which writes it, gathers it to be saved: 12 bytes per
@@ -36,6 +38,7 @@ class Trainee:
         model: its data-parallel wrapper.
         optimizer: this rank's part of the optimizer.
         weight_decay: of the parameters that have it.
+        clip_grad: largest norm of the gradients; None for no clipping.
         accumulators: autograd nodes that run the wrapper's hooks when a gradient is complete.
     """
 
@@ -43,6 +46,7 @@ class Trainee:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     weight_decay: float
+    clip_grad: float | None
     accumulators: tuple[object, ...]
 
     @property
@@ -90,7 +94,7 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     """Wrap a loaded policy for training.
 
     Gradients accumulate in fp32 and are reduced as sums over the data-parallel group
-    (reduce-scatter): the division by the global count happens once, in finalize_model_grads. Biases
+    (reduce-scatter): the division by the global count happens once, in finalize_gradients. Biases
     and norms have no weight decay.
     """
     module = policy.model
@@ -111,9 +115,9 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     add_gradients_in_place(module)
     # No grad_scale_func: fp32 and bf16 scale by 1, and it would make the model refer to the optimizer,
     # whose fp32 shards refer by their autograd graph to the model's hooks (see _take_accumulators).
-    module.config.finalize_model_grads_func = finalize_model_grads
+    module.config.finalize_model_grads_func = partial(finalize_gradients, topology=policy.topology)
     module.config.no_sync_func = model.no_sync
-    return Trainee(policy, model, optimizer, config.weight_decay, accumulators)
+    return Trainee(policy, model, optimizer, config.weight_decay, config.clip_grad or None, accumulators)
 
 
 def _take_accumulators(model: DistributedDataParallel) -> tuple[object, ...]:
@@ -211,8 +215,7 @@ def _megatron_config(config: OptimizerConfig, compute: ComputeConfig) -> Megatro
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
-        # Infinity: nothing is clipped, but the norm is still computed and reported.
-        clip_grad=config.clip_grad or math.inf,
+        clip_grad=0.0,  # not by megatron-core: training/gradients.py
     )
 
 

@@ -25,8 +25,7 @@ from tests.fake_cuda import collectives
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.device import DEVICE
 from tests.fake_cuda.experts import answer_splits
-from tests.fake_cuda.models import HIDDEN_SIZE, model_spec
-from tests.fake_cuda.pipeline import answer_shapes
+from tests.fake_cuda.models import model_spec
 from tests.fake_cuda.trace import RECORD
 from tests.fake_cuda.watch import Watch
 
@@ -53,7 +52,6 @@ class Found:
 def find(case: Case) -> Found:
     """Do the work with the two models of the case."""
     collectives.join(case.world_size, case.rank)
-    answer_shapes(case.tensor, HIDDEN_SIZE)
     answer_splits()
     fewer, more = case.layers
     _do(case, more)
@@ -98,7 +96,7 @@ def _mark_phases(trainee: Any) -> None:
     vars(step)["forward_gradients"] = _during("gradients", step.forward_gradients)
     config = trainee.policy.model.config
     config.finalize_model_grads_func = _during("reduction", config.finalize_model_grads_func)
-    trainee.optimizer.step = _during("optimizer", trainee.optimizer.step)
+    vars(step)["update_weights"] = _during("optimizer", step.update_weights)
 
 
 def _during(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

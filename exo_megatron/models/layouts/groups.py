@@ -13,15 +13,15 @@ log-sum-exps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from exo_megatron.models.attention.kernels import attend
 from exo_megatron.models.attention.passes import AttentionPass, ScoreRule
+from exo_megatron.parallel.upload import to_device
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,7 @@ class GroupLayout:
 
     def to(self, device: torch.device) -> GroupLayout:
         """Copy the layout to `device`, without waiting for it."""
-        values: dict[str, Any] = {field.name: vars(self)[field.name] for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        return GroupLayout(**moved)
+        return to_device(self, device)
 
 
 def build_layout(
