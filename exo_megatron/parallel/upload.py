@@ -28,15 +28,8 @@ def to_device(value: T, device: torch.device) -> T:
         return value
     found: dict[int, Tensor] = {}
     _visit(value, lambda tensor: found.setdefault(id(tensor), tensor) if tensor.device.type == "cpu" else tensor, {})
-    tensors = [tensor for tensor in found.values() if tensor.numel()]
-    copies = dict(zip(map(id, tensors), _copy(tensors, device), strict=True)) if tensors else {}
-
-    def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in found:
-            return tensor
-        return copies[id(tensor)] if tensor.numel() else torch.empty_like(tensor, device=device)
-
-    result: T = _visit(value, copied, {})
+    copies = dict(zip(found, _copy(list(found.values()), device), strict=True)) if found else {}
+    result: T = _visit(value, lambda tensor: copies.get(id(tensor), tensor), {})
     return result
 
 

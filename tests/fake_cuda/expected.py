@@ -4,32 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_P2P = "megatron/core/pipeline_parallel/p2p_communication.py"
 _MOE = "megatron/core/transformer/moe"
 _STEP = "exo_megatron/training/step.py"
-_PARTS = "exo_megatron/training/oversized.py"
 
 # Short names of the places where the host waits, and why it does. Forward, loss and backward ("gradients") have none
-# but those of pipeline stages and of experts.
+# but those of experts.
 PLACES = {
-    # The one at the end of a step that there must be: loss and statistics.
+    # The one of a step, at its end: loss, norm and statistics.
     "statistics": f"end: tolist at {_STEP}:_reduce",
-    # megatron-core compares the number of groups with 0 before it divides the gradients by it.
-    "units": "reduction: item at megatron/core/distributed/finalize_model_grads.py:finalize_model_grads"
-    f" <- {_STEP}:forward_gradients",
-    # The norm of all gradients, with which they are clipped.
-    "norm": f"optimizer: item at megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32 <- {_STEP}:train_step",
-    # Without Transformer Engine and apex megatron-core reads the norm of every gradient by itself.
-    "norms": f"optimizer: torch.tensor at megatron/core/utils.py:local_multi_tensor_l2_norm <- {_STEP}:train_step",
-    # Micro-batches differ in length, so that megatron-core sends their shapes ahead, to the host.
-    "shapes": f"gradients: tolist at {_P2P}:_communicate_shapes <- {_STEP}:forward_gradients",
-    # The same, for the parts of an oversized group.
-    "part_shapes": f"gradients: tolist at {_P2P}:_communicate_shapes <- {_PARTS}:_schedule",
-    # megatron-core waits for the whole device after every transfer (batch_p2p_sync), and after every one of shapes.
-    "shape_transfers": f"gradients: torch.cuda.synchronize at {_P2P}:_communicate_shapes <- {_STEP}:forward_gradients",
-    "transfers": f"gradients: torch.cuda.synchronize at {_P2P}:_communicate <- {_STEP}:forward_gradients",
-    "part_shape_transfers": f"gradients: torch.cuda.synchronize at {_P2P}:_communicate_shapes <- {_PARTS}:_schedule",
-    "part_transfers": f"gradients: torch.cuda.synchronize at {_P2P}:_communicate <- {_PARTS}:_schedule",
     # The host must know how many tokens go to each expert, in every layer.
     "experts": f"gradients: Event.synchronize at {_MOE}/token_dispatcher.py:_maybe_dtoh_and_synchronize"
     " <- exo_megatron/models/layers.py:forward",
@@ -56,53 +38,8 @@ class Figures:
     waits: dict[str, int]
 
 
-def _step(operators: float, uploads: int, norms: int, **waits: int) -> Figures:
-    return Figures(operators, uploads, {"units": 1, "norms": norms, "norm": 1, "statistics": 1, **waits})
+def _step(operators: float, uploads: int = 1, **waits: int) -> Figures:
+    return Figures(operators, uploads, {"statistics": 1, **waits})
 
 
-FIGURES = {
-    "train-llama-bf16": _step(171, 19, 15),
-    "train-llama-tp2-bf16-rank0": _step(173, 19, 15),
-    "train-llama-tp2-bf16-rank1": _step(171, 19, 10),
-    "train-llama-dp2-bf16-rank0": _step(150, 19, 8),
-    "train-llama-tp2-dp2-bf16-rank0": _step(152, 19, 8),
-    "train-llama-bf16-recompute-selective": _step(194, 19, 15),
-    "train-llama-bf16-recompute-full": _step(219, 19, 15),
-    "train-llama-tp2-bf16-recompute-selective-rank0": _step(196, 19, 15),
-    "train-llama-tp2-bf16-recompute-full-rank0": _step(221, 19, 15),
-    "train_oversized-llama-bf16": _step(831, 106, 15),
-    "train_oversized-llama-tp2-bf16-rank0": _step(833, 106, 15),
-    "train-gpt2-bf16": _step(157, 19, 28),
-    "train-gpt2-tp2-bf16-rank0": _step(163, 19, 28),
-    "train-neox-bf16": _step(169, 19, 28),
-    "train-neox-tp2-bf16-rank0": _step(175, 19, 28),
-    "train-gemma2-bf16": _step(1416, 19, 18),
-    "train-gemma2-tp2-bf16-rank0": _step(1485, 19, 18),
-    "train-gemma3-bf16": _step(912.5, 19, 22),
-    "train-gemma3-tp2-bf16-rank0": _step(947, 19, 22),
-    "train-qwen3-bf16": _step(237, 19, 18),
-    "train-qwen3-tp2-bf16-rank0": _step(241, 19, 18),
-    "train-moe-bf16": _step(362.5, 19, 29, experts=2, selected=4),
-    "train-moe-tp2-bf16-rank0": _step(373.5, 19, 29, experts=2, selected=4),
-    "train-moe-tp2-ep2-bf16-rank0": _step(282.5, 19, 21, experts=2, selected=4),
-    "train-moe-tp2-dp2-ep2-bf16-rank0": _step(251, 19, 11, experts=2, selected=4),
-    "train-moe-dp2-ep2-bf16-rank0": _step(262, 19, 15, experts=2, selected=4),
-    "train-llama-fp32": _step(827, 19, 15),
-    "train-llama-tp2-fp32-rank0": _step(874, 19, 15),
-    "decode-llama-bf16": Figures(533, 103, {"tokens": 12}),
-    "decode-llama-tp2-bf16-rank0": Figures(535, 103, {"tokens": 12}),
-    "train-llama-pp2-bf16-rank0": _step(171, 19, 13, shapes=1, shape_transfers=2, transfers=2),
-    "train-llama-pp2-bf16-rank1": _step(171, 20, 14, shapes=1, shape_transfers=2, transfers=2),
-    "train_oversized-llama-pp2-bf16-rank0": _step(
-        831, 109, 13, shapes=2, part_shapes=3, shape_transfers=3, transfers=3, part_shape_transfers=5, part_transfers=5
-    ),
-    "train_oversized-llama-pp2-bf16-rank1": _step(
-        831, 111, 14, shapes=2, part_shapes=4, shape_transfers=3, transfers=3, part_shape_transfers=5, part_transfers=5
-    ),
-    "decode-llama-pp2-bf16-rank0": Figures(533, 79, {"tokens": 12}),
-    "decode-llama-pp2-bf16-rank1": Figures(533, 103, {"tokens": 12}),
-    "score-llama-pp2-bf16-rank0": Figures(48, 14, {"scores": 1}),
-    "score-llama-pp2-bf16-rank1": Figures(48, 15, {"scores": 1}),
-    "score-llama-bf16": Figures(48, 15, {"scores": 1}),
-    "score-llama-tp2-bf16-rank0": Figures(48, 15, {"scores": 1}),
-}
+FIGURES: dict[str, Figures] = {}

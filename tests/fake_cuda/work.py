@@ -39,7 +39,9 @@ class Found:
 
     operators_per_layer: of a step or of all passes, views left out: by how much more the larger model had.
     waits: "phase: what at place" -> number, where the host waits for the device.
-    uploads: the same for copies to the device.
+    uploads: the same for copies to the device; pageable: those that were not made ahead.
+    unsafe: uses of memory that another stream may still write or have taken.
+    wide: bytes of the largest fp32 matrix that was made before the optimizer, and where.
     """
 
     operators_per_layer: float
@@ -47,6 +49,9 @@ class Found:
     bad_collectives: list[str]
     waits: dict[str, int]
     uploads: dict[str, int]
+    pageable: dict[str, int]
+    unsafe: dict[str, int]
+    wide: tuple[int, str]
 
 
 def find(case: Case) -> Found:
@@ -63,6 +68,9 @@ def find(case: Case) -> Found:
         RECORD.bad_collectives,
         dict(RECORD.waits),
         dict(RECORD.uploads),
+        dict(RECORD.pageable),
+        dict(RECORD.unsafe),
+        RECORD.wide,
     )
 
 
