@@ -284,8 +284,9 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "calculate_per_token_loss": True,
         "perform_initialization": False,
         "deallocate_pipeline_outputs": True,
-        # Waits for the device after every transfer, for the sake of old versions of PyTorch: the
-        # stream that reads a tensor waits for its transfer anyway.
+        # It would wait for the device after every transfer, for the sake of old versions of
+        # PyTorch. Today the stream that sends and receives waits for the transfer: what it reads
+        # is there, and memory that it frees is used again only behind it.
         "batch_p2p_sync": False,
         # megatron-core's fused GELU is always the tanh approximation.
         "bias_activation_fusion": spec.gated and spec.activation == "silu",
