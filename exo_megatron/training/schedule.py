@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exo_megatron.training.optimizer import Trainee
 
-Shape = list[int]
+_Shape = list[int]
 ForwardStep = Callable[..., tuple[Tensor, Any]]
 """forward_step_func of megatron-core: (iterator of items, model) -> output, loss function."""
 
@@ -76,7 +76,7 @@ class _KnownShapes(P2PCommunicator):
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
-    ) -> tuple[Shape, Shape]:
+    ) -> tuple[_Shape, _Shape]:
         """Return the shapes of what arrives from the stages before and after; see P2PCommunicator."""
         for sent, known in ((tensor_send_next, self._to_next), (tensor_send_prev, self._to_previous)):
             if sent is not None and list(sent.shape) != (shape := known.popleft()):
