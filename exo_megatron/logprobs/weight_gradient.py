@@ -1,10 +1,6 @@
 """Gradient of the vocabulary matrix, added to megatron-core's fp32 buffer where there is one.
 
-megatron-core's DistributedDataParallel gives each parameter `main_grad`, a view of its reduction
-buffer, and adds `grad` to it after the parameter's backward, unless `grad_added_to_main_grad` says
-that this has been done, as its own linear layers do with gradient_accumulation_fusion. Doing the
-same here saves, per micro-batch, a matrix of the vocabulary's size, its cast and its addition, and
-the rounding of half-precision gradients.
+See exo_megatron/models/main_grad.py.
 """
 
 from __future__ import annotations
@@ -12,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from exo_megatron.models.main_grad import buffer_of, gradient_for_autograd
 from exo_megatron.models.numerics import add_product_
 
 
@@ -24,9 +21,7 @@ class WeightGradient:
         A buffer of another dtype is left to autograd and megatron-core.
         """
         self._weight = weight
-        attributes = vars(weight)
-        # megatron-core sets the two together.
-        buffer: Tensor | None = attributes["main_grad"] if "grad_added_to_main_grad" in attributes else None
+        buffer = buffer_of(weight)
         self._in_place = buffer is not None and buffer.dtype == dtype
         self._matrix = buffer if buffer is not None and self._in_place else weight.new_empty(weight.shape, dtype=dtype)
 
@@ -54,11 +49,4 @@ class WeightGradient:
         """Return the gradient that autograd's backward has to return for the weight."""
         if not self._in_place:
             return self._matrix.to(self._weight.dtype)
-        # Tied to embeddings of the same pipeline stage (megatron-core marks that by
-        # zero_out_wgrad): their gradient arrives in `grad` and must still be added.
-        if vars(self._weight).get("zero_out_wgrad", False):
-            return None
-        vars(self._weight)["grad_added_to_main_grad"] = True
-        # On CUDA a missing gradient would move megatron-core's hook to another thread, and with
-        # overlapped reduction the hook asks for one: it gets a matrix that nobody reads.
-        return torch.empty_like(self._weight) if self._weight.is_cuda else None
+        return gradient_for_autograd(self._weight, of_output=True)

@@ -221,6 +221,7 @@ def group_objective(
     config: LossConfig,
     *,
     loss: Loss | None = None,
+    places: RaggedGroups | None = None,
     log_weights: Tensor | None = None,
     tokens: TokenLogps | None = None,
     best_nll: Tensor | None = None,
@@ -235,6 +236,7 @@ def group_objective(
             pairs.
         config: the kind of loss and its constants.
         loss: result of `find_loss(config)`, if the caller already has it.
+        places: result of `RaggedGroups.of(group_sizes)` on the device, if the caller already has it.
         log_weights: [C] fp64, for a loss that asks for them.
         tokens: per-token log-probs of all candidates, for a loss that asks for them.
         best_nll: [G] fp64, negative log-likelihood per token of each group's best candidate, in
@@ -246,7 +248,7 @@ def group_objective(
     """
     loss = loss or find_loss(config)
     _check_arguments(loss.spec, config, logps, rewards, group_sizes, log_weights, best_nll)
-    groups = RaggedGroups.of(group_sizes, logps.device)
+    groups = places or RaggedGroups.of(group_sizes, logps.device)
     inputs = LossInputs(
         mask=groups.mask,
         log_ratio=groups.pad(logps - reference_logps, NO_CANDIDATE),

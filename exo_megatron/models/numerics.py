@@ -16,8 +16,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+from torch.torch_version import TorchVersion
 
 from exo_megatron.parallel import cpu_backend
+
+LARGEST_TEMPORARY = 64 * 2**20
+"""Bytes of the largest fp32 matrix that is made to be added to a sum of gradients."""
+
+# Before, torch asks that the sum has the dtype of the factors (PyTorch, pull request 167931).
+_ADDS_WIDER = TorchVersion(torch.__version__) >= "2.10"
 
 
 def soft_cap_(values: Tensor, cap: float | None) -> Tensor:
@@ -61,16 +68,25 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
 def add_product_(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
     """Add left @ right to total in place, or overwrite total with it if `fresh`.
 
-    All are matrices; total is fp32, or fp64 for fp64 operands. With fp32 or fp64 operands no other
-    matrix is allocated.
+    All are matrices; total is fp32, or fp64 for fp64 operands. No other matrix is allocated, with
+    half precision on CUDA and torch before 2.10 none larger than LARGEST_TEMPORARY.
     """
     left, right = multiplicand(left), multiplicand(right)
     if left.dtype == total.dtype:
         total.addmm_(left, right, beta=0 if fresh else 1)
-    elif fresh:
-        total.copy_(product(left, right))
+    elif _ADDS_WIDER:
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
     else:
-        total.add_(product(left, right))
+        add_product_in_chunks_(total, left, right, fresh=fresh)
+
+
+def add_product_in_chunks_(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """Do the work of `add_product_` by products of some rows at a time."""
+    rows = max(LARGEST_TEMPORARY // (total.shape[1] * total.element_size()), 1)
+    for part, factor in zip(total.split(rows), left.split(rows), strict=True):
+        if fresh:
+            part.zero_()
+        part.add_(product(factor, right))
 
 
 class RMSNorm(torch.nn.Module):

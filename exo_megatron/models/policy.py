@@ -29,6 +29,7 @@ from exo_megatron.models.attention.kernels import FLASH_HEAD_MULTIPLE, FLASH_LAR
 from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
 from exo_megatron.models.layers import block_spec
 from exo_megatron.models.layouts.base import Layout
+from exo_megatron.models.main_grad import adapt_embedding
 from exo_megatron.models.numerics import product
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.topology import Topology
@@ -90,6 +91,8 @@ class PolicyModel(GPTModel):
             position_embedding_type="none" if spec.rotary is not None else "learned_absolute",
         )
         self.spec = spec
+        if is_first_stage:
+            adapt_embedding(self.embedding)
         if is_last_stage and spec.labels is not None:
             self.output_layer = ScoreHead(spec.labels, spec.hidden_size, config.params_dtype)
 
@@ -278,9 +281,13 @@ def transformer_config(spec: ModelSpec, topology: Topology, compute: ComputeConf
         "perform_initialization": False,
         "deallocate_pipeline_outputs": True,
         "bias_activation_fusion": False,
+        # It would wait for the device after every transfer, for the sake of old versions of
+        # PyTorch. Today the stream that sends and receives waits for the transfer: what it reads
+        # is there, and memory that it frees is used again only behind it.
+        "batch_p2p_sync": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        # Only where parameters have gradient buffers: training/optimizer.py.
+        # Only where parameters have gradient buffers: models/main_grad.py.
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         **(expert_settings(spec.experts, topology) if spec.experts is not None else {}),

@@ -16,7 +16,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -68,24 +68,6 @@ def _normed(vectors: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return torch.mul(x, scale).mul_(weight).to(vectors.dtype), scale
 
 
-class WeightGradients:
-    """Replacement of apex's `fused_weight_gradient_mlp_cuda`, which adds to `main_grad`."""
-
-    @staticmethod
-    def wgrad_gemm_accum_fp32(rows: Tensor, gradient: Tensor, total: Tensor) -> None:
-        """Add gradient^T rows to total [O, I] fp32; rows [N, I], gradient [N, O], any dtype."""
-        total.addmm_(gradient.t().to(total.dtype), rows.to(total.dtype))
-
-
-def scale(_chunk: int, _overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
-    """Write factor times each of tensors[0] to its counterpart in tensors[1] (may be the same).
-
-    Replaces apex's `multi_tensor_scale`.
-    """
-    for source, target in zip(*tensors, strict=True):
-        torch.mul(source, factor, out=target)
-
-
 def unless_alone(collective: Callable[..., object]) -> Callable[..., object]:
     """Wrap a reduce-scatter or all-gather to do nothing if it would copy a buffer onto itself.
 
@@ -120,7 +102,6 @@ def keep_memory() -> None:
 
 # Modules of megatron.core (0.16 to 0.19) that create tensors on the literal device "cuda".
 _LITERAL_CUDA_MODULES = (
-    "optimizer.clip_grads",
     "optimizer.grad_scaler",
     "optimizer.optimizer",
     "pipeline_parallel.schedules",
@@ -271,10 +252,6 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_kernels() -> None:
-    linear = vars(_megatron("tensor_parallel.layers"))
-    linear["fused_weight_gradient_mlp_cuda"] = WeightGradients
-    linear["_grad_accum_fusion_available"] = True
-    vars(_megatron("optimizer.clip_grads"))["multi_tensor_scale_impl"] = scale
     buffers = vars(_megatron("distributed.param_and_grad_buffer"))
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         buffers[name] = unless_alone(buffers[name])

@@ -20,7 +20,7 @@ from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import MicroBatch, make_microbatch
 from exo_megatron.execution.policy import Policy
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
-from exo_megatron.losses.objective import Loss, TokenLogps, find_loss, group_objective, statistic_names
+from exo_megatron.losses.objective import Loss, RaggedGroups, TokenLogps, find_loss, group_objective, statistic_names
 from exo_megatron.losses.paper import sft_loss_sum
 from exo_megatron.models.layouts.groups import GroupLayout
 
@@ -48,21 +48,19 @@ class BestCandidates:
     lengths: Tensor
 
     @classmethod
-    def of(cls, best: Sequence[tuple[int, int]], layout: GroupLayout, device: torch.device) -> BestCandidates:
+    def of(cls, best: Sequence[tuple[int, int]], layout: GroupLayout) -> BestCandidates:
         """Find the tokens of the best candidates.
 
         Args:
             best: number in the layout, ascending, and length of each best candidate.
             layout: the layout of the micro-batch, on the CPU.
-            device: device of the result.
         """
         numbers = torch.tensor([number for number, _ in best], dtype=torch.int64)
         tokens = torch.isin(layout.token_candidate, numbers).nonzero()[:, 0]
         index, predictor = torch.unique(layout.token_predictor[tokens], return_inverse=True)
         group = torch.searchsorted(numbers, layout.token_candidate[tokens])
         lengths = torch.tensor([length for _, length in best], dtype=torch.float64)
-        tensors = (tokens, index, predictor, layout.token_target[tokens], group, lengths)
-        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return cls(tokens, index, predictor, layout.token_target[tokens], group, lengths)
 
     def nll(self, token_logps: Tensor) -> Tensor:
         """Compute -log pi(y|x) per token of each best candidate, [G] fp64, from the log-probs [n] of
@@ -108,16 +106,18 @@ def _list_best(groups: Sequence[Group]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One micro-batch on this rank's device. Floats are fp64, and None where the data have none.
+    """The tensors of one micro-batch. Floats are fp64, and None where the data have none.
 
     Attributes:
         layout: index tensors of the micro-batch.
+        places: places of the candidates in a matrix of groups; None without groups.
         rewards, reference_logps, log_weights: [C].
         reference_tokens, behaviour_tokens: [N], in the layout's token order.
         best: the best candidates, for loss.nll_weight.
     """
 
     layout: GroupLayout
+    places: RaggedGroups | None
     rewards: Tensor | None
     reference_logps: Tensor | None
     log_weights: Tensor | None
@@ -126,35 +126,37 @@ class DeviceBatch:
     best: BestCandidates | None
 
     @classmethod
-    def of(cls, batch: MicroBatch, device: torch.device, *, with_best: bool = False) -> DeviceBatch:
-        """Move a micro-batch to the device. with_best: also find the best candidates."""
-        groups, order = batch.groups, batch.layout.token_order
+    def of(cls, batch: MicroBatch, *, with_best: bool = False) -> DeviceBatch:
+        """Make the tensors of a micro-batch, on the CPU. with_best: also find the best candidates.
+
+        `to_device` then copies those of a whole step at once.
+        """
+        groups, layout = batch.groups, batch.layout
         return cls(
-            layout=batch.layout.to(device),
-            rewards=vector(chain.from_iterable(group.rewards or () for group in groups), device),
-            reference_logps=vector(chain.from_iterable(group.reference_logprobs or () for group in groups), device),
-            log_weights=vector(chain.from_iterable(group.log_weights or () for group in groups), device),
-            reference_tokens=_token_vector((group.reference_token_logprobs for group in groups), order, device),
-            behaviour_tokens=_token_vector((group.behaviour_token_logprobs for group in groups), order, device),
-            best=BestCandidates.of(_list_best(groups), batch.layout, device) if with_best and groups else None,
+            layout=layout,
+            places=RaggedGroups.of(layout.group_sizes, torch.device("cpu")) if groups else None,
+            rewards=vector(chain.from_iterable(group.rewards or () for group in groups)),
+            reference_logps=vector(chain.from_iterable(group.reference_logprobs or () for group in groups)),
+            log_weights=vector(chain.from_iterable(group.log_weights or () for group in groups)),
+            reference_tokens=_token_vector((group.reference_token_logprobs for group in groups), layout.token_order),
+            behaviour_tokens=_token_vector((group.behaviour_token_logprobs for group in groups), layout.token_order),
+            best=BestCandidates.of(_list_best(groups), layout) if with_best and groups else None,
         )
 
 
-def vector(values: Iterable[float], device: torch.device) -> Tensor | None:
-    """Make a tensor [n] fp64 on the device; None for no values."""
+def vector(values: Iterable[float]) -> Tensor | None:
+    """Make a tensor [n] fp64 on the CPU; None for no values."""
     listed = list(values)
-    return torch.tensor(listed, dtype=torch.float64).to(device, non_blocking=True) if listed else None
+    return torch.tensor(listed, dtype=torch.float64) if listed else None
 
 
-def _token_vector(
-    groups: Iterable[tuple[tuple[float, ...], ...] | None], order: Tensor, device: torch.device
-) -> Tensor | None:
-    """Make a tensor [N] fp64 of per-token values of groups, in the layout's token order.
+def _token_vector(groups: Iterable[tuple[tuple[float, ...], ...] | None], order: Tensor) -> Tensor | None:
+    """Make a tensor [N] fp64 of per-token values of groups, in the layout's token order, on the CPU.
 
     The values are given candidate after candidate; None for no values.
     """
     values = [value for group in groups for candidate in group or () for value in candidate]
-    return torch.tensor(values, dtype=torch.float64)[order].to(device, non_blocking=True) if values else None
+    return torch.tensor(values, dtype=torch.float64)[order] if values else None
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class AlignObjective:
         lengths = torch.tensor([len(candidate) for candidate in candidates])
         zeros = torch.zeros(len(candidates), dtype=torch.float64)
         per_token = torch.zeros(int(lengths.sum()), dtype=torch.float64)
-        given = DeviceBatch.of(make_microbatch(few, multiple=1), per_token.device, with_best=False)
+        given = DeviceBatch.of(make_microbatch(few, multiple=1))
         tokens = TokenLogps(
             torch.arange(len(candidates)).repeat_interleave(lengths),
             per_token.clone().requires_grad_(),
@@ -272,6 +274,7 @@ class AlignObjective:
             batch.reference_logps,
             batch.rewards,
             batch.layout.group_sizes,
+            places=batch.places,
             log_weights=batch.log_weights,
             tokens=tokens,
             best_nll=best_nll,
@@ -284,6 +287,7 @@ class AlignObjective:
         rewards: Tensor | None,
         group_sizes: Sequence[int],
         *,
+        places: RaggedGroups | None = None,
         log_weights: Tensor | None = None,
         tokens: TokenLogps | None = None,
         best_nll: Tensor | None = None,
@@ -299,6 +303,7 @@ class AlignObjective:
             group_sizes,
             self.config,
             loss=self.loss,
+            places=places,
             log_weights=log_weights,
             tokens=tokens,
             best_nll=best_nll,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
 from exo_megatron.execution.policy import Policy
+from exo_megatron.models.main_grad import add_gradients_in_place
 from exo_megatron.models.policy import DTYPES
+from exo_megatron.training.gradients import finalize_gradients
 
 # The only optimizer-state format of megatron-core that can be loaded at another topology. Of a
 # model copy's ranks only data rank 0, which writes it, gathers it to be saved: 12 bytes per
@@ -37,6 +38,7 @@ class Trainee:
         model: its data-parallel wrapper.
         optimizer: this rank's part of the optimizer.
         weight_decay: of the parameters that have it.
+        clip_grad: largest norm of the gradients; None for no clipping.
         accumulators: autograd nodes that run the wrapper's hooks when a gradient is complete.
     """
 
@@ -44,6 +46,7 @@ class Trainee:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     weight_decay: float
+    clip_grad: float | None
     accumulators: tuple[object, ...]
 
     @property
@@ -91,7 +94,7 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     """Wrap a loaded policy for training.
 
     Gradients accumulate in fp32 and are reduced as sums over the data-parallel group
-    (reduce-scatter): the division by the global count happens once, in finalize_model_grads. Biases
+    (reduce-scatter): the division by the global count happens once, in finalize_gradients. Biases
     and norms have no weight decay.
     """
     module = policy.model
@@ -109,12 +112,12 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     _keep_padding_between_buckets(model)
     optimizer = get_megatron_optimizer(settings, [model])
     _fuse_torch_adam(optimizer)
-    _add_gradients_in_place(module)
+    add_gradients_in_place(module)
     # No grad_scale_func: fp32 and bf16 scale by 1, and it would make the model refer to the optimizer,
     # whose fp32 shards refer by their autograd graph to the model's hooks (see _take_accumulators).
-    module.config.finalize_model_grads_func = finalize_model_grads
+    module.config.finalize_model_grads_func = partial(finalize_gradients, topology=policy.topology)
     module.config.no_sync_func = model.no_sync
-    return Trainee(policy, model, optimizer, config.weight_decay, accumulators)
+    return Trainee(policy, model, optimizer, config.weight_decay, config.clip_grad or None, accumulators)
 
 
 def _take_accumulators(model: DistributedDataParallel) -> tuple[object, ...]:
@@ -212,8 +215,7 @@ def _megatron_config(config: OptimizerConfig, compute: ComputeConfig) -> Megatro
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
-        # Infinity: nothing is clipped, but the norm is still computed and reported.
-        clip_grad=config.clip_grad or math.inf,
+        clip_grad=0.0,  # not by megatron-core: training/gradients.py
     )
 
 
@@ -230,17 +232,3 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
-
-
-def _add_gradients_in_place(model: torch.nn.Module) -> None:
-    """Make megatron-core's own linears add weight gradients to its buffers (`main_grad`).
-
-    They then allocate no matrix of the weight's size per backward pass, and do not round its sum to
-    half precision. Only for a model whose parameters have such buffers. No effect on CUDA without
-    apex, whose kernel is used there, and on the layers of Transformer Engine.
-    """
-    if torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        return
-    for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            module.gradient_accumulation_fusion = True

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
@@ -39,8 +38,10 @@ from exo_megatron.execution.forward import (
     stage_output,
 )
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
+from exo_megatron.losses.objective import RaggedGroups
 from exo_megatron.models.layouts.parts import PartLayout, PromptLayout, build_part_layout, build_prompt_layout
 from exo_megatron.parallel.topology import Topology
+from exo_megatron.parallel.upload import to_device
 from exo_megatron.training.objectives import (
     AlignObjective,
     BestCandidates,
@@ -51,6 +52,7 @@ from exo_megatron.training.objectives import (
     vector,
 )
 from exo_megatron.training.optimizer import Trainee
+from exo_megatron.training.schedule import run_schedule
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class LocalWork:
         parts, scored: passes with and without gradients, see data/oversized.py.
         candidates: number of candidates of all groups of the round.
         span: place of this rank's group, K candidates, among them.
+        grid: places of the group's candidates in a matrix; None where there is no group.
         rewards, reference_logps, log_weights: [K] fp64 of the group; None where there is no group
             or the loss needs none.
         counts: whether this rank reports the loss of the group, in which other ranks may have a
@@ -154,6 +157,7 @@ class LocalWork:
     scored: tuple[Part, ...]
     candidates: int
     span: slice
+    grid: RaggedGroups | None
     rewards: Tensor | None
     reference_logps: Tensor | None
     log_weights: Tensor | None
@@ -166,38 +170,36 @@ class LocalWork:
         mine = round_.assignments[topology.data_rank]
         numbers = sorted({each.group for each in round_.assignments if each.group is not None})
         starts = [0, *accumulate(len(groups[number].candidates) for number in numbers)]
-        multiple, device = topology.token_multiple, topology.device
+        multiple = topology.token_multiple
         group = None if mine.group is None else groups[mine.group]
         start = 0 if mine.group is None else starts[numbers.index(mine.group)]
-        prompt = build_prompt_layout(group.prompt if group else (), multiple=multiple, device=device)
+        prompt = build_prompt_layout(group.prompt if group else (), multiple=multiple)
 
         def lay_out(numbers: Sequence[int]) -> Part:
             candidates = [group.candidates[number] for number in numbers] if group else []
-            layout = build_part_layout(prompt.shared, candidates, multiple=multiple, device=device)
+            layout = build_part_layout(prompt.shared, candidates, multiple=multiple)
             places = torch.tensor([start + number for number in numbers], dtype=torch.int64)
-            return Part(layout, places.to(device, non_blocking=True), best_of(numbers, candidates))
-
-        def best_of(numbers: Sequence[int], candidates: Sequence[Sequence[int]]) -> BestCandidates | None:
             number = best_candidate(group) if group and with_best else None
             if number not in numbers:
-                return None
+                return Part(layout, places, None)
             place = numbers.index(number)
-            packed = build_part_layout(prompt.shared, candidates, multiple=multiple, device=torch.device("cpu")).packed
-            return BestCandidates.of([(place, len(candidates[place]))], packed, device)
+            return Part(layout, places, BestCandidates.of([(place, len(candidates[place]))], layout.packed))
 
         first = [each.group for each in round_.assignments].index(mine.group)
-        return cls(
+        work = cls(
             prompt=prompt,
             parts=tuple(lay_out(numbers) for numbers in mine.parts),
             scored=tuple(lay_out(numbers) for numbers in mine.scored),
             candidates=starts[-1],
             span=slice(start, start + (len(group.candidates) if group else 0)),
-            rewards=vector(group.rewards or (), device) if group else None,
-            reference_logps=vector(group.reference_logprobs or (), device) if group else None,
-            log_weights=vector(group.log_weights or (), device) if group else None,
+            grid=RaggedGroups.of((len(group.candidates),), torch.device("cpu")) if group else None,
+            rewards=vector(group.rewards or ()) if group else None,
+            reference_logps=vector(group.reference_logprobs or ()) if group else None,
+            log_weights=vector(group.log_weights or ()) if group else None,
             counts=group is not None and first == topology.data_rank,
             divided=round_.divided,
         )
+        return to_device(work, topology.device)
 
 
 def oversized_gradients(trainee: Trainee, oversized: OversizedGroups, objective: MicroBatchObjective) -> list[UnitSum]:
@@ -270,6 +272,7 @@ class Coefficients:
                 work.reference_logps,
                 work.rewards,
                 (logps.shape[0],),
+                places=work.grid,
                 log_weights=work.log_weights,
                 best_nll=best_nll,
             )
@@ -308,14 +311,12 @@ def _run(trainee: Trainee, work: LocalWork, coefficients: Coefficients) -> None:
 
 
 def _schedule(trainee: Trainee, parts: Sequence[Part], loss: LossOfPart, *, temperature: float, backward: bool) -> None:
-    get_forward_backward_func()(
-        forward_step_func=partial(_forward_part, trainee=trainee, loss=loss, temperature=temperature),
-        data_iterator=iter(parts),
-        model=[trainee.model],
-        num_microbatches=len(parts),
-        seq_length=1,  # not read: passes differ in length (variable_seq_lengths)
-        micro_batch_size=1,
-        forward_only=not backward,
+    run_schedule(
+        trainee,
+        partial(_forward_part, trainee=trainee, loss=loss, temperature=temperature),
+        parts,
+        [part.layout.num_tokens for part in parts],
+        backward=backward,
     )
 
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from exo_megatron.data.groups import Group
 from exo_megatron.data.oversized import plan_oversized
 from exo_megatron.data.packing import make_microbatch, microbatch_capacity, plan_microbatches
 from exo_megatron.execution.forward import stage_output
+from exo_megatron.parallel.upload import to_device
+from exo_megatron.training.gradients import update_weights
 from exo_megatron.training.objectives import DeviceBatch, MicroBatchObjective, UnitSum
 from exo_megatron.training.optimizer import Trainee
 from exo_megatron.training.oversized import OversizedGroups, oversized_gradients
+from exo_megatron.training.schedule import run_schedule
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class StepBatches:
     """The work of one step on this rank.
 
     Attributes:
-        microbatches: those of this data-parallel rank, at least one.
+        microbatches: those of this data-parallel rank, at least one, on its device.
         oversized: work on groups that exceed a micro-batch; None if there are none.
     """
 
@@ -66,13 +68,11 @@ def plan_step(trainee: Trainee, groups: Sequence[Group], objective: MicroBatchOb
     )
     microbatches = [
         DeviceBatch.of(
-            make_microbatch([ordinary[i] for i in indices], multiple=multiple),
-            topology.device,
-            with_best=objective.needs_best,
+            make_microbatch([ordinary[i] for i in indices], multiple=multiple), with_best=objective.needs_best
         )
         for indices in plan[topology.data_rank]
     ]
-    return StepBatches(microbatches, oversized)
+    return StepBatches(to_device(microbatches, topology.device), oversized)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def train_step(
 
     Collectives: the schedule's point-to-point transfers over the pipeline group, one all-gather of
     log-probs per micro-batch over the tensor group, reduce-scatter of gradients and all-gather of
-    weights over the data group, one all-reduce of the statistics over the world.
+    weights over the data group, one all-reduce of the gradient norm and one of the statistics over
+    the world.
 
     Args:
         trainee: the policy under training.
@@ -118,8 +119,8 @@ def train_step(
     """
     reports = forward_gradients(trainee, batches, objective, oversized)
     trainee.set_learning_rate(learning_rate)
-    _, grad_norm, _ = trainee.optimizer.step()
-    return _reduce(trainee, reports, objective, float(grad_norm or 0.0), stop_requested)
+    grad_norm = update_weights(trainee.optimizer, trainee.clip_grad)
+    return _reduce(trainee, reports, objective, grad_norm, stop_requested)
 
 
 def forward_gradients(
@@ -138,17 +139,13 @@ def forward_gradients(
     # First, because the reduction may begin inside the last micro-batch.
     reports = oversized_gradients(trainee, oversized, objective) if oversized is not None else []
     counted = sum(report.count for report in reports)
-    run_schedule = get_forward_backward_func()
     run_schedule(
-        forward_step_func=partial(_forward_step, trainee=trainee, objective=objective, reports=reports),
+        trainee,
+        partial(_forward_step, trainee=trainee, objective=objective, reports=reports),
         # The units counted already go to the schedule, which divides by all units, with the first
         # micro-batch.
-        data_iterator=iter(zip(batches, chain((counted,), repeat(0)), strict=False)),
-        model=[trainee.model],
-        num_microbatches=len(batches),
-        seq_length=1,  # not read: micro-batches differ in length (variable_seq_lengths)
-        micro_batch_size=1,
-        forward_only=False,
+        list(zip(batches, chain((counted,), repeat(0)), strict=False)),
+        [batch.layout.num_tokens for batch in batches],
     )
     return reports
 
@@ -186,12 +183,13 @@ def _reduce(
     trainee: Trainee,
     reports: Sequence[UnitSum],
     objective: MicroBatchObjective,
-    grad_norm: float,
+    grad_norm: Tensor,
     stop_requested: bool,
 ) -> StepResult:
     """Sum the reports of all data-parallel ranks by one all-reduce over the world.
 
-    Each report counts once, from tensor rank 0 of the last pipeline stage.
+    Each report counts once, from tensor rank 0 of the last pipeline stage. Here the host waits for
+    the device, once in a step. grad_norm: [] fp64, equal on every rank.
     """
     names = objective.statistic_names
     device = trainee.policy.topology.device
@@ -201,9 +199,9 @@ def _reduce(
             values = [report.total, *(report.statistics[name] for name in names)]
             sums[1:-1] += torch.stack([value.double() for value in values])
             sums[0] += report.count
-    sums[-1] = float(stop_requested)
+    sums[-1].fill_(stop_requested)
     dist.all_reduce(sums)
-    count, total, *rest, stops = sums.tolist()
+    norm, count, total, *rest, stops = torch.cat((grad_norm[None], sums)).tolist()
     units = max(int(count), 1)
     means = {name: value / units for name, value in zip(names, rest, strict=True)}
-    return StepResult(total / units, grad_norm, int(count), means, stops > 0)
+    return StepResult(total / units, norm, int(count), means, stops > 0)

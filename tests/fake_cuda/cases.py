@@ -60,11 +60,13 @@ CASES = (
     *(replace(TP2, recompute=recompute) for recompute in ("selective", "full")),
     replace(PLAIN, work="train_oversized"),
     replace(TP2, work="train_oversized", in_ci=True),
+    replace(PLAIN, family="large", in_ci=True),
+    replace(TP2, family="large_tied"),
     *(
         replace(cut, family=family, in_ci=(family, cut) in (("gpt2", PLAIN), ("gemma2", TP2), ("moe", TP2)))
         for family in DIFFERENCES
         for cut in (PLAIN, TP2)
-        if family != "llama"
+        if family not in ("llama", "large", "large_tied")
     ),
     *(replace(TP2, family="moe", expert=2, data=data) for data in (1, 2)),
     replace(PLAIN, family="moe", expert=2, data=2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -22,13 +22,15 @@ LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 class Stream:
-    """A stream on which nothing runs."""
+    """A stream on which nothing runs. copied: whether it has copied what nobody has waited for yet."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.device = DEVICE
         self.cuda_stream = 0
+        self.copied = False
 
-    def wait_stream(self, other: object) -> None: ...
+    def wait_stream(self, other: Stream) -> None:
+        other.copied = False
 
     def wait_event(self, event: object) -> None: ...
 
@@ -37,6 +39,20 @@ class Stream:
 
     def synchronize(self) -> None:
         RECORD.wait("Stream.synchronize")
+
+
+DEFAULT = Stream()
+STREAMS = [DEFAULT]
+"""The streams of the blocks that the program is in; work goes to the last."""
+
+
+@contextlib.contextmanager
+def _on_stream(stream: Stream | None) -> Iterator[None]:
+    STREAMS.append(stream or STREAMS[-1])
+    try:
+        yield
+    finally:
+        STREAMS.pop()
 
 
 class Event:
@@ -62,7 +78,7 @@ def install() -> None:
         LIBRARY.impl(name, _no_data, "CUDA")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU and moved
     vars(fake_tensor)["init_gpu_context"] = lambda device: None
-    stream, generator = Stream(), torch.Generator()
+    generator = torch.Generator()
     properties = SimpleNamespace(name="fake H100", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132)
     replacements: dict[str, object] = {
         "is_available": _returns(True),
@@ -79,9 +95,9 @@ def install() -> None:
         "memory_allocated": _returns(0),
         "empty_cache": _returns(None),
         "synchronize": lambda device=None: RECORD.wait("torch.cuda.synchronize"),
-        "current_stream": _returns(stream),
-        "default_stream": _returns(stream),
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: STREAMS[-1],
+        "default_stream": _returns(DEFAULT),
+        "stream": _on_stream,
         "Stream": Stream,
         "Event": Event,
         "manual_seed": _returns(None),
@@ -97,6 +113,8 @@ def install() -> None:
     vars(torch.cuda.nvtx).update(range_push=_returns(None), range_pop=_returns(None))
     of_module: Any = nn.Module
     of_module.to = _module_to
+    of_tensor: Any = Tensor
+    of_tensor.record_stream = lambda self, stream: vars(self).update(shared=True)
 
 
 def _no_data(*args: object) -> NoReturn:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
@@ -19,8 +18,6 @@ Dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
 def answer_splits() -> None:
     """Put numbers in the place of those that the dispatcher copies to the host."""
     vars(token_dispatcher)["maybe_move_tensor_to_cpu"] = _copied
-    of_tensor: Any = torch.Tensor
-    of_tensor.record_stream = lambda self, stream: None
     copy: Callable[..., Any] = Dispatcher._maybe_dtoh_and_synchronize
 
     def copy_and_answer(self: Any, point: str, tokens_per_expert: Tensor | None = None) -> Any:

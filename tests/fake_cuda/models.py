@@ -27,8 +27,19 @@ GEMMA: dict[str, Any] = {
 }
 BIASED: dict[str, Any] = {"norm": "layer", "gated": False, "qkv_bias": True, "linear_bias": True, "kv_heads": 8}
 WINDOW = 4  # shorter than the prompts, so that it is not left out
+LARGE: dict[str, Any] = {  # as a model of 8B; few tokens make nothing but its weights' gradients large
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "rotary": Rotary(base=5e5, dim=128),
+}
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "large": LARGE,
+    "large_tied": LARGE | {"tied_embeddings": True},
     "gpt2": BIASED | {"rotary": None, "activation": "gelu_tanh", "tied_embeddings": True},
     "neox": BIASED | {"parallel_residual": True, "activation": "gelu", "rotary": Rotary(base=1e4, dim=8)},
     "gemma2": GEMMA | {"attention_softcap": 50.0, "logit_softcap": 30.0},

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from exo_megatron.models import main_grad
 from exo_megatron.models.attention.kernels import FlashVarlenKernels
-from exo_megatron.training import step
-from tests.fake_cuda.device import DEVICE
+from exo_megatron.models.numerics import product
+from exo_megatron.training import gradients, step
+from tests.fake_cuda.device import DEVICE, Stream
 
 
 def cpu_tensor_in_a_collective() -> None:
@@ -55,6 +57,38 @@ def copy_in_every_layer() -> None:
 
     of_kernels: Any = FlashVarlenKernels
     of_kernels.merge = merge
+
+
+def norm_read_by_the_host() -> None:
+    """Wait for the norm before the optimizer."""
+    original = gradients._global_norm
+
+    def read(*args: Any) -> Any:
+        norm = original(*args)
+        return norm * norm.item()
+
+    vars(gradients)["_global_norm"] = read
+
+
+def copy_that_nobody_waits_for() -> None:
+    """Leave out the wait of the present stream for the stream of copies."""
+    of_stream: Any = Stream
+    of_stream.wait_stream = lambda self, other: None
+
+
+def copy_that_is_not_shared() -> None:
+    """Let the stream of copies use the memory of a copy again while the present one reads it."""
+    of_tensor: Any = torch.Tensor
+    of_tensor.record_stream = lambda self, stream: None
+
+
+def whole_weight_gradient() -> None:
+    """Make the fp32 gradient of every linear before it is added."""
+
+    def add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        total.add_(product(left, right))
+
+    vars(main_grad)["add_product_"] = add
 
 
 def _before(module: Any, name: str, extra: Callable[..., object]) -> None:

@@ -18,7 +18,13 @@ import torch
 
 @dataclass
 class Record:
-    """phase: the part of the work that is being done, which every wait and copy is noted with."""
+    """What was seen.
+
+    phase: the part of the work that is being done, which every wait and copy is noted with.
+    uploads: copies to the device; pageable: those of them for which the host waits, or the present stream.
+    unsafe: uses of memory that another stream may still write or have taken.
+    wide: largest fp32 matrix that was made before the optimizer, in bytes, and where.
+    """
 
     phase: str = "none"
     operators: Counter[str] = field(default_factory=Counter)
@@ -26,11 +32,16 @@ class Record:
     bad_collectives: list[str] = field(default_factory=list)
     waits: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
+    pageable: Counter[str] = field(default_factory=Counter)
+    unsafe: Counter[str] = field(default_factory=Counter)
+    wide: tuple[int, str] = (0, "")
 
     def clear(self) -> None:
         """Forget everything so far."""
-        for each in (self.operators, self.collectives, self.bad_collectives, self.waits, self.uploads):
+        counters = (self.operators, self.collectives, self.waits, self.uploads, self.pageable, self.unsafe)
+        for each in (*counters, self.bad_collectives):
             each.clear()
+        self.wide = (0, "")
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -45,9 +56,16 @@ class Record:
         """Note that the host waits for the device."""
         self.waits[f"{self.phase}: {what} at {place()}"] += 1
 
-    def upload(self) -> None:
-        """Note a copy from host to device."""
+    def upload(self, *, ahead: bool) -> None:
+        """Note a copy from host to device. ahead: from pinned memory, not waited for, on a stream of its own."""
         self.uploads[f"{self.phase}: at {place()}"] += 1
+        if not ahead:
+            self.pageable[f"{self.phase}: at {place()}"] += 1
+
+    def made(self, tensor: torch.Tensor) -> None:
+        """Note a matrix that an operator has made. The optimizer makes its state."""
+        if self.phase != "optimizer" and tensor.dtype == torch.float32 and tensor.nbytes > self.wide[0]:
+            self.wide = (tensor.nbytes, f"{self.phase}: {list(tensor.shape)} at {place()}")
 
     def collective(self, name: str, tensor: torch.Tensor) -> None:
         """Note a tensor that a collective or a transfer reads or writes."""

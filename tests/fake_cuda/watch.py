@@ -11,11 +11,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.fake_cuda.trace import RECORD
+from tests.fake_cuda.device import DEFAULT, STREAMS, Stream
+from tests.fake_cuda.trace import RECORD, place
 from tests.fake_cuda.views import VIEWS
 
 # Operators whose result's shape the host must wait for.
 SHAPES = frozenset({"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"})
+UPLOADED: list[tuple[Stream, Tensor]] = []
+"""Copies on other streams since the last operator on the default one."""
 
 
 @dataclass
@@ -51,12 +54,17 @@ class Watch(TorchDispatchMode):
             out = args[0].new_empty(ANSWERS.selected)
         else:
             out = func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            vars(out)["pinned"] = True
         if name == "_to_copy":  # not blocking, it makes a pinned copy, which something must wait for later
             _note_copy(args[0], out, waits=not kwargs.get("non_blocking"))
         elif name == "copy_":
             _note_copy(args[1], args[0], waits=True)
+        elif name not in VIEWS and any(each.is_cuda for each in _tensors(out)):
+            _note_use()
         if name not in VIEWS and any(each.is_cuda for each in _tensors(out)):
             RECORD.operators[name] += 1
+            _note_made(func, out)
         return out
 
 
@@ -80,9 +88,30 @@ def _number(dtype: torch.dtype) -> bool | int | float:
 def _note_copy(source: object, target: Tensor, *, waits: bool) -> None:
     if isinstance(source, Tensor) and source.is_cuda != target.is_cuda and source.numel():
         if target.is_cuda:
-            RECORD.upload()
+            ahead = vars(source).get("pinned", False) and not waits and STREAMS[-1] is not DEFAULT
+            RECORD.upload(ahead=ahead)
+            if ahead:
+                STREAMS[-1].copied = True
+                UPLOADED.append((STREAMS[-1], target))
         elif waits:
             RECORD.wait("copy to host")
+
+
+def _note_use() -> None:
+    """Find what was copied on other streams and is not ready for the present one, or may be taken from it."""
+    while UPLOADED and STREAMS[-1] is DEFAULT:
+        stream, tensor = UPLOADED.pop()
+        if stream.copied:
+            RECORD.unsafe[f"{RECORD.phase}: does not wait for a copy, before {place()}"] += 1
+        if not vars(tensor).get("shared", False):
+            RECORD.unsafe[f"{RECORD.phase}: a copy whose memory its stream may use again, before {place()}"] += 1
+
+
+def _note_made(func: Any, out: object) -> None:
+    """Note new tensors, which are not those that the operator was given."""
+    for each, returned in zip(_tensors(out), func._schema.returns, strict=False):
+        if returned.alias_info is None:
+            RECORD.made(each)
 
 
 def _tensors(out: object) -> list[Tensor]:

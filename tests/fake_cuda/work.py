@@ -25,8 +25,7 @@ from tests.fake_cuda import collectives
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.device import DEVICE
 from tests.fake_cuda.experts import answer_splits
-from tests.fake_cuda.models import HIDDEN_SIZE, model_spec
-from tests.fake_cuda.pipeline import answer_shapes
+from tests.fake_cuda.models import model_spec
 from tests.fake_cuda.trace import RECORD
 from tests.fake_cuda.watch import Watch
 
@@ -40,7 +39,9 @@ class Found:
 
     operators_per_layer: of a step or of all passes, views left out: by how much more the larger model had.
     waits: "phase: what at place" -> number, where the host waits for the device.
-    uploads: the same for copies to the device.
+    uploads: the same for copies to the device; pageable: those that were not made ahead.
+    unsafe: uses of memory that another stream may still write or have taken.
+    wide: bytes of the largest fp32 matrix that was made before the optimizer, and where.
     """
 
     operators_per_layer: float
@@ -48,12 +49,14 @@ class Found:
     bad_collectives: list[str]
     waits: dict[str, int]
     uploads: dict[str, int]
+    pageable: dict[str, int]
+    unsafe: dict[str, int]
+    wide: tuple[int, str]
 
 
 def find(case: Case) -> Found:
     """Do the work with the two models of the case."""
     collectives.join(case.world_size, case.rank)
-    answer_shapes(case.tensor, HIDDEN_SIZE)
     answer_splits()
     fewer, more = case.layers
     _do(case, more)
@@ -65,6 +68,9 @@ def find(case: Case) -> Found:
         RECORD.bad_collectives,
         dict(RECORD.waits),
         dict(RECORD.uploads),
+        dict(RECORD.pageable),
+        dict(RECORD.unsafe),
+        RECORD.wide,
     )
 
 
@@ -99,7 +105,7 @@ def _mark_phases(trainee: Any) -> None:
     vars(step)["forward_gradients"] = _during("gradients", step.forward_gradients)
     config = trainee.policy.model.config
     config.finalize_model_grads_func = _during("reduction", config.finalize_model_grads_func)
-    trainee.optimizer.step = _during("optimizer", trainee.optimizer.step)
+    vars(step)["update_weights"] = _during("optimizer", step.update_weights)
 
 
 def _during(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from exo_megatron.execution.forward import forward_only, stage_output
 from exo_megatron.execution.policy import Policy
 from exo_megatron.logprobs.vocab_parallel import sequence_logprobs
 from exo_megatron.models.layouts.groups import GroupLayout
+from exo_megatron.parallel.upload import to_device
 from exo_megatron.training.objectives import AlignObjective, DeviceBatch, UnitSum
 from exo_megatron.training.step import forward_gradients, train_step
 from tools.bench.models import hf_gradients
@@ -91,7 +92,10 @@ class Variant:
                 hidden_size=policy.spec.hidden_size,
             )
         device = policy.topology.device
-        return [self._with_reference(DeviceBatch.of(self._lay_out([groups[i] for i in each]), device)) for each in plan]
+        return [
+            self._with_reference(to_device(DeviceBatch.of(self._lay_out([groups[i] for i in each])), device))
+            for each in plan
+        ]
 
     def _lay_out(self, groups: Sequence[Group]) -> MicroBatch:
         layout = make_microbatch(groups if self.shared else unshared(groups), multiple=1).layout

@@ -16,9 +16,8 @@ the end of its prompt, as far as its first token sees it, and its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.nn import functional
 
 from exo_megatron.models.attention.kernels import attend, takes_window
 from exo_megatron.models.attention.passes import AttentionPass, ScoreRule
+from exo_megatron.parallel.upload import to_device
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,7 @@ class GroupLayout:
 
     def to(self, device: torch.device) -> GroupLayout:
         """Copy the layout to `device`, without waiting for it."""
-        values: dict[str, Any] = {each.name: vars(self)[each.name] for each in fields(self) if each.init}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        return GroupLayout(**moved)
+        return to_device(self, device)
 
 
 def build_layout(

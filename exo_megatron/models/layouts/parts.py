@@ -175,31 +175,27 @@ class PartLayout:
         return self.packed.candidate_ends(hidden)
 
 
-def build_prompt_layout(prompt: Sequence[int], *, multiple: int, device: torch.device) -> PromptLayout:
-    """Lay out the pass of a prompt of P token ids, on `device`; P = 0 gives padding only."""
-    packed = build_layout([prompt] if prompt else [], [[]] if prompt else [], multiple=multiple).to(device)
+def build_prompt_layout(prompt: Sequence[int], *, multiple: int) -> PromptLayout:
+    """Lay out the pass of a prompt of P token ids, on the CPU; P = 0 gives padding only."""
+    packed = build_layout([prompt] if prompt else [], [[]] if prompt else [], multiple=multiple)
     return PromptLayout(packed, SharedPrompt(len(prompt)), packed.input_ids, packed.position_ids, packed.num_tokens)
 
 
-def build_part_layout(
-    shared: SharedPrompt, candidates: Sequence[Sequence[int]], *, multiple: int, device: torch.device
-) -> PartLayout:
-    """Lay out the pass of some candidates of a prompt (lists of R_k >= 1 ids) on `device`.
+def build_part_layout(shared: SharedPrompt, candidates: Sequence[Sequence[int]], *, multiple: int) -> PartLayout:
+    """Lay out the pass of some candidates of a prompt (lists of R_k >= 1 ids), on the CPU.
 
     Without candidates the pass is padding only.
     """
     if candidates:
         whole = build_layout([[0] * shared.length], [candidates])
-        packed = _without_prompt(whole, shared.length, multiple).to(device)
-        prompt = _stored_prompt_pass(packed, [len(candidate) for candidate in candidates], shared.length, device)
+        packed = _without_prompt(whole, shared.length, multiple)
+        prompt = _stored_prompt_pass(packed, [len(candidate) for candidate in candidates], shared.length)
     else:
-        packed, prompt = build_layout([], [], multiple=multiple).to(device), None
+        packed, prompt = build_layout([], [], multiple=multiple), None
     return PartLayout(packed, prompt, shared, packed.input_ids, packed.position_ids, packed.num_tokens)
 
 
-def _stored_prompt_pass(
-    packed: GroupLayout, lengths: Sequence[int], prompt_length: int, device: torch.device
-) -> AttentionPass:
+def _stored_prompt_pass(packed: GroupLayout, lengths: Sequence[int], prompt_length: int) -> AttentionPass:
     """Describe the pass of a part's candidate tokens over the stored keys of their prompt."""
     tokens = sum(lengths)
     return AttentionPass(
@@ -208,12 +204,12 @@ def _stored_prompt_pass(
         key_lengths=(prompt_length,),
         query_starts=(0,),
         key_starts=(0,),
-        query_index=torch.arange(tokens, device=device),
+        query_index=torch.arange(tokens),
         key_index=None,
-        query_bounds=torch.tensor((0, tokens), dtype=torch.int32, device=device),
-        key_bounds=torch.tensor((0, prompt_length), dtype=torch.int32, device=device),
+        query_bounds=torch.tensor((0, tokens), dtype=torch.int32),
+        key_bounds=torch.tensor((0, prompt_length), dtype=torch.int32),
         query_positions=packed.position_ids,
-        key_positions=torch.arange(prompt_length, device=device),
+        key_positions=torch.arange(prompt_length),
         longest=prompt_length + max(lengths),
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exo_megatron.models.numerics import add_product_, multiplicand, product
+from exo_megatron.models import numerics
+from exo_megatron.models.numerics import add_product_, add_product_in_chunks_, multiplicand, product
 
 
 @pytest.mark.parametrize("shape", [((5, 300), (300, 7)), ((2, 5, 300), (2, 300, 7))])
@@ -33,3 +34,21 @@ def test_adding_a_product(dtype: torch.dtype) -> None:
     add_product_(total, left, right, fresh=True)
     add_product_(total, left, right)
     torch.testing.assert_close(total, 2 * product(left, right))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_adding_a_product_in_chunks(fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows at a time; the last chunk is smaller."""
+    made: list[int] = []
+
+    def counted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        made.append(len(left))
+        return product(left, right)
+
+    monkeypatch.setattr(numerics, "LARGEST_TEMPORARY", 3 * 7 * 4 + 1)
+    monkeypatch.setattr(numerics, "product", counted)
+    left, right = torch.randn(8, 30), torch.randn(30, 7)
+    total = torch.full((8, 7), float("nan") if fresh else 2.0)
+    add_product_in_chunks_(total, left, right, fresh=fresh)
+    torch.testing.assert_close(total, (0.0 if fresh else 2.0) + left @ right)
+    assert made == [3, 3, 2]

@@ -52,30 +52,6 @@ def test_rms_norm_gradients_by_differences() -> None:
     assert torch.autograd.gradcheck(lambda hidden, weight: cpu_backend.rms_norm(hidden, weight, 1e-2), inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_gradient_is_added_in_fp32(dtype: torch.dtype) -> None:
-    rows, gradient, total = random(64, 6, dtype=dtype), random(64, 4, dtype=dtype, seed=1), torch.full((4, 6), 2.0)
-    cpu_backend.WeightGradients.wgrad_gemm_accum_fp32(rows, gradient, total)
-    expected = 2.0 + gradient.double().t() @ rows.double()
-    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
-
-
-def test_weight_gradient_of_no_rows() -> None:
-    """An expert without tokens."""
-    total = torch.full((4, 6), 2.0)
-    cpu_backend.WeightGradients.wgrad_gemm_accum_fp32(torch.empty(0, 6), torch.empty(0, 4), total)
-    assert torch.equal(total, torch.full((4, 6), 2.0))
-
-
-def test_scale_in_place_and_elsewhere() -> None:
-    values, other = random(7), torch.zeros(7, dtype=torch.float64)
-    expected = values * 0.25
-    cpu_backend.scale(0, torch.zeros(1), [[values], [other]], 0.25)
-    assert torch.equal(other, expected)
-    cpu_backend.scale(0, torch.zeros(1), [[values], [values]], 0.25)
-    assert torch.equal(values, expected)
-
-
 class FakeGroup:
     def __init__(self, size: int) -> None:
         self.ranks = size

@@ -16,7 +16,6 @@ from exo_megatron.errors import ConfigError
 from exo_megatron.losses.objective import LossInputs, group_objective, loss_spec
 from exo_megatron.training.objectives import AlignObjective, DeviceBatch, SftObjective
 
-CPU = torch.device("cpu")
 GROUPS = [
     Group("a", (3, 4), ((5, 2), (6, 7, 2)), rewards=(0.5, -0.5), reference_logprobs=(-3.0, -6.0)),
     Group("b", (3,), ((8, 2), (9, 2), (4, 5, 6, 2)), rewards=(1.0, 2.0, 0.0), reference_logprobs=(-4.0, -5.0, -9.0)),
@@ -48,7 +47,7 @@ class LogitPolicy:
 
 
 def batch_of(groups: list[Group]) -> DeviceBatch:
-    return DeviceBatch.of(make_microbatch(groups, multiple=4), CPU)
+    return DeviceBatch.of(make_microbatch(groups, multiple=4))
 
 
 def logps_for(batch: DeviceBatch) -> Tensor:
@@ -91,7 +90,7 @@ def test_align_sums_over_groups() -> None:
 def test_nll_of_the_best_candidates(temperature: float, asked: list[tuple[float, int]]) -> None:
     """At temperature 1, whatever tau is; computed once where both are 1, within the same memory where not."""
     loss = LOSS.model_copy(update={"temperature": temperature, "nll_weight": 0.25})
-    batch = DeviceBatch.of(make_microbatch(GROUPS, multiple=4), CPU, with_best=True)
+    batch = DeviceBatch.of(make_microbatch(GROUPS, multiple=4), with_best=True)
     logits = torch.randn(len(batch.layout.predict_index), 12, generator=torch.Generator().manual_seed(3)).double()
     policy = LogitPolicy()
     result = AlignObjective.of(loss)(logits, batch, policy)

@@ -16,6 +16,7 @@ from exo_megatron.models.policy import build_policy
 from exo_megatron.parallel.runtime import distributed_runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.training import optimizer as optimizer_module
+from exo_megatron.training.gradients import update_weights
 from exo_megatron.training.optimizer import make_trainee
 from tests.reference.tiny_spec import TINY_SPEC
 
@@ -46,7 +47,7 @@ def test_state_of_every_parameter(bucket_size: int | None, monkeypatch: pytest.M
         assert (len(buffer.buckets) > 3) == bool(bucket_size)
         for parameter in model.parameters():
             vars(parameter)["main_grad"].normal_()
-        trainee.optimizer.step()
+        update_weights(trainee.optimizer, trainee.clip_grad)
         (stored,) = trainee.sharded_state(loading=False)["optimizer"]["param_state"].values()
         # megatron-core numbers parameters in the order of its buffer.
         for number, parameter in enumerate(buffer.param_index_map):
@@ -68,7 +69,7 @@ def test_a_trained_model_is_freed(precision: Literal["fp32", "bf16"]) -> None:
         trainee = make_trainee(Policy(model, topology, compute), OptimizerConfig())
         sum(parameter.sum() for parameter in model.parameters()).backward()
         assert all(vars(parameter)["main_grad"].count_nonzero() for parameter in model.parameters())
-        trainee.optimizer.step()
+        update_weights(trainee.optimizer, trainee.clip_grad)
         kept = weakref.ref(model), weakref.ref(trainee.optimizer)
         del model, trainee
         gc.collect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from exo_megatron.models.layouts.groups import GroupLayout, build_layout
+from exo_megatron.models.layouts.groups import build_layout
 
 # Two groups. Tokens of the micro-batch:
 #   0 1 2 | 3 4 | 5       prompt 10 11 12, y_1 = 20 21, y_2 = 22
@@ -61,12 +61,3 @@ def test_micro_batch_without_groups_is_padding_that_predicts_nothing() -> None:
     assert layout.segment_lengths == (2,)
     assert layout.predict_index.numel() == layout.token_predictor.numel() == layout.candidate_index.numel() == 0
     assert layout.group_sizes == () and sum(layout.group_sizes) == 0
-
-
-def test_to_moves_every_tensor_and_changes_nothing_else() -> None:
-    layout = build_layout(PROMPTS, CANDIDATES)
-    moved = layout.to(torch.device("meta"))
-    assert isinstance(moved, GroupLayout)
-    assert {t.device.type for t in vars(moved).values() if isinstance(t, torch.Tensor)} == {"meta"}
-    assert moved.groups == layout.groups and moved.num_tokens == layout.num_tokens
-    assert layout.input_ids.device.type == "cpu"

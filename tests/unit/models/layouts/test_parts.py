@@ -23,7 +23,7 @@ def test_nothing_is_kept_but_keys_and_values(recompute: Literal["none", "full"])
         policy = build_policy(TINY_SPEC, topology, compute)
         for parameter in policy.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        layout = build_prompt_layout(range(3, 12), multiple=1, device=topology.device)
+        layout = build_prompt_layout(range(3, 12), multiple=1)
         policy.train()(layout.input_ids[None], layout.position_ids[None], None, packed_seq_params=layout)
     keys = {number: stored.key for number, stored in layout.shared.layers.items()}
     values = {number: stored.value for number, stored in layout.shared.layers.items()}
