@@ -25,6 +25,7 @@ OPERATORS: dict[str, Callable[..., object]] = {
     "bmm.dtype": products.product,
     "mm.dtype_out": products.product_out,
     "bmm.dtype_out": products.product_out,
+    "addmm.dtype_out": products.added,
 }
 CALLS: Counter[str] = Counter()
 """How often each of them was called in this process."""

@@ -25,3 +25,15 @@ def product_out(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor)
     if out.shape != result.shape:
         raise RuntimeError(f"out has shape {tuple(out.shape)}, the product {tuple(result.shape)}")
     return out.copy_(result)
+
+
+def added(
+    total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor
+) -> Tensor:
+    """addmm with out_dtype into a matrix that may be the sum itself; beta 0 does not read the sum."""
+    if total.dtype not in (dtype, left.dtype):
+        raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")
+    result = alpha * product(left, right, dtype)
+    if out.shape != result.shape or out.dtype != dtype:
+        raise RuntimeError(f"out is {out.dtype} {tuple(out.shape)}, the sum {dtype} {tuple(result.shape)}")
+    return out.copy_(result if beta == 0 else result + beta * total.to(dtype))
