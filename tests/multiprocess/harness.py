@@ -11,7 +11,9 @@ group starts again with the checks that have not run.
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import json
 import os
 import signal
 import socket
@@ -21,8 +23,9 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -41,10 +44,21 @@ class Check:
 
 @dataclass(frozen=True)
 class Worker:
-    """What runs on every rank: a module that calls `work`, and additions to its environment."""
+    """A module that runs on every rank and calls `work`, and additions to its environment."""
 
-    module: str = "tests.multiprocess.harness"
+    module: str
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Process(Protocol):
+    """What waiting asks of a process, which leads a session."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
 
 
 class WorldFailure(AssertionError):
@@ -74,7 +88,10 @@ def run_checks(
     check_seconds: float = 60.0,
     worker: Worker | None = None,
 ) -> dict[str, Outcome]:
-    """Run every check in groups of `world_size` processes. `directory` receives logs and results."""
+    """Run every check in groups of `world_size` processes. `directory` receives logs and results.
+
+    Ranks are forked from a process that has the imports (nursery.py), or are programs of their own with a `worker`.
+    """
     outcomes: dict[str, Outcome] = {}
     start = 0
     while len(outcomes) < len(checks):
@@ -82,7 +99,7 @@ def run_checks(
         folder = directory / f"world{world_size}-start{start}"
         folder.mkdir(parents=True)
         torch.save(remaining, folder / "checks.pt")
-        problem = _run_group(world_size, folder, START_SECONDS + check_seconds * len(remaining), worker or Worker())
+        problem = _run_group(world_size, folder, START_SECONDS + check_seconds * len(remaining), worker)
         finished = [_collect(world_size, folder, index, check) for index, check in enumerate(remaining)]
         complete = [outcome for outcome in finished if outcome is not None]
         if len(complete) < len(remaining):  # the group ended inside this check
@@ -141,7 +158,7 @@ def start_group(
     return processes
 
 
-def kill_group(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def kill_group(processes: Sequence[Process]) -> None:
     """SIGKILL to every rank and to what it started; waits until they are gone."""
     for process in processes:
         if process.poll() is None:
@@ -150,7 +167,7 @@ def kill_group(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def wait_group(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> str | None:
+def wait_group(processes: Sequence[Process], seconds: float) -> str | None:
     """Wait for all ranks. Returns None if all ended with 0, else what went wrong; nothing is left running."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -167,9 +184,36 @@ def wait_group(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> 
     return f"no end after {seconds:.0f} s"
 
 
-def _run_group(world_size: int, folder: Path, seconds: float, worker: Worker) -> str | None:
+def _run_group(world_size: int, folder: Path, seconds: float, worker: Worker | None) -> str | None:
+    if worker is None:
+        port = free_port()
+        environments = [worker_environment(rank, world_size, port) for rank in range(world_size)]
+        return _ask_nursery({"environments": environments, "folder": str(folder), "seconds": seconds})
     command = [sys.executable, "-m", worker.module, str(folder)]
     return wait_group(start_group(world_size, command, folder, worker.environment), seconds)
+
+
+@cache
+def _nursery() -> subprocess.Popen[str]:
+    """The process that ranks are forked from, one for this test process, with which it ends."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.multiprocess.nursery"]
+    environment = worker_environment(0, 1, 0)
+    process = subprocess.Popen(
+        command, env=environment, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def _ask_nursery(request: dict[str, Any]) -> str | None:
+    nursery = _nursery()
+    assert nursery.stdin is not None and nursery.stdout is not None
+    print(json.dumps(request), file=nursery.stdin, flush=True)
+    answer = nursery.stdout.readline()
+    if not answer:
+        raise WorldFailure(f"the process that ranks are forked from has ended with {nursery.wait()}")
+    problem: str | None = json.loads(answer)
+    return problem
 
 
 def _collect(world_size: int, folder: Path, index: int, check: Check) -> Outcome | None:
@@ -210,8 +254,3 @@ def work(folder: Path) -> None:
             torch.save(value, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
             runtime.barrier()
-
-
-if __name__ == "__main__":
-    # Check was pickled as tests.multiprocess.harness.Check, so the work is done by the module of that name.
-    importlib.import_module("tests.multiprocess.harness").work(Path(sys.argv[1]))
