@@ -66,12 +66,14 @@ def test_padding_changes_no_score(tmp_path: Path, kind: str, padding: str | None
     tokenizer = chat_tokenizer()
     pad_token_id = None if padding is None else tokenizer.convert_tokens_to_ids(padding)
     save_classifier(tmp_path, kind, tokenizer, positions=512, pad_token_id=pad_token_id)
-    ends = ["", "<|eot_id|>", "<|pad|>", "<|eot_id|><|eot_id|>", "<|pad|><|eot_id|>"]
-    texts = ["hello" + " world" * n + "how are you"[: 3 * n] + end for n, end in enumerate(ends)]
+    # The last texts end in ids with which a batch before them may have been padded, at loading (8) or later (0).
+    ends = ["", "<|eot_id|>", "<|pad|>", "<|eot_id|><|eot_id|>", "<|pad|><|eot_id|>", "!", ")"]
+    assert tokenizer("!)", add_special_tokens=False)["input_ids"] == [0, 8]
+    texts = ["hello" + " world" * (7 * n % 5) + "how are you"[: 3 * n] + end for n, end in enumerate(ends)]
     expected = [row[0] for row in by_hand(tmp_path, [tokenizer(text)["input_ids"] for text in texts])]
     assert max(expected) - min(expected) > 0.02
     told: list[str] = []
-    for batch_size in (1, 2, 5):
+    for batch_size in (1, 2, 7):
         rewards = build(tmp_path, told, batch_size=batch_size).score(completions(texts, [""] * len(texts)))
         assert rewards == pytest.approx(expected, abs=1e-5)
     assert told == []
