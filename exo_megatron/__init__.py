@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from exo_megatron.losses.paper import preference_log_target as preference_log_target
     from exo_megatron.losses.paper import reward_log_target as reward_log_target
     from exo_megatron.losses.paper import sft_loss_sum as sft_loss_sum
+    from exo_megatron.rewards.source import Completion as Completion
     from exo_megatron.rewards.source import RewardSource as RewardSource
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "AlignConfig": "config.stages",
+    "Completion": "rewards.source",
     "EvaluateConfig": "config.stages",
     "ExportConfig": "config.stages",
     "Group": "data.groups",

@@ -213,7 +213,10 @@ class RewardConfig(Section):
     """The source of rewards."""
 
     kind: Literal["function", "hf_classifier"] = Field(default="function", description="what computes the rewards")
-    function: str | None = Field(default=None, description="package.module:name, called with (prompts, completions)")
+    function: str | None = Field(
+        default=None,
+        description="package.module:name, called with (prompts, completions) and the columns that it names",
+    )
     path: FilePath | None = Field(default=None, description="local HF sequence classifier (safetensors)")
     label: NonNegativeInt | None = Field(
         default=None, description="class whose log-odds are the reward; default: one output"

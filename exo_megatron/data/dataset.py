@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,13 +12,13 @@ from typing import Literal
 from exo_megatron.config.losses import Compares, LossSpec, kinds_comparing
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.config.stages import PairRule, TieRule
-from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
+from exo_megatron.data.candidates import CandidateRecord, Columns, parse_candidate_record, prompt_context
 from exo_megatron.data.groups import Group
 from exo_megatron.data.loss_fields import check_token_logprobs, read_loss_fields
 from exo_megatron.data.pairs import check_different, choose_pair
 from exo_megatron.data.records import SourceRecord, finite_numbers, read_records
 from exo_megatron.data.stored_logprobs import WantedLogprobs, describe_temperatures, reference_logprobs
-from exo_megatron.data.text import Answer, Text, completion_text, completion_texts, prompt_text
+from exo_megatron.data.text import Answer, Chat, Text, completion_text, completion_texts, prompt_text
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import ConfigError, DataError, TieError
 
@@ -32,12 +32,15 @@ Choose = Callable[[SourceRecord, Sequence[float]], Sequence[int]]
 class Prompt:
     """One prompt: the text that the model sees (chat messages rendered) and its token ids.
 
-    There are P >= 1 ids, BOS included.
+    There are P >= 1 ids, BOS included. `chat` is the conversation, None if the data has a
+    string; `columns` are the fields of its record that are none of ours.
     """
 
     id: str
     text: str
     ids: tuple[int, ...]
+    chat: Chat | None = None
+    columns: Columns = field(default_factory=dict)
 
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
@@ -252,10 +255,11 @@ def _located(record: SourceRecord) -> Iterator[None]:
 def _prompt(record: SourceRecord, encoder: _Encoder) -> Prompt:
     if "candidates" in record.fields:
         stored = parse_candidate_record(record)
-        return Prompt(record.id, stored.prompt, encoder.checked_prompt(record, stored.prompt_ids))
+        ids = encoder.checked_prompt(record, stored.prompt_ids)
+        return Prompt(record.id, stored.prompt, ids, stored.chat, stored.columns)
     prompt = prompt_text(record.where, record.fields)
     ids = encoder.prompt(record, prompt)
-    return Prompt(record.id, encoder.tokenizer.prompt_text(prompt), ids)
+    return Prompt(record.id, encoder.tokenizer.prompt_text(prompt), ids, *prompt_context(record.fields, prompt))
 
 
 def _sft_group(record: SourceRecord, encoder: _Encoder) -> Group:

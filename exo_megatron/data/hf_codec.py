@@ -98,8 +98,7 @@ class HfCodec:
 
     def _check_fields(self, messages: Sequence[Message], template: str, tools: object) -> None:
         """Raise DataError for what the messages have and the template never reads."""
-        fields = {name for message in messages for name in message} - EVERYWHERE
-        unread = [name for name in sorted(fields | ({"tools"} if tools else set())) if not _reads(template, name)]
+        unread = unread_fields(template, messages, tools)
         if unread:
             raise DataError(
                 str(self.path),
@@ -158,6 +157,12 @@ def load_hf_codec(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return HfCodec(path, tokenizer, template_kwargs)
+
+
+def unread_fields(template: str, messages: Sequence[Message], tools: object) -> list[str]:
+    """List what the messages have, or "tools" where there are some, and the template never reads."""
+    fields = {name for message in messages for name in message} - EVERYWHERE
+    return [name for name in sorted(fields | ({"tools"} if tools else set())) if not _reads(template, name)]
 
 
 def _reads(template: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -13,8 +14,10 @@ from exo_megatron.rewards.source import RewardSource
 T = TypeVar("T")
 
 
-def build_reward(config: RewardConfig, device: torch.device) -> RewardSource:
+def build_reward(config: RewardConfig, device: torch.device, tell: Callable[[str], object]) -> RewardSource:
     """Build the reward source of `config`. Models go to `device`.
+
+    `tell` gets a line for each thing about the source that the user should know.
 
     Raises RewardError if the source cannot be loaded, ConfigError if a key that it needs is
     missing.
@@ -26,7 +29,7 @@ def build_reward(config: RewardConfig, device: torch.device) -> RewardSource:
     from exo_megatron.rewards.classifier import load_classifier
 
     path = _required(config.path, "reward.path")
-    return load_classifier(path, label=config.label, batch_size=config.batch_size, device=device)
+    return load_classifier(path, label=config.label, batch_size=config.batch_size, device=device, tell=tell)
 
 
 def _required(value: T | None, key: str) -> T:

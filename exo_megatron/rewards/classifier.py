@@ -5,7 +5,7 @@ It is a reward model with one output, or a classifier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +13,89 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from exo_megatron.errors import RewardError
-from exo_megatron.rewards.function import shorten
+from exo_megatron.errors import RewardError, reason
+from exo_megatron.rewards.classifier_batch import classify, classify_alone, is_padding_harmless, longest_text
+from exo_megatron.rewards.classifier_ids import ClassifierInput
+from exo_megatron.rewards.source import Completion
+
+PROBES = (3, 8)
+"""Lengths of two texts that are classified when the model is loaded."""
 
 
 class ClassifierReward:
-    """A reward source that classifies prompt + candidate with a sequence classifier.
+    """A reward source that classifies whole conversations or texts with a sequence classifier.
 
     The reward is the single logit of a reward model, or the log-odds of one class of a classifier.
+    `tell` gets a line for each thing that the user should know.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, label: int | None, batch_size: int, device: torch.device, where: str
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        label: int | None,
+        batch_size: int,
+        device: torch.device,
+        where: str,
+        tell: Callable[[str], object],
     ) -> None:
         self._model = model.to(device).eval()
-        self._tokenizer = tokenizer
+        self._input = ClassifierInput(tokenizer, where, tell)
+        self._limit = longest_text(model, tokenizer)
         self._label = label
         self._batch_size = batch_size
         self._device = device
         self._where = where
+        self._classify = self._choose_batching(tell)
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """Classify the whole texts in batches of `batch_size`.
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        """Classify the completions in batches of `batch_size`.
 
         Raises RewardError if a text is too long for the classifier.
         """
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        texts = [self._checked(completion, self._input.ids(completion)) for completion in completions]
         rewards: list[float] = []
         for start in range(0, len(texts), self._batch_size):
-            rewards += self._score_batch(texts[start : start + self._batch_size])
+            logits = self._classify(self._model, texts[start : start + self._batch_size], self._device)
+            rewards += logits_to_rewards(logits, self._label).tolist()
         return rewards
 
-    @torch.inference_mode()
-    def _score_batch(self, texts: Sequence[str]) -> list[float]:
-        encoded = self._tokenizer(list(texts), padding=True, return_tensors="pt")
-        self._check_length(encoded["attention_mask"], texts)
-        logits: Tensor = self._model(**encoded.to(self._device)).logits
-        values: list[float] = logits_to_rewards(logits.float(), self._label).tolist()
-        return values
-
-    def _check_length(self, mask: Tensor, texts: Sequence[str]) -> None:
-        lengths = mask.sum(dim=1)
-        longest = int(lengths.argmax())
-        positions: int | None = self._model.config.to_dict().get("max_position_embeddings")
-        limit = min(
-            self._tokenizer.model_max_length, self._tokenizer.model_max_length if positions is None else positions
-        )
-        if lengths[longest] > limit:
+    def _checked(self, completion: Completion, ids: list[int]) -> list[int]:
+        if self._limit is not None and len(ids) > self._limit:
             raise RewardError(
-                self._where,
-                f"the text {shorten(texts[longest])} has {int(lengths[longest])} tokens",
-                expected=f"at most {limit}, the classifier's positions",
+                completion.where,
+                f"has {len(ids)} tokens for the classifier, prompt included",
+                expected=f"at most {self._limit}, the positions of {self._where}",
                 fix="draw shorter candidates (sampling.max_new_tokens), or use another classifier",
             )
+        if not ids:
+            raise RewardError(
+                completion.where, "has no token for the classifier", expected="text", fix="remove the record"
+            )
+        return ids
+
+    def _choose_batching(
+        self, tell: Callable[[str], object]
+    ) -> Callable[[Any, Sequence[list[int]], torch.device], Tensor]:
+        """Choose batches of padded texts, or one text at a time where padding changes the scores.
+
+        Raises RewardError if the model cannot classify a short text.
+        """
+        short, long = (self._input.probe(length)[: self._limit] for length in PROBES)
+        try:
+            if is_padding_harmless(self._model, short, long, self._device):
+                return classify
+        # Models of any kind may be in the directory, and fail in any way.
+        except Exception as error:
+            raise RewardError(
+                self._where,
+                f"cannot classify a short text ({type(error).__name__}: {reason(error)})",
+                expected="a sequence classifier of text",
+                fix="try it with transformers alone, or use another classifier",
+            ) from error
+        tell(f"{self._where}: padding changes the scores of this model, so it gets one text at a time")
+        return classify_alone
 
 
 def logits_to_rewards(logits: Tensor, label: int | None) -> Tensor:
@@ -80,11 +110,14 @@ def logits_to_rewards(logits: Tensor, label: int | None) -> Tensor:
     return logits[:, label] - others.logsumexp(dim=1)
 
 
-def load_classifier(path: Path, *, label: int | None, batch_size: int, device: torch.device) -> ClassifierReward:
+def load_classifier(
+    path: Path, *, label: int | None, batch_size: int, device: torch.device, tell: Callable[[str], object]
+) -> ClassifierReward:
     """Load model and tokenizer from local files, weights from safetensors only, in fp32.
 
     None of their code is run. Raises RewardError if there are no such files, they cannot be loaded,
-    or `label` does not fit the number of classes.
+    weights are missing (such as the head of the classifier), or `label` does not fit the number of
+    classes.
     """
     where = f"reward.path {path}"
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
@@ -97,8 +130,8 @@ def load_classifier(path: Path, *, label: int | None, batch_size: int, device: t
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            str(path), use_safetensors=True, dtype=torch.float32, **options
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            str(path), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
     # transformers raises many unrelated types for files that it cannot use.
     except Exception as error:
@@ -108,11 +141,28 @@ def load_classifier(path: Path, *, label: int | None, batch_size: int, device: t
             expected="an HF sequence classifier and its tokenizer",
             fix="correct the path, or save model and tokenizer with save_pretrained",
         ) from error
+    _check_complete(loaded["missing_keys"], type(model).__name__, where)
+    if loaded["unexpected_keys"]:
+        tell(f"{where}: {type(model).__name__} has no use for {_some(loaded['unexpected_keys'])} of the weights")
     _check_label(label, model.config.num_labels, where)
-    _set_padding(model, tokenizer, where)
-    return ClassifierReward(
-        model, tokenizer, label=label, batch_size=batch_size, device=device, where=f"reward.path {path}"
-    )
+    return ClassifierReward(model, tokenizer, label=label, batch_size=batch_size, device=device, where=where, tell=tell)
+
+
+def _check_complete(missing: Collection[str], kind: str, where: str) -> None:
+    """Raise RewardError for weights that the files lack, which transformers draws at random."""
+    if missing:
+        raise RewardError(
+            where,
+            f"its files lack {_some(missing)} of {kind}, which would be random numbers",
+            expected="all weights of the classifier, its head included (a language model has none)",
+            fix="give the directory of a trained reward model, saved with save_pretrained",
+        )
+
+
+def _some(names: Collection[str], shown: int = 3) -> str:
+    """Return names as text, the first ones only if there are many."""
+    first = ", ".join(sorted(names)[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
 
 
 def _check_label(label: int | None, classes: int, where: str) -> None:
@@ -123,23 +173,3 @@ def _check_label(label: int | None, classes: int, where: str) -> None:
             expected="no label for a single output" if classes == 1 else f"a label from 0 to {classes - 1}",
             fix="remove reward.label" if classes == 1 else "set reward.label to the class that is rewarded",
         )
-
-
-def _set_padding(model: Any, tokenizer: Any, where: str) -> None:
-    """Set the padding token, by which decoder-only classifiers find the last token of a text.
-
-    It is the tokenizer's, else the model's, else the end-of-sequence token. Raises RewardError if
-    there is none of them.
-    """
-    if tokenizer.pad_token_id is None and model.config.pad_token_id is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise RewardError(
-                where,
-                "the tokenizer has neither a padding nor an end-of-sequence token",
-                expected="pad_token in tokenizer_config.json",
-                fix="name a padding token there",
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id

@@ -63,4 +63,6 @@ def _record(prompt: Prompt, group: GeneratedGroup, tokenizer: Tokenizer) -> Cand
             )
             for candidate in group.candidates
         ),
+        chat=prompt.chat,
+        columns=prompt.columns,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from exo_megatron.config.sections import RewardConfig
@@ -41,7 +42,7 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")
-    source = build_reward(config.reward, runtime.device)
+    source = build_reward(config.reward, runtime.device, partial(say, runtime))
     estimates: list[Estimate] = []
     means: list[PromptMeans] = []
     last: dict[str, Sequence[CandidateRecord]] = {}

@@ -126,8 +126,8 @@ class _Engine:
 
 
 class _Source:
-    def score(self, prompts: Any, completions: Any) -> list[float]:
-        return [float(len(prompt) + len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+    def score(self, completions: Any) -> list[float]:
+        return [float(len(completion.prompt) + len(completion.text)) for completion in completions]
 
 
 class _Named:

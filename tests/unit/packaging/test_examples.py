@@ -12,6 +12,10 @@ import yaml
 
 from exo_megatron.config.load import load_run_config, load_stage_config
 from exo_megatron.config.stages import STAGE_CONFIGS
+from exo_megatron.data.completions import read_scorable
+from exo_megatron.rewards.function import load_reward_function
+from exo_megatron.rewards.records import score_share
+from exo_megatron.utils.progress import Progress
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "examples" / "configs"
@@ -113,3 +117,17 @@ def test_variables_of_the_job_script_stand_at_the_keys_that_they_set(file: Path)
     assert found == {name: key for name, key in keys.items() if name in found}
     wanted = {name for name in ("OUTPUT", "MODEL", "DATA") if keys[name] != "''"}
     assert wanted <= set(found)
+
+
+def test_the_ground_truth_reward_judges_the_records_of_its_document(tmp_path: Path) -> None:
+    """The record of examples/README.md, as `score` reads it, by the function that the document names."""
+    readme = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").split("## Ground truth")[1]
+    (record,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)[:1]
+    (name,) = re.findall(r"reward\.function=(\S+)", readme)[:1]
+    right = {**json.loads(record), "completions": ["5 and 17 are 22.0.", "22, or rather 21", "no idea"]}
+    wrong = {"prompt": "What is 3 - 5?", "answer": -2, "completions": ["2", "3 - 5 = -2"]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(right) + "\n" + json.dumps(wrong) + "\n")
+    records = read_scorable(tmp_path / "mine.jsonl")
+    with Progress("", 5, "completions", enabled=False) as progress:
+        scored = score_share(records, load_reward_function(name), names=["answer"], batch_size=2, progress=progress)
+    assert [record.rewards for record in scored] == [(1.0, 0.0, 0.0), (0.0, 1.0)]

@@ -19,6 +19,7 @@ from exo_megatron.config.losses import LOSSES
 from exo_megatron.config.sections import LossConfig
 from exo_megatron.losses.objective import find_loss, group_objective
 from exo_megatron.rewards.function import load_reward_function
+from tests.reference.completions import completions
 
 ROOT = Path(__file__).parents[3]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -78,7 +79,9 @@ def test_the_columns_of_a_loss_are_documented() -> None:
 def test_a_reward_source(user_modules: Path) -> None:
     (user_modules / "my_rewards.py").write_text(block("A reward source", "python"))
     name = yaml.safe_load(block("A reward source", "yaml"))["reward"]["function"]
-    assert load_reward_function(name).score(["p", "p"], ["yes.", "no"]) == pytest.approx([0.96, -0.02])
+    assert load_reward_function(name).score(completions(["p", "p"], ["yes.", "no"])) == pytest.approx([0.96, -0.02])
+    judged = completions(["p"] * 3, ["17 + 5 = 22", "it is 5", "who knows"], answer=[22, 22, 22])
+    assert load_reward_function("my_rewards:right_number").score(judged) == [1.0, 0.0, 0.0]
 
 
 CHECKS = {

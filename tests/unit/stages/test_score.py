@@ -16,8 +16,10 @@ from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
 from exo_megatron.data.logprob_source import LogprobSource
-from exo_megatron.errors import DataError, RewardError
+from exo_megatron.errors import RewardError
+from exo_megatron.rewards.function import FunctionReward
 from exo_megatron.rewards.records import score_records
+from exo_megatron.rewards.source import Completion
 from exo_megatron.stages.score import run_score, summarize_rewards
 from exo_megatron.utils.files import read_json, write_json
 from tests.reference.candidates import read_candidates
@@ -50,11 +52,11 @@ class Lengths:
     """Rewards a completion by its length, and remembers how it was asked."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[list[str], list[str]]] = []
+        self.calls: list[list[Completion]] = []
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        self.calls.append((list(prompts), list(completions)))
-        return [100.0 * len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        self.calls.append(list(completions))
+        return [100.0 * len(each.prompt) + len(each.text) for each in completions]
 
 
 def records(count: int) -> list[CandidateRecord]:
@@ -84,17 +86,15 @@ def test_every_candidate_gets_its_own_reward(world_size: int, batch_size: int) -
     assert scored == [
         replace(r, rewards=tuple(100.0 * len(r.prompt) + len(c.text) for c in r.candidates)) for r in given
     ]
-    asked = [completion for _, completions in source.calls for completion in completions]
-    assert len(asked) == sum(len(r.candidates) for r in given)
-    assert all(len(prompts) <= batch_size for prompts, _ in source.calls)
+    assert sum(len(call) for call in source.calls) == sum(len(r.candidates) for r in given)
+    assert all(len(call) <= batch_size for call in source.calls)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_is_named(value: float) -> None:
     class Broken:
-        def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-            return [value if prompt == "ppp" and completion == "cccc" else 0.0 for prompt, completion in
-                    zip(prompts, completions, strict=True)]  # fmt: skip
+        def score(self, completions: Sequence[Completion]) -> list[float]:
+            return [value if (each.prompt, each.text) == ("ppp", "cccc") else 0.0 for each in completions]
 
     runtime: Any = FakeRuntime(0, 1, {})
     with pytest.raises(RewardError) as caught:
@@ -163,14 +163,53 @@ def test_written_completions_are_scored_and_ready_for_align(tmp_path: Path) -> N
     ]
 
 
-def test_chat_messages_cannot_be_scored_as_text(tmp_path: Path) -> None:
-    line = {
-        "prompt": [{"role": "user", "content": "a"}],
-        "completions": [[{"role": "assistant", "content": "b"}]],
-    }
-    (tmp_path / "chat.jsonl").write_text(json.dumps(line) + "\n")
-    reward = RewardConfig(kind="function", function=f"{__name__}:word_count")
+def conversations(prompts: list[str], completions: list[str], messages: list[Any], answer: list[int]) -> list[float]:
+    """The reward function of the test below; it sees every value that it is given."""
+    SEEN.extend(zip(prompts, completions, messages, answer, strict=True))
+    return [float(value) for value in answer]
+
+
+SEEN: list[tuple[Any, ...]] = []
+
+
+def test_completions_of_messages_keep_their_form_and_columns(tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("b", "c")]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    chat = {"id": "x", "prompt": prompt, "completions": answers, "answer": 4, "log_weights": [0.0, 1.0], "tools": tools}
+    text = {"prompt": prompt[1:], "completions": answers[:1], "answer": 5, "id": "y"}
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (chat, text)))
+    reward = RewardConfig(kind="function", function=f"{__name__}:conversations", batch_size=2)
     runtime: Any = FakeRuntime(0, 1, {})
-    config = ScoreConfig(output=tmp_path / "out", candidates=tmp_path / "chat.jsonl", reward=reward)
-    with pytest.raises(DataError, match=r"chat\.jsonl:1: prompt and completions are chat messages"):
-        run_score(config, runtime)
+    SEEN.clear()
+    for source, output in (("chat.jsonl", "first"), ("first", "second")):  # what is written can be scored again
+        run_score(ScoreConfig(output=tmp_path / output, candidates=tmp_path / source, reward=reward), runtime)
+        stored = [json.loads(line) for line in (tmp_path / output / "candidates.jsonl").read_text().splitlines()]
+        assert stored == [chat | {"rewards": [4.0, 4.0]}, text | {"rewards": [5.0]}]
+    expected = [
+        ("system: s\n\nuser: a\n\nassistant: ", "b", [*prompt, *answers[0]], 4),
+        ("system: s\n\nuser: a\n\nassistant: ", "c", [*prompt, *answers[1]], 4),
+        ("user: a\n\nassistant: ", "b", [*prompt[1:], *answers[0]], 5),
+    ]
+    assert expected * 2 == SEEN
+
+
+def test_every_rank_gives_a_function_the_same_columns(tmp_path: Path) -> None:
+    """Whether a parameter with a default is a column does not depend on the share of a rank."""
+    given = [replace(each, columns={"answer": 1} if each.id != "r0" else {}) for each in records(2)]
+    seen: list[object] = []
+
+    def judge(prompts: list[str], completions: list[str], answer: object = None) -> list[float]:
+        seen.append(answer)
+        return [0.0] * len(completions)
+
+    source = FunctionReward(judge, "judge")
+    for rank, problem in ((1, None), (0, "has no column 'answer' (columns: none)")):
+        runtime: Any = FakeRuntime(rank, 2, {})
+        if problem is None:
+            score_records(given, source, runtime, batch_size=8)
+            continue
+        with pytest.raises(RewardError) as caught:
+            score_records(given, source, runtime, batch_size=8)
+        assert (caught.value.where, caught.value.problem) == ("record 'r0', candidate 0", problem)
+    assert seen == [[1, 1]]
