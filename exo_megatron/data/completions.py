@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from exo_megatron.data.candidates import CANDIDATES_FILE, CandidateRecord, parse_candidate_record, write_candidates
-from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.sources import read_jsonl_records
 from exo_megatron.data.text import completion_texts, prompt_text
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl

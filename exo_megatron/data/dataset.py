@@ -16,7 +16,8 @@ from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
 from exo_megatron.data.groups import Group
 from exo_megatron.data.loss_fields import check_token_logprobs, read_loss_fields
 from exo_megatron.data.pairs import check_different, choose_pair
-from exo_megatron.data.records import SourceRecord, finite_numbers, read_records
+from exo_megatron.data.records import SourceRecord, finite_numbers
+from exo_megatron.data.sources import open_source
 from exo_megatron.data.stored_logprobs import WantedLogprobs, describe_temperatures, reference_logprobs
 from exo_megatron.data.text import Answer, Text, completion_text, completion_texts, prompt_text
 from exo_megatron.data.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
     a prompt longer than max_prompt_tokens.
     """
     encoder = _Encoder(tokenizer, config)
-    records = read_records(config.path, split=config.split, limit=config.limit)
+    records = _read(config)
     return [_prompt(record, encoder) for record in records]
 
 
@@ -102,7 +103,7 @@ def load_groups(
         "rewards": partial(_rewarded_group, encoder=encoder, choose=partial(_first_candidates, count=first)),
         "preference": partial(_preference_group, encoder=encoder, count=first, rule=pairs),
     }[purpose]
-    records = read_records(config.path, split=config.split, limit=config.limit)
+    records = _read(config)
     kept = list(_without_ties(records, build)) if ties == "skip" else [(record, build(record)) for record in records]
     groups = [group for _, group in kept]
     if not groups:
@@ -118,6 +119,11 @@ def load_groups(
     if loss is not None and loss.token_logps:
         check_token_logprobs([record for record, _ in kept], groups)
     return groups
+
+
+def _read(config: DataConfig) -> list[SourceRecord]:
+    source = open_source(config.path, split=config.split, revision=config.revision, subset=config.subset)
+    return source.read(config.limit)
 
 
 def _without_ties(
