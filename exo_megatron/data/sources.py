@@ -121,11 +121,6 @@ def open_source(
     return _open_dataset(source, path, split, names, revision, subset)
 
 
-def read_records(source: str) -> list[SourceRecord]:
-    """Read all records of a data source, whose one split is "train"; see `open_source`."""
-    return open_source(source).read()
-
-
 def read_jsonl_records(path: Path) -> list[SourceRecord]:
     """Read all records of a JSON-lines file.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from exo_megatron.config.sections import RewardConfig
@@ -37,7 +38,7 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     prompt. Errors in checkpoints, prompts, sizes and the reward source are raised before the first
     model is loaded.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, partial(say, runtime))
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -14,6 +15,7 @@ from exo_megatron.data.completions import ScorableRecord, read_scorable, write_s
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.build import build_reward
 from exo_megatron.rewards.records import score_records
+from exo_megatron.stages.run import say
 from exo_megatron.utils.files import write_json
 
 SUMMARY_FILE = "score.json"
@@ -25,7 +27,7 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
     Collective over the world. Raises DataError for malformed candidates before the reward source is
     loaded, and RewardError.
     """
-    records = read_scorable(config.candidates)
+    records = read_scorable(config.candidates, tell=partial(say, runtime))
     source = build_reward(config.reward, runtime.device)
     scored = score_records(records, source, runtime, batch_size=config.reward.batch_size, label="score")
     if scored is not None:
