@@ -89,7 +89,7 @@ def _separate_texts(where: str, prompt: object, texts: Mapping[str, str]) -> tup
         if marker is not None and all(rest.startswith(marker.group()) for rest in rests):
             return prompt + marker.group(), [rest[marker.end() :] for rest in rests]
         return prompt, rests
-    return prompt, list(texts.values())
+    return as_messages(where, "prompt", prompt) or prompt, list(texts.values())
 
 
 def _separate_messages(where: str, prompt: object, lists: Mapping[str, Messages]) -> tuple[Any, list[Messages]]:

@@ -77,8 +77,7 @@ def _answer(name: str) -> Callable[[str, Fields, bool], dict[str, Any]]:
 
 
 def _prompt(where: str, fields: Fields, chat: bool) -> dict[str, Any]:
-    prompt = as_messages(where, "prompt", fields["prompt"]) or fields["prompt"]
-    return {"prompt": separate(where, prompt, {}, system=fields.get("system"), chat=chat)[0]}
+    return {"prompt": separate(where, fields["prompt"], {}, system=fields.get("system"), chat=chat)[0]}
 
 
 def _completions(where: str, fields: Fields, chat: bool) -> dict[str, Any]:

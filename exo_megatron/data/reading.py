@@ -178,7 +178,7 @@ def _refuse(where: str, fields: Fields, use: Use) -> None:
         problem = "is unpaired preference data (KTO): 'label' says whether its one completion is wanted"
     elif "completions" in fields and "labels" in fields and "rewards" not in fields:
         problem = "is stepwise supervision: 'labels' judge the steps of one answer, which stand in 'completions'"
-    elif {"message_id", "parent_id", "role", "text"} <= fields.keys():
+    elif {"message_id", "role", "text"} <= fields.keys():
         problem = "is one message of a tree (OpenAssistant), not a conversation"
     if problem is not None and use != "prompts":
         raise DataError(
