@@ -114,12 +114,7 @@ def load_groups(
     kept = list(_without_ties(records, build)) if ties == "skip" else [(record, build(record)) for record in records]
     groups = [group for _, group in kept]
     if not groups:
-        raise DataError(
-            config.path,
-            f"has {len(records)} preference pairs, all of which are ties and left out (ties=skip)",
-            expected="at least one pair of different texts with different rewards",
-            fix="correct the rewards, or draw other candidates",
-        )
+        raise _nothing_left(config.path, len(records))
     if tell is not None:
         example = describe_group(groups[0], tokenizer)
         for line in (
@@ -131,6 +126,15 @@ def load_groups(
     if loss is not None and loss.token_logps:
         check_token_logprobs([record for record, _ in kept], groups)
     return groups
+
+
+def _nothing_left(path: str, count: int) -> DataError:
+    return DataError(
+        path,
+        f"has {count} preference pairs, all of which are ties and left out (ties=skip)",
+        expected="at least one pair of different texts with different rewards",
+        fix="correct the rewards, or draw other candidates",
+    )
 
 
 def _without_ties(

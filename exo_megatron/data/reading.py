@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.groups import Group
-from exo_megatron.data.layouts import KNOWN, LAYOUTS, STAGES, STORED, Layout, Use
+from exo_megatron.data.record_layouts import KNOWN, LAYOUTS, STAGES, STORED, RecordLayout, Use
 from exo_megatron.data.records import Fields, SourceRecord, require, wrong_type
 from exo_megatron.data.sources import Source, open_source
 from exo_megatron.data.stored_logprobs import describe_temperatures
@@ -125,7 +125,7 @@ def _further(visible: Fields) -> Fields:
 
 def _convert(
     record: SourceRecord, fields: Fields, use: Use, chat: bool, train_on: TrainOn
-) -> tuple[Layout, list[dict[str, Any]]]:
+) -> tuple[RecordLayout, list[dict[str, Any]]]:
     """Convert a record with the layout that its columns fit.
 
     Where they fit several, all readings have to be the same.
@@ -155,7 +155,7 @@ def _convert(
 
 
 @lru_cache(maxsize=1024)
-def _fitting(columns: frozenset[str], use: Use) -> tuple[Layout, ...]:
+def _fitting(columns: frozenset[str], use: Use) -> tuple[RecordLayout, ...]:
     """List the layouts of the columns, without those that are a part of another one."""
     if set(STORED.columns) <= columns:
         return (STORED,) if use in STORED.uses else ()
@@ -167,7 +167,7 @@ def _fitting(columns: frozenset[str], use: Use) -> tuple[Layout, ...]:
     )
 
 
-def _named(layout: Layout) -> str:
+def _named(layout: RecordLayout) -> str:
     return f"{layout.name} ({', '.join(layout.columns)})"
 
 
@@ -215,7 +215,7 @@ def _no_layout(where: str, fields: Fields, use: Use) -> DataError:
 
 
 def _for_use(
-    where: str, layout: Layout, converted: dict[str, Any], use: Use, train_on: TrainOn
+    where: str, layout: RecordLayout, converted: dict[str, Any], use: Use, train_on: TrainOn
 ) -> list[dict[str, Any]]:
     """Keep what a use reads of a record: several where each turn of a conversation is trained on."""
     if layout is STORED:
@@ -318,7 +318,7 @@ def describe_group(group: Group, tokenizer: Tokenizer) -> str:
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """Quote a text, without its middle if it is long."""
+    """Write a text in quotes, without its middle if it is long."""
     shown = repr(text)
     return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
 

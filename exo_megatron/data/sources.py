@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_megatron.data.records import SourceRecord
-from exo_megatron.data.text_files import COMPRESSIONS, READERS, Row, json_rows
+from exo_megatron.data.text_files import COMPRESSIONS, READERS, RawRecord, read_json_text
 from exo_megatron.errors import ConfigError, DataError, reason
 
 KINDS = {
@@ -47,28 +47,28 @@ _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of a data source, which are read as they are iterated over.
+    """The entries of a data source, which are read as they are iterated over.
 
     Attributes:
         name: path or name, as the user gave it.
         format: its kind in words, such as "JSON lines" or "3 parquet files".
-        rows: the rows of the wanted split or slice.
+        entries: the entries of the wanted split or slice.
     """
 
     name: str
     format: str
-    rows: Iterable[Row]
+    entries: Iterable[RawRecord]
 
     def read(self, limit: int | None = None) -> list[SourceRecord]:
         """Read all records, or the first `limit`.
 
-        A record without an id gets its place as the id. Raises DataError for rows that cannot be read,
+        A record without an id gets its place as the id. Raises DataError for entries that cannot be read,
         a repeated id, and no record at all.
         """
         records: list[SourceRecord] = []
         places: dict[str, str] = {}
-        for where, place, row in islice(self.rows, limit):
-            fields = {name: value for name, value in row.items() if value is not None}
+        for where, place, entry in islice(self.entries, limit):
+            fields = {name: value for name, value in entry.items() if value is not None}
             record = SourceRecord(where, _identifier(where, fields.get("id"), place), fields)
             if record.id in places:
                 raise DataError(
@@ -126,7 +126,7 @@ def read_jsonl_records(path: Path) -> list[SourceRecord]:
 
     A record without an id gets its line number as the id.
     """
-    return Source(str(path), "JSON lines", json_rows(path)).read()
+    return Source(str(path), "JSON lines", read_json_text(path)).read()
 
 
 def _identifier(where: str, value: object, place: str) -> str:
@@ -158,7 +158,7 @@ def _split_names(split: str) -> list[str]:
 
 
 def _ranges(split: str, sizes: Mapping[str, int]) -> list[tuple[str, range]]:
-    """Return the rows that `split` takes of splits of these sizes, as `datasets` rounds and cuts them."""
+    """Return the entries that `split` takes of splits of these sizes, as `datasets` rounds and cuts them."""
     import datasets
 
     try:
@@ -257,42 +257,42 @@ def _split_of(name: str) -> tuple[str, ...]:
 
 
 def _open_shards(source: str, shards: Shards, split: str, names: Sequence[str]) -> Source:
-    """Open files of one kind, whose rows stand one after another."""
+    """Open files of one kind, whose entries stand one after another."""
     for name in names:
         if name not in shards.splits:
             raise _no_split(source, name, shards.splits)
-    rows: dict[str, Iterable[Row]] = {}
+    entries: dict[str, Iterable[RawRecord]] = {}
     for name in names:
         files = shards.splits[name]
         read = READERS.get(shards.kind)
         if read is None:
-            rows[name] = _rows_of(_load(source, shards.kind, files), f"{source}[{name}]")
+            entries[name] = _numbered(_load(source, shards.kind, files), f"{source}[{name}]")
         else:
             # Lines are numbered within their file, so the names of records say which of several it is.
             single = len(files) == 1
-            rows[name] = chain.from_iterable(
+            entries[name] = chain.from_iterable(
                 read(file) if single else _named(read(file), str(file.relative_to(shards.root))) for file in files
             )
     count = sum(len(shards.splits[name]) for name in names)
     described = KIND_NAMES[shards.kind] if count == 1 else f"{count} files of {KIND_NAMES[shards.kind]}"
-    return Source(source, described, _take(split, rows))
+    return Source(source, described, _take(split, entries))
 
 
-def _named(rows: Iterable[Row], file: str) -> Iterator[Row]:
-    return ((where, f"{file}:{place}", fields) for where, place, fields in rows)
+def _named(entries: Iterable[RawRecord], file: str) -> Iterator[RawRecord]:
+    return ((where, f"{file}:{place}", fields) for where, place, fields in entries)
 
 
-def _take(split: str, rows: Mapping[str, Iterable[Row]]) -> Iterable[Row]:
-    """Take the rows of the splits that `split` takes."""
-    if split in rows:
-        return rows[split]
-    listed = {name: list(each) for name, each in rows.items()}
+def _take(split: str, entries: Mapping[str, Iterable[RawRecord]]) -> Iterable[RawRecord]:
+    """Take the entries of the splits that `split` takes."""
+    if split in entries:
+        return entries[split]
+    listed = {name: list(each) for name, each in entries.items()}
     taken = _ranges(split, {name: len(each) for name, each in listed.items()})
-    return [row for name, numbers in taken for row in listed[name][numbers.start : numbers.stop]]
+    return [entry for name, numbers in taken for entry in listed[name][numbers.start : numbers.stop]]
 
 
-def _rows_of(rows: Any, where: str) -> Iterator[Row]:
-    return ((f"{where} row {n}", f"row-{n}", row) for n, row in enumerate(rows))
+def _numbered(entries: Any, where: str) -> Iterator[RawRecord]:
+    return ((f"{where} row {n}", f"row-{n}", entry) for n, entry in enumerate(entries))
 
 
 def _open_dataset(
@@ -300,7 +300,7 @@ def _open_dataset(
 ) -> Source:
     """Open what `save_to_disk` wrote, or a data set of the hub.
 
-    Its rows are numbered within their split; where several are joined, within what is taken of all.
+    Its entries are numbered within their split; where several are joined, within what is taken of all.
     """
     import datasets
 
@@ -323,12 +323,12 @@ def _open_dataset(
     where = f"{source}[{split}]"
     if len(parts) == 1:
         data, taken = parts[0]
-        rows: Iterable[tuple[int, Any]] = zip(taken, data.select(taken), strict=True)
+        entries: Iterable[tuple[int, Any]] = zip(taken, data.select(taken), strict=True)
         where = f"{source}[{names[0]}]"
     else:
-        rows = enumerate(chain.from_iterable(data.select(taken) for data, taken in parts))
+        entries = enumerate(chain.from_iterable(data.select(taken) for data, taken in parts))
     described = "data set on disk" if path.exists() else "data set of the hub"
-    return Source(source, described, ((f"{where} row {n}", f"row-{n}", row) for n, row in rows))
+    return Source(source, described, ((f"{where} row {n}", f"row-{n}", entry) for n, entry in entries))
 
 
 def _load(source: str, kind: str, files: Sequence[Path]) -> Any:

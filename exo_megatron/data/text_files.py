@@ -16,7 +16,7 @@ from typing import IO, Any
 from exo_megatron.errors import DataError, reason
 from exo_megatron.utils.files import BYTE_ORDER_MARK, parse_json_object, read_lines
 
-Row = tuple[str, str, Mapping[str, Any]]
+RawRecord = tuple[str, str, Mapping[str, Any]]
 """Where a record stands, a name for it that does not change between runs, and its fields."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -26,14 +26,14 @@ WRAPPERS = ("data", "train", "rows", "records", "examples", "instances")
 """Keys under which JSON files with one object hold their records."""
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def read_json_text(path: Path) -> Iterator[RawRecord]:
     """Read JSON lines, or the objects of one JSON array. Raises DataError for a malformed file."""
     lines = _lines(path)
     first = next(lines, None)
     if first is None:
         return
     if first[1].lstrip().startswith("["):
-        yield from _array_rows(path)
+        yield from _read_array(path)
         return
     second = next(lines, None)
     _refuse_one_object(path, first[1], alone=second is None)
@@ -41,7 +41,7 @@ def json_rows(path: Path) -> Iterator[Row]:
         yield f"{path}:{number}", f"line-{number}", parse_json_object(line, f"{path}:{number}")
 
 
-def _array_rows(path: Path) -> Iterator[Row]:
+def _read_array(path: Path) -> Iterator[RawRecord]:
     try:
         values = json.loads("\n".join(line for _, line in _lines(path)))
     except (ValueError, RecursionError) as error:
@@ -83,7 +83,7 @@ def _refuse_one_object(path: Path, first: str, *, alone: bool) -> None:
         )
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def read_separated(path: Path) -> Iterator[RawRecord]:
     """Read comma- or tab-separated values, whose first line has the names of the columns.
 
     All values are strings, as they stand there. Raises DataError for a malformed file.
@@ -178,5 +178,5 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
         ) from None
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {"json": json_rows, "csv": csv_rows}
+READERS: Mapping[str, Callable[[Path], Iterator[RawRecord]]] = {"json": read_json_text, "csv": read_separated}
 """Readers by the kind of file."""

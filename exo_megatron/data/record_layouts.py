@@ -28,8 +28,8 @@ REWARDED: frozenset[Use] = frozenset({"prompts", "score", "preference", "rewards
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One row of the table.
+class RecordLayout:
+    """One line of the table.
 
     Attributes:
         name: what it is called in messages.
@@ -199,54 +199,56 @@ def _as(
     return lambda where, fields, chat: convert(where, {names.get(key, key): each for key, each in fields.items()}, chat)
 
 
-STORED = Layout(
+STORED = RecordLayout(
     "stored candidates", ("candidates",), REWARDED, _stored, ("prompt", "prompt_ids", "rewards", "logprob_source")
 )
 
 LAYOUTS = (
-    Layout("preference pair", ("prompt", "chosen", "rejected"), PAIRS, _pair, ("system",)),
-    Layout("preference pair of whole conversations", ("chosen", "rejected"), PAIRS, _pair, ("system",)),
-    Layout(
+    RecordLayout("preference pair", ("prompt", "chosen", "rejected"), PAIRS, _pair, ("system",)),
+    RecordLayout("preference pair of whole conversations", ("chosen", "rejected"), PAIRS, _pair, ("system",)),
+    RecordLayout(
         "question with a preference pair",
         ("question", "chosen", "rejected"),
         PAIRS,
         _as(_pair, question="prompt"),
         ("system",),
     ),
-    Layout(
+    RecordLayout(
         "conversation with a preference pair",
         ("conversations", "chosen", "rejected"),
         PAIRS,
         _as(_pair, conversations="prompt"),
         ("system",),
     ),
-    Layout("ranked answers", ("prompt", "answers"), PAIRS, _ranked),
-    Layout("compared summaries", ("info", "summaries", "choice"), PAIRS, _summaries),
-    Layout("compared comments", ("history", "human_ref_A", "human_ref_B", "labels"), PAIRS, _human_refs),
-    Layout("rewarded completions", ("prompt", "completions", "rewards"), REWARDED, _completions, ("system",)),
-    Layout(
+    RecordLayout("ranked answers", ("prompt", "answers"), PAIRS, _ranked),
+    RecordLayout("compared summaries", ("info", "summaries", "choice"), PAIRS, _summaries),
+    RecordLayout("compared comments", ("history", "human_ref_A", "human_ref_B", "labels"), PAIRS, _human_refs),
+    RecordLayout("rewarded completions", ("prompt", "completions", "rewards"), REWARDED, _completions, ("system",)),
+    RecordLayout(
         "scored responses",
         ("prompt", "responses", "scores"),
         REWARDED,
         _as(_completions, responses="completions", scores="rewards"),
         ("system",),
     ),
-    Layout("rewarded whole conversations", ("completions", "rewards"), REWARDED, _completions, ("system",)),
-    Layout("completions", ("prompt", "completions"), frozenset({"prompts", "score"}), _completions, ("system",)),
-    Layout(
+    RecordLayout("rewarded whole conversations", ("completions", "rewards"), REWARDED, _completions, ("system",)),
+    RecordLayout("completions", ("prompt", "completions"), frozenset({"prompts", "score"}), _completions, ("system",)),
+    RecordLayout(
         "responses",
         ("prompt", "responses"),
         frozenset({"prompts", "score"}),
         _as(_completions, responses="completions"),
         ("system",),
     ),
-    Layout("prompt and chosen answer", ("prompt", "chosen"), ANSWERS, _answer("chosen"), ("system",)),
-    Layout("prompt and completion", ("prompt", "completion"), ANSWERS, _answer("completion"), ("system",)),
-    Layout("messages", ("messages",), ANSWERS, _messages, ("system",)),
-    Layout("ShareGPT conversation", ("conversations",), ANSWERS, _as(_messages, conversations="messages"), ("system",)),
-    Layout("Alpaca instruction", ("instruction", "output"), ANSWERS, _alpaca, ("input", "text", "system")),
-    Layout("text", ("text",), frozenset({"sft"}), _text),
-    Layout("prompt", ("prompt",), frozenset({"prompts"}), _prompt, ("system",)),
+    RecordLayout("prompt and chosen answer", ("prompt", "chosen"), ANSWERS, _answer("chosen"), ("system",)),
+    RecordLayout("prompt and completion", ("prompt", "completion"), ANSWERS, _answer("completion"), ("system",)),
+    RecordLayout("messages", ("messages",), ANSWERS, _messages, ("system",)),
+    RecordLayout(
+        "ShareGPT conversation", ("conversations",), ANSWERS, _as(_messages, conversations="messages"), ("system",)
+    ),
+    RecordLayout("Alpaca instruction", ("instruction", "output"), ANSWERS, _alpaca, ("input", "text", "system")),
+    RecordLayout("text", ("text",), frozenset({"sft"}), _text),
+    RecordLayout("prompt", ("prompt",), frozenset({"prompts"}), _prompt, ("system",)),
 )
 """The table. docs/data.md has an example of each."""
 
