@@ -63,14 +63,14 @@ def separate(
 def as_messages(where: str, name: str, value: object) -> Messages | None:
     """Return a message or a list of them, ShareGPT's too, as a list with roles and contents.
 
-    Nulls are left out. None for another value. Raises DataError for an unknown speaker.
+    Nulls are left out, except as the content. None for another value. Raises DataError for an unknown speaker.
     """
     items = [value] if isinstance(value, Mapping) else value
     if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
         return None
     found = []
     for item in items:
-        message = {key: field for key, field in item.items() if field is not None}
+        message = {key: field for key, field in item.items() if field is not None or key == "content"}
         if "from" in message and "role" not in message:
             speaker = message.pop("from")
             if speaker not in SPEAKERS:
