@@ -16,6 +16,7 @@ REQUIRES = [
     "transformers>=4.56",
     "tokenizers>=0.21",
     "datasets>=3",
+    "pyarrow>=15",  # which datasets needs; zstd
     "sentencepiece>=0.2",
     "protobuf>=4",  # transformers reads SentencePiece models through it
     "jinja2>=3.1",  # chat templates

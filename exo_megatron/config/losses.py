@@ -19,6 +19,8 @@ class LossSpec:
         keys: keys of the section `loss` that it uses besides COMMON_KEYS. Another key would have no
             effect, so setting it is an error.
         log_weights: it weighs candidates by the importance weights of a behaviour policy.
+        several_rejected: of a loss that compares a preference, it takes more than one rejected
+            candidate in a group.
         token_logps: it needs the log-probs of single tokens of the policy, the reference and the
             behaviour policy. Groups that exceed a micro-batch are then an error.
     """
@@ -28,13 +30,14 @@ class LossSpec:
     keys: tuple[str, ...]
     log_weights: bool = False
     token_logps: bool = False
+    several_rejected: bool = False
 
 
 LOSSES = {
     "exo_rw": LossSpec("Eq. 15", "rewards", ("beta_pi", "beta_r")),
-    "exo_pref": LossSpec("Eq. 18", "preference", ("beta_pi", "label_smoothing")),
+    "exo_pref": LossSpec("Eq. 18", "preference", ("beta_pi", "label_smoothing"), several_rejected=True),
     "dpo_rw": LossSpec("Eq. 19", "rewards", ("beta_pi", "beta_r")),
-    "dpo_pref": LossSpec("Eq. 7", "preference", ("beta_pi",)),
+    "dpo_pref": LossSpec("Eq. 7", "preference", ("beta_pi",), several_rejected=True),
     "ipo_pref": LossSpec("arXiv 2310.12036, Eq. 17", "preference", ("beta_pi",)),
 }
 """The table by kind. losses/objective.py checks at import that it has a function for each kind."""

@@ -120,12 +120,28 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Records: prompt+chosen, prompt+chosen+rejected, or prompt+completions(+rewards). See docs."""
 
-    added_later = frozenset({"chat_template", "template_kwargs"})
+    added_later = frozenset(
+        {"revision", "subset", "columns", "transcript", "train_on", "chat_template", "template_kwargs"}
+    )
 
     path: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
-        min_length=1, description="JSONL file, directory written by an earlier stage, local or hub `datasets` name"
+        min_length=1,
+        description="JSONL, JSON, CSV, parquet or Arrow file, directory of such or of an earlier stage, local or hub "
+        "`datasets` name",
     )
-    split: str = Field(default="train", description="split, where `path` names a `datasets` data set")
+    split: str = Field(default="train", min_length=1, description="split, or a slice such as train[:1000]")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a data set of the hub")
+    subset: str | None = Field(default=None, description="subset (configuration) of a data set of the hub")
+    columns: dict[str, str] = Field(
+        default={}, description="our name -> the data's, of the columns to read; default: those of a known layout"
+    )
+    transcript: Literal["text", "messages"] = Field(
+        default="text",
+        description="whether strings stay text or become messages: turns of Human: and Assistant:, else one",
+    )
+    train_on: Literal["last", "all"] = Field(
+        default="last", description="answers of a whole conversation that sft trains on, each with what is before it"
+    )
     tokenizer: FilePath | None = Field(
         default=None, description="tokenizer directory or .model file; default: the checkpoint's own"
     )

@@ -25,8 +25,16 @@ from exo_megatron.config.describe import (
 )
 from exo_megatron.config.document import COMMAND_LINE, Document, Key, dotted, show
 from exo_megatron.config.losses import COMMON_KEYS, FUNCTION, FUNCTION_KEYS, LOSSES, kinds_comparing
-from exo_megatron.config.sections import BatchConfig, LossConfig, OptimizerConfig, RewardConfig, SaveConfig, Section
-from exo_megatron.config.stages import AlignConfig, EvaluateConfig, ScoreConfig, SftConfig, StageConfig
+from exo_megatron.config.sections import (
+    BatchConfig,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardConfig,
+    SaveConfig,
+    Section,
+)
+from exo_megatron.config.stages import AlignConfig, EvaluateConfig, RolloutConfig, ScoreConfig, SftConfig, StageConfig
 from exo_megatron.errors import ConfigError
 
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -51,13 +59,17 @@ def find_problems(config: StageConfig) -> Iterator[Problem]:
             yield from _check_training(config.batch, config.optimizer, config.save)
             yield from _check_loss(config.loss)
             yield from _check_pairs(config)
+            yield from _check_data(config.data)
         case SftConfig():
             yield from _check_training(config.batch, config.optimizer, config.save)
+        case RolloutConfig():
+            yield from _check_data(config.data)
         case ScoreConfig():
             yield from _check_reward(config.reward)
         case EvaluateConfig():
             yield from _check_reward(config.reward)
             yield from _check_names(config.models)
+            yield from _check_data(config.data)
 
 
 def paths(section: Section, prefix: Key = ()) -> Iterator[tuple[Key, Path]]:
@@ -156,6 +168,12 @@ def _check_pairs(config: AlignConfig) -> Iterator[Problem]:
             "2 or null",
             f"remove candidates, set pairs=best_and_worst, or choose {kinds_comparing('rewards')}",
         )
+
+
+def _check_data(data: DataConfig) -> Iterator[Problem]:
+    """Check the keys that only `sft` uses."""
+    if data.train_on != _default(DataConfig, "train_on"):
+        yield _no_effect(("data", "train_on"), data.train_on, "only sft trains on conversations")
 
 
 def _check_function(key: Key, value: str | None, example: str) -> Iterator[Problem]:

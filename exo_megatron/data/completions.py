@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from exo_megatron.data.candidates import (
-    CANDIDATES_FILE,
     CandidateRecord,
     Columns,
     chat_prompt,
@@ -16,8 +15,11 @@ from exo_megatron.data.candidates import (
     parse_candidate_record,
     write_candidates,
 )
-from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.data.reading import read_layouts
+from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.sources import open_source
 from exo_megatron.data.text import Answer, Chat, Message, Text, completion_texts, prompt_text
+from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl
 
 _OWN_FIELDS = ("id", "prompt", "completions", "rewards", "tools")
@@ -61,14 +63,22 @@ class CompletionsRecord:
 ScorableRecord = CandidateRecord | CompletionsRecord
 
 
-def read_scorable(path: Path) -> list[ScorableRecord]:
+def read_scorable(path: Path, *, tell: Callable[[str], object] | None = None) -> list[ScorableRecord]:
     """Read the input of `score`, in one of two formats that the first record decides.
 
-    The input is a rollout's output directory, a file of its records, or a file with `prompt` and
-    `completions`. Rewards in it are dropped. Raises DataError, which names file and line, for a
-    malformed record.
+    The input is a rollout's output directory, a file of its records, or any data source whose layout
+    has several completions. Rewards in it are dropped. `tell` gets a line that says what it was taken
+    for. Raises DataError, which names file and line, for a malformed record.
     """
-    records = read_jsonl_records(path / CANDIDATES_FILE if path.is_dir() else path)
+    if not path.exists():
+        raise DataError(
+            str(path), "does not exist", expected="output of `rollout`, or a file", fix="correct candidates"
+        )
+    source = open_source(str(path))
+    reading = read_layouts(source, source.read(), "score")
+    if tell is not None:
+        tell(f"data: {reading.description}")
+    records = reading.records
     if "completions" in records[0].fields:
         return [_parse(record) for record in records]
     return [parse_candidate_record(record) for record in records]

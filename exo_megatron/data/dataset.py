@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
-from exo_megatron.config.losses import Compares, LossSpec, kinds_comparing
+from exo_megatron.config.losses import Compares, LossSpec
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.config.stages import PairRule, TieRule
 from exo_megatron.data.candidates import CandidateRecord, Columns, parse_candidate_record, prompt_context
 from exo_megatron.data.groups import Group
 from exo_megatron.data.loss_fields import check_token_logprobs, read_loss_fields
-from exo_megatron.data.pairs import check_different, choose_pair
-from exo_megatron.data.records import SourceRecord, finite_numbers, read_records
-from exo_megatron.data.stored_logprobs import WantedLogprobs, describe_temperatures, reference_logprobs
+from exo_megatron.data.pairs import check_different, check_number, choose_pair, has_several
+from exo_megatron.data.reading import describe_candidates, describe_group, read_source, shortened
+from exo_megatron.data.records import SourceRecord, finite_numbers, text
+from exo_megatron.data.stored_logprobs import WantedLogprobs, reference_logprobs
 from exo_megatron.data.text import Answer, Chat, Text, completion_text, completion_texts, prompt_text
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import ConfigError, DataError, TieError
@@ -43,15 +43,22 @@ class Prompt:
     columns: Columns = field(default_factory=dict)
 
 
-def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """Read the prompts of a data source from the field "prompt", and from "id" if there is one.
+def load_prompts(
+    config: DataConfig, tokenizer: Tokenizer, *, tell: Callable[[str], object] | None = None
+) -> list[Prompt]:
+    """Read the prompts of a data source of any layout, and their "id" if they have one.
 
-    The prompts of a candidates file keep their stored ids. Raises DataError for bad records and for
-    a prompt longer than max_prompt_tokens.
+    The prompts of a candidates file keep their stored ids. `tell` gets a line for each thing that the
+    user should know about the data. Raises DataError for bad records and for a prompt longer than
+    max_prompt_tokens.
     """
     encoder = _Encoder(tokenizer, config)
-    records = read_records(config.path, split=config.split, limit=config.limit)
-    return [_prompt(record, encoder) for record in records]
+    reading = read_source(config, "prompts")
+    prompts = [_prompt(record, encoder) for record in reading.records]
+    if tell is not None:
+        tell(f"data: {reading.description}")
+        tell(f"data: the first is {shortened(tokenizer.show(prompts[0].ids))}")
+    return prompts
 
 
 def load_groups(
@@ -72,8 +79,8 @@ def load_groups(
     Args:
         config: the data source and its limits.
         tokenizer: converts texts to token ids. The ids of a candidates file are used as they are.
-        purpose: "sft" reads K = 1 candidate from "chosen". "preference" reads K = 2, the chosen one
-            first, from "chosen" and "rejected" or from rewarded candidates as `pairs` says.
+        purpose: "sft" reads K = 1 candidate from "chosen". "preference" reads the chosen one
+            first and the rejected one, or several, or K = 2 of rewarded candidates as `pairs` says.
             "rewards" reads candidates with their rewards, from "completions" and "rewards" or from
             a scored candidates file.
         candidates: the number of first candidates that are read of every record; None for all.
@@ -103,24 +110,34 @@ def load_groups(
     build: Callable[[SourceRecord], Group] = {
         "sft": partial(_sft_group, encoder=encoder),
         "rewards": partial(_rewarded_group, encoder=encoder, choose=partial(_first_candidates, count=first)),
-        "preference": partial(_preference_group, encoder=encoder, count=first, rule=pairs),
+        "preference": partial(_preference_group, encoder=encoder, count=first, rule=pairs, most=candidates),
     }[purpose]
-    records = read_records(config.path, split=config.split, limit=config.limit)
+    reading = read_source(config, purpose)
+    records = reading.records
     kept = list(_without_ties(records, build)) if ties == "skip" else [(record, build(record)) for record in records]
     groups = [group for _, group in kept]
     if not groups:
-        raise DataError(
-            config.path,
-            f"has {len(records)} preference pairs, all of which are ties and left out (ties=skip)",
-            expected="at least one pair of different texts with different rewards",
-            fix="correct the rewards, or draw other candidates",
-        )
-    for line in _describe(records, len(groups), config.path, first, temperature):
-        if tell is not None:
+        raise _nothing_left(config.path, len(records))
+    if tell is not None:
+        example = describe_group(groups[0], tokenizer)
+        for line in (
+            reading.description,
+            example,
+            *describe_candidates(records, len(groups), config.path, first, temperature),
+        ):
             tell(f"data: {line}")
     if loss is not None and loss.token_logps:
         check_token_logprobs([record for record, _ in kept], groups)
     return groups
+
+
+def _nothing_left(path: str, count: int) -> DataError:
+    return DataError(
+        path,
+        f"has {count} preference pairs, all of which are ties and left out (ties=skip)",
+        expected="at least one pair of different texts with different rewards",
+        fix="correct the rewards, or draw other candidates",
+    )
 
 
 def _without_ties(
@@ -151,31 +168,6 @@ def _check_settings(purpose: Purpose, candidates: int | None, pairs: PairRule, t
         )
 
 
-def _describe(
-    records: Sequence[SourceRecord], kept: int, path: str, first: int | None, temperature: float | None
-) -> Iterator[str]:
-    """Describe what of the records, of which `kept` were taken, became no part of a group or is doubtful."""
-    stored = [record for record in records if "candidates" in record.fields]
-    if stored and temperature is not None:
-        line = describe_temperatures(stored, Path(path), temperature)
-        yield from () if line is None else (line,)
-    others = [record for record in records if "candidates" not in record.fields and "completions" in record.fields]
-    sizes = [len(record.fields["candidates"]) for record in stored]
-    sizes += [len(record.fields["completions"]) for record in others]
-    larger = [size for size in sizes if first is not None and size > first]
-    if larger:
-        least, most = min(larger), max(larger)
-        size = f"{most}" if least == most else f"{least} to {most}"
-        yield f"the first {first} of {size} candidates in {_share(len(larger), len(records))} records"
-    if kept < len(records):
-        left_out = _share(len(records) - kept, len(records))
-        yield f"{left_out} prompts left out: the two candidates of the pair have equal rewards or are the same text"
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count}" if count == total else f"{count} of {total}"
-
-
 class _Encoder:
     """A converter of texts to checked token ids, and of stored log-probs to wanted ones.
 
@@ -203,6 +195,19 @@ class _Encoder:
         with _located(record):
             ids = self.tokenizer.encode_completion(completion, prompt=prompt)
         return self.checked_completion(record, name, ids)
+
+    def whole_text(self, record: SourceRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the first token of the field "text", BOS where there is one, and what follows it.
+
+        A group needs a prompt, and nothing predicts the first token of a text.
+        """
+        words = text(record.where, record.fields, "text")
+        if not words.strip():
+            raise DataError(record.where, "'text' is empty", expected="text", fix="remove the record")
+        with _located(record):
+            ids = self.tokenizer.encode_prompt(words)
+        ended = ids if ids[-1] in self.tokenizer.stop_ids else [*ids, self.tokenizer.eos_id]
+        return self.checked_prompt(record, ended[:1]), self.checked_completion(record, "text", ended[1:])
 
     def stored_logprobs(
         self, record: SourceRecord, stored: CandidateRecord, numbers: Sequence[int]
@@ -263,7 +268,10 @@ def _prompt(record: SourceRecord, encoder: _Encoder) -> Prompt:
 
 
 def _sft_group(record: SourceRecord, encoder: _Encoder) -> Group:
-    prompt = _prompt_of(record)
+    if "text" in record.fields:
+        first, rest = encoder.whole_text(record)
+        return Group(record.id, first, (rest,))
+    prompt = prompt_text(record.where, record.fields)
     chosen = completion_text(record.where, record.fields, "chosen", prompt=prompt)
     return Group(record.id, encoder.prompt(record, prompt), (encoder.completion(record, "chosen", chosen, prompt),))
 
@@ -292,7 +300,9 @@ def _first_candidates(record: SourceRecord, rewards: Sequence[float], count: int
     return range(len(rewards) if count is None else count)
 
 
-def _preference_group(record: SourceRecord, encoder: _Encoder, count: int | None, rule: PairRule) -> Group:
+def _preference_group(
+    record: SourceRecord, encoder: _Encoder, count: int | None, rule: PairRule, most: int | None
+) -> Group:
     if "candidates" in record.fields or "completions" in record.fields:
 
         def choose(record: SourceRecord, rewards: Sequence[float]) -> tuple[int, int]:
@@ -301,26 +311,32 @@ def _preference_group(record: SourceRecord, encoder: _Encoder, count: int | None
 
         group = _rewarded_group(record, encoder, choose)
     else:
-        group = _chosen_and_rejected(record, encoder, rule)
+        group = _chosen_and_rejected(record, encoder, rule, most)
     check_different(record, group)
     return group
 
 
-def _chosen_and_rejected(record: SourceRecord, encoder: _Encoder, rule: PairRule) -> Group:
-    prompt = _prompt_of(record)
+def _chosen_and_rejected(record: SourceRecord, encoder: _Encoder, rule: PairRule, most: int | None) -> Group:
+    """Build the group of a chosen answer and one or several rejected ones, none of which is left out."""
+    where, fields = record.where, record.fields
+    prompt = prompt_text(where, fields)
     if rule != "two_draws":
         raise DataError(
-            record.where,
+            where,
             f"has 'chosen' and 'rejected', on which pairs={rule} has no effect",
             expected="rewarded candidates to choose a pair among",
             fix="remove pairs",
         )
-    chosen, rejected = (
-        encoder.completion(record, name, completion_text(record.where, record.fields, name, prompt=prompt), prompt)
-        for name in ("chosen", "rejected")
-    )
-    group = Group(record.id, encoder.prompt(record, prompt), (chosen, rejected))
-    return encoder.with_loss_fields(record, group, (0, 1), 2)
+    answers = {"chosen": completion_text(where, fields, "chosen", prompt=prompt)}
+    if has_several(fields["rejected"]):
+        rejected = completion_texts(where, fields, "rejected", prompt=prompt)
+        answers |= {f"rejected[{k}]": each for k, each in enumerate(rejected)}
+    else:
+        answers["rejected"] = completion_text(where, fields, "rejected", prompt=prompt)
+    check_number(where, len(answers), encoder.loss, most)
+    candidates = tuple(encoder.completion(record, name, answer, prompt) for name, answer in answers.items())
+    group = Group(record.id, encoder.prompt(record, prompt), candidates)
+    return encoder.with_loss_fields(record, group, range(len(candidates)), len(candidates))
 
 
 def _stored_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Group:
@@ -345,14 +361,7 @@ def _stored_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Gr
 
 def _completions_group(record: SourceRecord, encoder: _Encoder, choose: Choose) -> Group:
     where, fields = record.where, record.fields
-    if "chosen" in fields and "completions" not in fields:
-        raise DataError(
-            where,
-            "has 'chosen' but no 'completions' with 'rewards'",
-            expected="completions and rewards for a reward loss",
-            fix=f"use loss.kind {kinds_comparing('preference')} for preference pairs",
-        )
-    prompt = _prompt_of(record)
+    prompt = prompt_text(record.where, record.fields)
     completions = completion_texts(where, fields, "completions", prompt=prompt)
     rewards = finite_numbers(where, fields, "rewards")
     if len(rewards) != len(completions):
@@ -370,14 +379,3 @@ def _completions_group(record: SourceRecord, encoder: _Encoder, choose: Choose) 
         rewards=tuple(rewards[k] for k in numbers),
     )
     return encoder.with_loss_fields(record, group, numbers, len(completions))
-
-
-def _prompt_of(record: SourceRecord) -> Text:
-    if "prompt" not in record.fields and {"chosen", "rejected"} <= set(record.fields):
-        raise DataError(
-            record.where,
-            "has 'chosen' and 'rejected' but no 'prompt': they are probably whole dialogues",
-            expected="prompt, chosen and rejected apart",
-            fix="split both after their common beginning (HH-RLHF: after the last '\\n\\nAssistant:') and add 'prompt'",
-        )
-    return prompt_text(record.where, record.fields)

@@ -59,6 +59,11 @@ class HfCodec:
         text: str = self._backend(continuation).decode(list(ids), skip_special_tokens=True)
         return text
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens included."""
+        text: str = self._start.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def render(self, chat: Chat, *, generation_prompt: bool) -> str:
         """Render a conversation with the chat template.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from exo_megatron.config.losses import kinds_comparing
+from exo_megatron.config.losses import LOSSES, LossSpec, kinds_comparing
 from exo_megatron.config.stages import PairRule
 from exo_megatron.data.groups import Group
 from exo_megatron.data.records import SourceRecord
-from exo_megatron.errors import TieError
+from exo_megatron.errors import DataError, TieError
 
 LEAVE_OUT = "set ties=skip to leave such records out"
 
@@ -41,10 +41,44 @@ def choose_pair(record: SourceRecord, rewards: Sequence[float], rule: PairRule) 
     return chosen, rejected
 
 
-def check_different(record: SourceRecord, pair: Group) -> None:
-    """Raise TieError if the two candidates of a pair are the same text."""
-    chosen, rejected = pair.candidates
-    if chosen == rejected:
+def has_several(rejected: object) -> bool:
+    """Tell whether "rejected" is a list of answers, not one answer (a string, or messages)."""
+    return isinstance(rejected, list) and not all(isinstance(each, Mapping) for each in rejected)
+
+
+def check_number(where: str, count: int, loss: LossSpec | None, most: int | None) -> None:
+    """Check the number of answers of a preference, the chosen one included.
+
+    Args:
+        where: the place of the record, for messages.
+        count: their number.
+        loss: the loss that compares them, or None for any.
+        most: the setting `candidates`.
+
+    Raises:
+        DataError: there are more than the loss compares, or than `candidates` lets in.
+    """
+    if count > 2 and loss is not None and not loss.several_rejected:
+        raise DataError(
+            where,
+            f"has {count - 1} rejected answers, and the loss compares a pair",
+            expected="one rejected answer",
+            fix=f"use loss.kind {' or '.join(k for k, spec in LOSSES.items() if spec.several_rejected)}, which take "
+            "several, or write one record per pair",
+        )
+    if most is not None and count > most:
+        raise DataError(
+            where,
+            f"has {count} answers, and candidates is {most}",
+            expected=f"at most {most}: no rejected answer is left out without being told",
+            fix="remove the setting candidates",
+        )
+
+
+def check_different(record: SourceRecord, group: Group) -> None:
+    """Raise TieError if the chosen candidate and a rejected one are the same text."""
+    chosen, *rejected = group.candidates
+    if chosen in rejected:
         raise TieError(
             record.where,
             f"chosen and rejected of record {record.id!r} are the same text",

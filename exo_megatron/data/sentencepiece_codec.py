@@ -61,6 +61,11 @@ class SentencePieceCodec:
         text: str = (self._continuation if continuation else self._start).decode(list(ids))
         return text
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens included."""
+        pieces: list[str] = [self._start.id_to_piece(id) for id in ids]
+        return "".join(pieces).replace("▁", " ")
+
     def render(self, chat: Chat, *, generation_prompt: bool) -> NoReturn:
         """Raise DataError: a SentencePiece model has no chat template."""
         raise DataError(

@@ -62,6 +62,9 @@ class TextCodec(Protocol):
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Return the text of the ids without special tokens."""
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens included."""
+
     def render(self, chat: Chat, *, generation_prompt: bool) -> str:
         """Render a conversation with the chat template.
 

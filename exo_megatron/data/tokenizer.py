@@ -111,6 +111,10 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids if ended else ids[:-1]
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Return the text of ids for a reader, special tokens included."""
+        return self._codec.show(ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole sequence that begins with a prompt, without special tokens."""
         return self._codec.decode(ids, continuation=False)

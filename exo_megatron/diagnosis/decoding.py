@@ -45,6 +45,10 @@ class NoText:
         """Refuse to write text."""
         raise _NO_TEXT
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Refuse to write text."""
+        raise _NO_TEXT
+
     def render(self, chat: Chat, *, generation_prompt: bool) -> str:
         """Refuse messages."""
         raise _NO_TEXT

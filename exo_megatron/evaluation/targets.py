@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,8 @@ class Plan:
     prompts: tuple[Prompt, ...]
 
 
-def make_plan(config: EvaluateConfig) -> Plan:
-    """Find the checkpoints and read the prompts.
+def make_plan(config: EvaluateConfig, tell: Callable[[str], object]) -> Plan:
+    """Find the checkpoints and read the prompts; `tell` gets lines about the data.
 
     Raises ExoError for a missing checkpoint, a model that cannot be cut as `parallel` says or has
     another vocabulary than the reference, fewer than two prompts, and prompts that leave no room
@@ -57,7 +57,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     reference = Target(REFERENCE_NAME, read_step(source.path), source)
     found = [each for name, path in config.models.items() for each in find_checkpoints(name, path)]
     tokenizer = find_tokenizer(source, config.data)
-    prompts = tuple(load_prompts(config.data, tokenizer))
+    prompts = tuple(load_prompts(config.data, tokenizer, tell=tell))
     _check_number(prompts, config)
     check_stops(tokenizer, config.sampling)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)

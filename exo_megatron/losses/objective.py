@@ -152,11 +152,12 @@ def loss_spec(
     keys: Sequence[str] = FUNCTION_KEYS,
     log_weights: bool = False,
     token_logps: bool = False,
+    several_rejected: bool = False,
 ) -> Callable[[LossFunction], Loss]:
     """Return a decorator that gives a user's loss function its LossSpec.
 
     Args:
-        compares, log_weights, token_logps: as in LossSpec.
+        compares, log_weights, token_logps, several_rejected: as in LossSpec.
         keys: those of beta_pi, beta_r and label_smoothing that the loss uses; default: all.
 
     Raises ConfigError for a value that no loss can have.
@@ -166,7 +167,7 @@ def loss_spec(
     for key in keys:
         if key not in FUNCTION_KEYS:
             raise _spec_error("keys", key, FUNCTION_KEYS)
-    spec = LossSpec("", compares, tuple(dict.fromkeys((FUNCTION, *keys))), log_weights, token_logps)
+    spec = LossSpec("", compares, tuple(dict.fromkeys((FUNCTION, *keys))), log_weights, token_logps, several_rejected)
     return lambda function: Loss(spec, function)
 
 
@@ -232,8 +233,8 @@ def group_objective(
         logps, reference_logps: [C] fp64, log pi_theta(y_k|x) and log pi_sft(y_k|x), in nats, at
             config.temperature.
         rewards: [C] fp64; required by a loss that compares rewards, not read by the others.
-        group_sizes: K of each group, summing to C; 2 everywhere, the chosen candidate first, for
-            pairs.
+        group_sizes: K of each group, summing to C; for a preference at least 2, the chosen candidate
+            first, and exactly 2 unless the loss takes several rejected ones.
         config: the kind of loss and its constants.
         loss: result of `find_loss(config)`, if the caller already has it.
         places: result of `RaggedGroups.of(group_sizes)` on the device, if the caller already has it.
@@ -279,8 +280,10 @@ def _check_arguments(
     """Raise ValueError for arguments with which the loss would be another than the one asked for."""
     if spec.compares == "rewards" and rewards is None:
         raise ValueError(f"{config.kind} needs rewards")
-    if spec.compares == "preference" and set(group_sizes) != {2}:
+    if spec.compares == "preference" and not spec.several_rejected and set(group_sizes) != {2}:
         raise ValueError(f"{config.kind} compares pairs, but group_sizes are {list(group_sizes)}")
+    if spec.compares == "preference" and min(group_sizes) < 2:
+        raise ValueError(f"{config.kind} compares two at least, but group_sizes are {list(group_sizes)}")
     if spec.log_weights and log_weights is None:
         raise ValueError(f"{config.kind} needs log-weights")
     if bool(config.nll_weight) != (best_nll is not None):
@@ -331,8 +334,12 @@ class GroupQuantities:
         self.mask, self.log_ratio, self.logps = inputs.mask, inputs.log_ratio, logps
         self.log_p_theta, self.log_p_r = inputs.log_p_theta, inputs.log_p_r
         self.best = torch.where(self.mask, self.log_p_r, NO_CANDIDATE).argmax(dim=-1, keepdim=True)
-        self.worst = torch.where(self.mask, self.log_p_r, -NO_CANDIDATE).argmin(dim=-1, keepdim=True)
         implicit = inputs.config.beta_pi * self.log_ratio
+        worst = torch.where(self.mask, self.log_p_r, -NO_CANDIDATE)
+        if inputs.rewards is None:
+            # Rejected candidates are equal to p_r. Of several, the one that the policy likes most counts.
+            worst = torch.where(torch.arange(worst.shape[-1], device=worst.device) > 0, -implicit, -NO_CANDIDATE)
+        self.worst = worst.argmin(dim=-1, keepdim=True)
         self.chosen, self.rejected = implicit.gather(-1, self.best), implicit.gather(-1, self.worst)
 
     @cached_property

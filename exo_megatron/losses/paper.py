@@ -34,10 +34,12 @@ def reward_log_target(rewards: Tensor, beta_r: float) -> Tensor:
 def preference_log_target(like: Tensor, epsilon: float) -> Tensor:
     """Compute log p_r of a smoothed one-hot target (Eq. 18), a tensor like `like` [..., K].
 
-    The probability is 1 - epsilon on candidate 0 and epsilon / (K - 1) on the others; K >= 2.
+    The probability is 1 - epsilon on candidate 0 and epsilon / (K - 1) on the others, with the K >= 2
+    of each group; it is 0 where a candidate of `like` is missing.
     """
-    others = like.shape[-1] - 1
-    target = torch.full_like(like, math.log(epsilon / others))
+    present = like > NO_CANDIDATE
+    others = present.sum(dim=-1, keepdim=True).to(like.dtype) - 1
+    target = torch.where(present, math.log(epsilon) - others.log(), NO_CANDIDATE)
     target[..., 0] = math.log1p(-epsilon)
     return target
 
@@ -65,11 +67,13 @@ def dpo_loss(log_p_theta: Tensor, log_p_r: Tensor) -> Tensor:
 
 
 def dpo_pref_loss(log_ratio: Tensor, beta_pi: float) -> Tensor:
-    """Compute -log sigmoid(s_w - s_l), Eq. 7, with s = beta_pi * log_ratio.
+    """Compute -log softmax(s)_w with s = beta_pi * log_ratio: for a pair -log sigmoid(s_w - s_l), Eq. 7.
 
-    log_ratio [..., 2], the chosen candidate first. Returns [...].
+    log_ratio [..., K], the chosen candidate first; a missing candidate contributes 0. Returns [...].
     """
-    return -torch.nn.functional.logsigmoid(beta_pi * (log_ratio[..., 0] - log_ratio[..., 1]))
+    scores = beta_pi * log_ratio
+    # Not log_softmax, which loses the digits of a small loss. For a pair the log-sum-exp is s_l itself.
+    return -torch.nn.functional.logsigmoid(scores[..., 0] - scores[..., 1:].logsumexp(dim=-1))
 
 
 def ipo_pref_loss(log_ratio: Tensor, beta_pi: float) -> Tensor:

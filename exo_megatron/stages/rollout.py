@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from exo_megatron.config.stages import RolloutConfig
 from exo_megatron.data.candidates import CANDIDATES_FILE, ROLLOUT_FILE, write_candidates
 from exo_megatron.data.dataset import load_prompts
@@ -11,6 +13,7 @@ from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.draw import draw_candidates
 from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
 from exo_megatron.rollout.stops import check_stops
+from exo_megatron.stages.run import say
 from exo_megatron.utils.files import write_json
 
 
@@ -22,7 +25,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     """
     source = find_policy(config.model.checkpoint, config.parallel)
     tokenizer = find_tokenizer(source, config.data)
-    prompts = load_prompts(config.data, tokenizer)
+    prompts = load_prompts(config.data, tokenizer, tell=partial(say, runtime))
     check_stops(tokenizer, config.sampling)
     check_lengths(prompts, config.sampling, source.spec)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)

@@ -27,7 +27,7 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
     Collective over the world. Raises DataError for malformed candidates before the reward source is
     loaded, and RewardError.
     """
-    records = read_scorable(config.candidates)
+    records = read_scorable(config.candidates, tell=partial(say, runtime))
     source = build_reward(config.reward, runtime.device, partial(say, runtime))
     scored = score_records(records, source, runtime, batch_size=config.reward.batch_size, label="score")
     if scored is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from exo_megatron.config.stages import SftConfig
 from exo_megatron.data.dataset import load_groups
 from exo_megatron.data.groups import data_digest
@@ -9,6 +11,7 @@ from exo_megatron.data.packing import check_groups
 from exo_megatron.execution.policy import find_policy, find_tokenizer, load_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
+from exo_megatron.stages.run import say
 from exo_megatron.training.objectives import SftObjective
 from exo_megatron.training.optimizer import make_trainee
 from exo_megatron.training.trainer import Trainer, run_identity
@@ -21,7 +24,8 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     world.
     """
     source = find_policy(config.model.checkpoint, config.parallel)
-    groups = load_groups(config.data, find_tokenizer(source, config.data), purpose="sft")
+    tokenizer = find_tokenizer(source, config.data)
+    groups = load_groups(config.data, tokenizer, purpose="sft", tell=partial(say, runtime))
     check_groups(groups, source.spec, config.compute, config.parallel)
     identity = run_identity(
         data_digest(groups),

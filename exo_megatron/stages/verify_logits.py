@@ -8,7 +8,8 @@ from pathlib import Path
 from exo_megatron.checkpoint.directory import tokenizer_path
 from exo_megatron.config.stages import VerifyConfig
 from exo_megatron.conversion.verifying import Comparison, Direction
-from exo_megatron.data.records import SourceRecord, read_jsonl_records
+from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.sources import read_jsonl_records
 from exo_megatron.data.text import completion_texts, prompt_text
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import DataError

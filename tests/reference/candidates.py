@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from exo_megatron.data.candidates import CANDIDATES_FILE, CandidateRecord, parse_candidate_record
-from exo_megatron.data.records import read_jsonl_records
+from exo_megatron.data.sources import read_jsonl_records
 
 
 def read_candidates(path: Path) -> list[CandidateRecord]:

@@ -346,6 +346,11 @@ def test_all_missing_keys_are_named() -> None:
     )
 
 
+def test_only_sft_trains_on_conversations(file: Path) -> None:
+    text = error_of("align", file, "data.train_on=all")
+    assert text.startswith("command line: data.train_on: got 'all', which has no effect: only sft trains on")
+
+
 def test_a_function_beside_another_kind_of_loss(file: Path) -> None:
     text = error_of("align", file, "loss.kind=exo_rw", "loss.function=my:loss")
     assert text.startswith("command line: loss.function: got 'my:loss', which has no effect: loss.kind is exo_rw;")

@@ -227,7 +227,7 @@ def test_records_with_tools(directories: dict[str, Path], tmp_path: Path) -> Non
     assert without.prompt == tuple(tokenizer.encode_prompt(Chat(WEATHER)))
     for wrong, message in (
         ({"tools": "x"}, "'tools' is 'x'; expected a list of objects"),
-        ({"tools": [TOOL], "prompt": "x"}, "has 'tools', but 'prompt' is a string"),
+        ({"tools": [TOOL], "prompt": "x", "chosen": "y", "rejected": "z"}, "has 'tools', but 'prompt' is a string"),
         ({"prompt": [said("user", None)]}, r"'prompt\[0\]' is {'role': 'user', 'content': None}"),
         ({"tools": [{"name": "\ud800"}]}, "'tools' has an unpaired surrogate"),
     ):

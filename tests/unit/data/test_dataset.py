@@ -146,11 +146,14 @@ class TestSft:
             ({"prompt": "x", "chosen": ""}, "'chosen' is an empty completion"),
             ({"prompt": "x", "chosen": " \n"}, "'chosen' is an empty completion"),
             ({"prompt": "x", "chosen": 1}, "'chosen' is 1"),
-            ({"prompt": "x", "chosen": [assistant("y")]}, "'prompt' is a string, 'chosen' is a list of messages"),
+            (
+                {"prompt": "x", "chosen": [user("y"), assistant("z")]},
+                "a string that is no message of the user",
+            ),
             ({"prompt": [user("x")], "chosen": "y"}, "'prompt' is a list of messages, 'chosen' is a string"),
             ({"prompt": [user("x")], "chosen": [assistant(" ")]}, "'chosen' is an empty completion"),
             ({"prompt": [user("x")], "chosen": [user("y")]}, "the first and the last are the assistant's"),
-            ({"prompt": [user("x")], "chosen": [user("x"), assistant("y")]}, "messages of user, assistant"),
+            ({"prompt": [user("x")], "chosen": [user("w"), assistant("y")]}, "messages of user, assistant"),
             ({"chosen": "y"}, "no field 'prompt'"),
         ],
     )
@@ -188,9 +191,9 @@ class TestPreference:
 
     @pytest.mark.parametrize("purpose", ["sft", "preference"])
     def test_whole_dialogues_are_not_guessed_apart(self, file: Path, spm: Tokenizer, purpose: Purpose) -> None:
-        row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+        row = {"chosen": "User: a Bot: b", "rejected": "User: a Bot: c"}
         message = refused(file, spm, purpose, row)
-        assert "whole dialogues" in message and "split both" in message and "Assistant:" in message
+        assert "whole dialogues" in message and "split them" in message and "Assistant:" in message
 
 
 class TestRewards:
@@ -208,7 +211,10 @@ class TestRewards:
             ({"rewards": [1, math.nan, 2]}, "'rewards[1]' is nan; expected a finite number"),
             ({"rewards": [1, math.inf, 2]}, "'rewards[1]' is inf"),
             ({"rewards": [1, "2", 3]}, "'rewards[1]' is '2'"),
-            ({"rewards": None}, "no field 'rewards'"),
+            (
+                {"rewards": None},
+                "is completions (prompt, completions), which align with loss.kind exo_rw",
+            ),
             ({"completions": [GOOD], "rewards": [1]}, "has 1 candidate; expected at least 2"),
             ({"completions": []}, "'completions' is empty"),
             ({"completions": "abc"}, "expected a list of completions"),

@@ -78,7 +78,9 @@ class Data:
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.lines.clear()
         config = DataConfig(path=str(self.path), **(limits or {}))
-        return load_groups(config, self.tokenizer, purpose=purpose, tell=self.lines.append, **settings)
+        groups = load_groups(config, self.tokenizer, purpose=purpose, tell=self.lines.append, **settings)
+        del self.lines[:2]  # what the file was taken for, and an example
+        return groups
 
     def candidates(self, purpose: Any, *rows: Row, **settings: Any) -> list[list[int]]:
         """The numbers of the candidates in each group of records that `drawn` made."""
@@ -349,4 +351,4 @@ class TestTemperature:
         lines: list[str] = []
         config = DataConfig(path=str(data.path.parent))
         load_groups(config, data.tokenizer, purpose="rewards", temperature=0.8, tell=lines.append)
-        assert len(lines) == 1
+        assert len(lines) == 3

@@ -239,6 +239,47 @@ def test_extreme_log_ratios_stay_finite(kind: str) -> None:
     assert values.isfinite().all() and logps.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["exo_pref", "dpo_pref"])
+def test_several_rejected_by_hand(kind: str) -> None:
+    """epsilon / (K - 1) on each rejected one, with the K of its own group; -log softmax of the chosen one."""
+    ratios, epsilon, beta = [[0.3, -0.4], [1.1, -0.2, 0.8, 0.5], [0.1, 0.9, -0.7]], 0.2, 0.5
+    expected = []
+    for group in ratios:
+        weights = [math.exp(beta * s) for s in group]
+        p = [weight / sum(weights) for weight in weights]
+        target = [1 - epsilon] + [epsilon / (len(group) - 1)] * (len(group) - 1)
+        exo = sum(a * math.log(a / b) for a, b in zip(p, target, strict=True))
+        expected.append(exo if kind == "exo_pref" else -math.log(p[0]))
+    s = f64([x for group in ratios for x in group]).requires_grad_()
+    found = group_objective(
+        s, torch.zeros_like(s), None, [2, 4, 3], config(kind, beta_pi=beta, label_smoothing=epsilon)
+    )
+    torch.testing.assert_close(found.losses, f64(expected))
+    (gradient,) = torch.autograd.grad(found.losses.sum(), s)
+    assert gradient.isfinite().all() and (gradient != 0).all()
+    assert all(value.isfinite() for value in found.statistics.values())
+    # The implicit reward of the best rejected one counts: 2 of the 3 chosen ones are above it.
+    assert found.statistics["rewards/accuracies"] == 2
+    torch.testing.assert_close(found.statistics["rewards/rejected"], f64([beta * (-0.4 + 0.8 + 0.9)])[0])
+
+
+@pytest.mark.parametrize("kind", ["exo_pref", "dpo_pref"])
+def test_a_pair_among_larger_groups_is_the_pair(kind: str) -> None:
+    """Bit by bit, with its gradient; for dpo_pref it is -log sigmoid."""
+    s = f64([0.3, -0.4, 1.1, -0.2, 0.8, 40.0, -41.0]).requires_grad_()
+    zeros = torch.zeros_like(s)
+    mixed = group_objective(s, zeros, None, [2, 3, 2], config(kind)).losses
+    for place, numbers in ((0, [0, 1]), (2, [5, 6])):
+        alone = group_objective(s[numbers], zeros[numbers], None, [2], config(kind)).losses
+        assert torch.equal(mixed[place : place + 1], alone)
+        if kind == "dpo_pref":
+            chosen, rejected = s[numbers]
+            margin = LossConfig().beta_pi * chosen - LossConfig().beta_pi * rejected
+            assert torch.equal(alone[0], -torch.nn.functional.logsigmoid(margin))
+        gradients = [torch.autograd.grad(loss, s, retain_graph=True)[0] for loss in (mixed[place], alone[0])]
+        assert torch.equal(*gradients)
+
+
 def test_callers_tensors_are_not_modified() -> None:
     for kind in KINDS:
         logps, reference, rewards = random_groups([2, 2])

@@ -200,9 +200,11 @@ def test_arguments_of_another_loss_are_refused() -> None:
     nll = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="needs rewards"):
         group_objective(five, five, None, [2, 3], LossConfig(kind="exo_rw"))
-    for kind in ("exo_pref", "dpo_pref", "ipo_pref"):
-        with pytest.raises(ValueError, match=r"compares pairs, but group_sizes are \[2, 3\]"):
-            group_objective(five, five, five, [2, 3], LossConfig.model_validate({"kind": kind}))
+    with pytest.raises(ValueError, match=r"compares pairs, but group_sizes are \[2, 3\]"):
+        group_objective(five, five, five, [2, 3], LossConfig(kind="ipo_pref"))
+    for kind in ("exo_pref", "dpo_pref"):
+        with pytest.raises(ValueError, match=r"compares two at least, but group_sizes are \[4, 1\]"):
+            group_objective(five, five, five, [4, 1], LossConfig.model_validate({"kind": kind}))
     for sizes in ([2, 2], [3, 3]):
         with pytest.raises(ValueError, match=rf"sum to {sum(sizes)} for 5 candidates"):
             group_objective(five, five, five, sizes, LossConfig(kind="exo_rw"))

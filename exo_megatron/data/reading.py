@@ -1,0 +1,327 @@
+"""Reading of a data source as records in our own fields, and descriptions of what was read."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from exo_megatron.config.sections import DataConfig
+from exo_megatron.data.groups import Group
+from exo_megatron.data.record_layouts import KNOWN, LAYOUTS, STAGES, STORED, RecordLayout, Use
+from exo_megatron.data.records import Fields, SourceRecord, require, wrong_type
+from exo_megatron.data.sources import Source, open_source
+from exo_megatron.data.stored_logprobs import describe_temperatures
+from exo_megatron.data.tokenizer import Tokenizer
+from exo_megatron.errors import ConfigError, DataError
+
+FIELDS = frozenset({"prompt", "chosen", "rejected", "completions", "rewards", "messages", "text"})
+"""Our own fields. A record has some of them, and all columns that its layout does not take."""
+
+FURTHER = ("tools", "log_weights", "reference_token_logprobs", "behaviour_token_logprobs")
+"""Columns that belong to no layout in particular, by our names for them."""
+
+USUAL: Mapping[Use, tuple[str, ...]] = {
+    "prompts": ("prompt",),
+    "sft": ("prompt", "chosen"),
+    "score": ("prompt", "completions"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "rewards": ("prompt", "completions", "rewards"),
+}
+"""Columns of the layout that messages propose."""
+
+TrainOn = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Records in our own fields, and a line that says what they were taken for."""
+
+    records: list[SourceRecord]
+    description: str
+
+
+def read_source(config: DataConfig, use: Use) -> Reading:
+    """Read the records of a data source in our own fields, for one use.
+
+    Raises:
+        DataError: bad records; columns of no layout for this use, or of several that differ.
+        ConfigError: `data.columns` names unknown or missing columns, and what `open_source` raises.
+    """
+    source = open_source(config.path, split=config.split, revision=config.revision, subset=config.subset)
+    return read_layouts(
+        source,
+        source.read(config.limit),
+        use,
+        columns=config.columns,
+        chat=config.transcript == "messages",
+        train_on=config.train_on,
+    )
+
+
+def read_layouts(
+    source: Source,
+    records: Sequence[SourceRecord],
+    use: Use,
+    *,
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
+    train_on: TrainOn = "last",
+) -> Reading:
+    """Convert the records of a source; see `read_source` and the keys of `data`.
+
+    `columns` maps our names to those of the records; `chat` makes messages of strings.
+    """
+    present = set().union(*(record.fields for record in records))
+    if columns:
+        _check_columns(source.name, columns, present)
+    found: list[SourceRecord] = []
+    counts: Counter[tuple[str, frozenset[str]]] = Counter()
+    for record in records:
+        visible = _visible(record.fields, columns)
+        layout, converted = _convert(record, visible, use, chat, train_on)
+        used = frozenset(layout.known & visible.keys())
+        counts[layout.name, used] += 1
+        others = {name: value for name, value in record.fields.items() if name not in FIELDS | used}
+        rest = {} if layout is STORED else {**others, **_further(visible)}
+        for number, fields in enumerate(converted):
+            name = record.id if len(converted) == 1 else f"{record.id}#{number + 1}"
+            found.append(SourceRecord(record.where, name, {**rest, **fields}))
+    return Reading(found, _describe(source, len(records), len(found), counts, columns, present))
+
+
+def _check_columns(source: str, columns: Mapping[str, str], present: Iterable[str]) -> None:
+    for ours, theirs in columns.items():
+        if ours not in KNOWN and ours not in FURTHER:
+            raise ConfigError(
+                f"data.columns.{ours}",
+                "is no column that a layout has",
+                expected=f"one of {', '.join(sorted((*KNOWN, *FURTHER)))}",
+                fix="correct the name; our names are the keys, those of the data the values",
+            )
+        if theirs not in present:
+            raise ConfigError(
+                f"data.columns.{ours}",
+                f"got {theirs!r}, which is no column of {source}",
+                expected=f"one of its columns: {', '.join(sorted(present))}",
+                fix="correct the name",
+            )
+
+
+def _visible(fields: Fields, columns: Mapping[str, str] | None) -> Fields:
+    """Return the columns to recognise a layout by: those that are named, or all, under our names."""
+    if not columns:
+        return fields
+    return {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+
+
+def _further(visible: Fields) -> Fields:
+    return {name: visible[name] for name in FURTHER if name in visible}
+
+
+def _convert(
+    record: SourceRecord, fields: Fields, use: Use, chat: bool, train_on: TrainOn
+) -> tuple[RecordLayout, list[dict[str, Any]]]:
+    """Convert a record with the layout that its columns fit.
+
+    Where they fit several, all readings have to be the same.
+    """
+    _refuse(record.where, fields, use)
+    layouts = _fitting(frozenset(fields) & KNOWN, use)
+    if not layouts:
+        raise _no_layout(record.where, fields, use)
+    readings: list[list[dict[str, Any]]] = []
+    errors: list[DataError] = []
+    for layout in layouts:
+        try:
+            converted = layout.convert(record.where, fields, chat)
+            readings.append(_for_use(record.where, layout, converted, use, train_on))
+        except DataError as error:
+            errors.append(error)
+    if not readings:
+        raise errors[0]
+    if errors or any(each != readings[0] for each in readings[1:]):
+        raise DataError(
+            record.where,
+            f"can be read as {' or as '.join(_named(layout) for layout in layouts)}, which differ",
+            expected="columns with one meaning",
+            fix="name the columns to read with data.columns",
+        )
+    return layouts[0], readings[0]
+
+
+@lru_cache(maxsize=1024)
+def _fitting(columns: frozenset[str], use: Use) -> tuple[RecordLayout, ...]:
+    """List the layouts of the columns, without those that are a part of another one."""
+    if set(STORED.columns) <= columns:
+        return (STORED,) if use in STORED.uses else ()
+    fitting = [layout for layout in LAYOUTS if use in layout.uses and set(layout.columns) <= columns]
+    return tuple(
+        layout
+        for layout in fitting
+        if not any(set(layout.columns) < other.known and other is not layout for other in fitting)
+    )
+
+
+def _named(layout: RecordLayout) -> str:
+    return f"{layout.name} ({', '.join(layout.columns)})"
+
+
+def _refuse(where: str, fields: Fields, use: Use) -> None:
+    """Raise DataError for data that no stage can use, though their columns look like others."""
+    problem = None
+    if "completion" in fields and _is_verdict(fields.get("label")):
+        problem = "is unpaired preference data (KTO): 'label' says whether its one completion is wanted"
+    elif "completions" in fields and "labels" in fields and "rewards" not in fields:
+        problem = "is stepwise supervision: 'labels' judge the steps of one answer, which stand in 'completions'"
+    elif {"message_id", "role", "text"} <= fields.keys():
+        problem = "is one message of a tree (OpenAssistant), not a conversation"
+    if problem is not None and use != "prompts":
+        raise DataError(
+            where,
+            problem,
+            expected="pairs (chosen, rejected), or completions of one prompt with their rewards",
+            fix="put wanted and unwanted answers of a prompt into one record; data.md lists the layouts",
+        )
+
+
+def _is_verdict(label: object) -> bool:
+    return isinstance(label, bool) or label in (0, 1, "0", "1", "true", "false", "True", "False")
+
+
+def _no_layout(where: str, fields: Fields, use: Use) -> DataError:
+    """Make the error for columns that have no meaning for this use."""
+    missing = [name for name in USUAL[use] if name not in fields]
+    misspelt = any(difflib.get_close_matches(name, fields.keys() - KNOWN, n=1, cutoff=0.5) for name in missing)
+    others = [layout for layout in (STORED, *LAYOUTS) if set(layout.columns) <= fields.keys()]
+    largest = max(others, key=lambda layout: len(layout.columns), default=None)
+    if largest is None or misspelt:
+        try:
+            require(where, fields, missing[0])
+        except DataError as error:
+            return DataError(where, error.problem, expected=error.expected, fix=f"{error.fix}, or set data.columns")
+    stages = [STAGES[other] for other in STAGES if largest is not None and other in largest.uses]
+    present = ", ".join(sorted(fields))
+    return DataError(
+        where,
+        f"is {_named(largest) if largest else 'nothing known'}, which {STAGES[use]} cannot use",
+        expected=f"for example {', '.join(USUAL[use])}",
+        fix=f"use it with {', '.join(stages)}, or name other columns with data.columns (there are {present})",
+    )
+
+
+def _for_use(
+    where: str, layout: RecordLayout, converted: dict[str, Any], use: Use, train_on: TrainOn
+) -> list[dict[str, Any]]:
+    """Keep what a use reads of a record: several where each turn of a conversation is trained on."""
+    if layout is STORED:
+        return [converted]
+    messages = converted.get("messages")
+    if messages is not None and use == "prompts":
+        prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        return [{"prompt": [_unweighted(where, message)[0] for message in prompt]}]
+    if messages is not None:
+        return _turns(where, messages, train_on)
+    if train_on == "all":
+        raise ConfigError(
+            "data.train_on",
+            f"got 'all', but {where} is {_named(layout)}, which has one answer",
+            expected="whole conversations (messages, conversations)",
+            fix="remove data.train_on",
+        )
+    kept = {"prompts": ("prompt",), "sft": ("prompt", "chosen", "text")}.get(use, tuple(FIELDS))
+    return [{name: value for name, value in converted.items() if name in kept}]
+
+
+def _turns(where: str, messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> list[dict[str, Any]]:
+    """Make a record of the last message of the assistant, or of each, with those before it as the prompt."""
+    plain, trained = zip(*(_unweighted(where, message) for message in messages), strict=True)
+    answers = [k for k, message in enumerate(plain) if message.get("role") == "assistant" and trained[k]]
+    if not answers or answers[0] == 0 or plain[-1].get("role") != "assistant":
+        roles = ", ".join(str(message.get("role")) for message in plain)
+        raise DataError(
+            where,
+            f"is a conversation of {roles}" + (" without an answer to train on" if not answers else ""),
+            expected="a conversation that begins with another's message than the assistant's and ends with the "
+            "assistant's",
+            fix="remove the messages after the last answer or before the first question",
+        )
+    if train_on == "last":
+        if answers[-1] != len(plain) - 1:
+            raise wrong_type(where, "weight", 0, "another weight for the last answer, or data.train_on=all")
+        answers = answers[-1:]
+    return [{"prompt": list(plain[:k]), "chosen": [plain[k]]} for k in answers]
+
+
+def _unweighted(where: str, message: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Return a message without OpenAI's "weight", and whether that lets it be trained on."""
+    if "weight" not in message:
+        return message, True
+    weight = message["weight"]
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise wrong_type(where, "weight", weight, "0 or 1")
+    return {name: value for name, value in message.items() if name != "weight"}, weight == 1
+
+
+def _describe(
+    source: Source,
+    read: int,
+    made: int,
+    counts: Counter[tuple[str, frozenset[str]]],
+    columns: Mapping[str, str] | None,
+    present: Iterable[str],
+) -> str:
+    """Describe what the records were taken for: format, layouts, columns used and ignored."""
+    names = columns or {}
+    theirs = {name: names.get(name, name) for _, used in counts for name in used}
+    shown = {name: name if name == column else f"{name}={column}" for name, column in theirs.items()}
+    taken = ", ".join(
+        f"{count} as {layout} ({', '.join(shown[name] for name in sorted(used))})"
+        for (layout, used), count in counts.items()
+    )
+    others = sorted(set(present) - set(theirs.values()) - {"id"})
+    more = f" (make {made})" if made != read else ""
+    left = f"; other columns: {', '.join(others)}" if others else ""
+    return f"{source.name}: {source.format}, {read} record{'s' * (read != 1)}{more}: {taken}{left}"
+
+
+def describe_candidates(
+    records: Sequence[SourceRecord], kept: int, path: str, first: int | None, temperature: float | None
+) -> Iterator[str]:
+    """Describe what of the records, of which `kept` were taken, became no part of a group or is doubtful."""
+    stored = [record for record in records if "candidates" in record.fields]
+    if stored and temperature is not None:
+        line = describe_temperatures(stored, Path(path), temperature)
+        yield from () if line is None else (line,)
+    others = [record for record in records if "candidates" not in record.fields and "completions" in record.fields]
+    sizes = [len(record.fields["candidates"]) for record in stored]
+    sizes += [len(record.fields["completions"]) for record in others]
+    larger = [size for size in sizes if first is not None and size > first]
+    if larger:
+        least, most = min(larger), max(larger)
+        size = f"{most}" if least == most else f"{least} to {most}"
+        yield f"the first {first} of {size} candidates in {_share(len(larger), len(records))} records"
+    if kept < len(records):
+        left_out = _share(len(records) - kept, len(records))
+        yield f"{left_out} prompts left out: the two candidates of the pair have equal rewards or are the same text"
+
+
+def describe_group(group: Group, tokenizer: Tokenizer) -> str:
+    """Write a group as the model sees it, special tokens included."""
+    answers = [shortened(tokenizer.show(candidate)) for candidate in group.candidates[:2]]
+    more = f" and {len(group.candidates) - 2} more" if len(group.candidates) > 2 else ""
+    return f"the first is {shortened(tokenizer.show(group.prompt))} with {' and '.join(answers)}{more}"
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """Write a text in quotes, without its middle if it is long."""
+    shown = repr(text)
+    return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count}" if count == total else f"{count} of {total}"

@@ -1,0 +1,182 @@
+"""Rows of text files: JSON lines, JSON arrays and separated values, compressed or not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from exo_megatron.errors import DataError, reason
+from exo_megatron.utils.files import BYTE_ORDER_MARK, parse_json_object, read_lines
+
+RawRecord = tuple[str, str, Mapping[str, Any]]
+"""Where a record stands, a name for it that does not change between runs, and its fields."""
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Compressions of text files by the end of the name."""
+
+WRAPPERS = ("data", "train", "rows", "records", "examples", "instances")
+"""Keys under which JSON files with one object hold their records."""
+
+
+def read_json_text(path: Path) -> Iterator[RawRecord]:
+    """Read JSON lines, or the objects of one JSON array. Raises DataError for a malformed file."""
+    lines = _lines(path)
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
+        yield from _read_array(path)
+        return
+    second = next(lines, None)
+    _refuse_one_object(path, first[1], alone=second is None)
+    for number, line in chain([first], [] if second is None else [second], lines):
+        yield f"{path}:{number}", f"line-{number}", parse_json_object(line, f"{path}:{number}")
+
+
+def _read_array(path: Path) -> Iterator[RawRecord]:
+    try:
+        values = json.loads("\n".join(line for _, line in _lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            str(path),
+            f"begins with '[', but is not a JSON array ({error})",
+            expected="one JSON array of objects, or one JSON object per line",
+            fix="restore or remake the file",
+        ) from None
+    for number, value in enumerate(values, start=1):
+        where = f"{path} item {number}"
+        if not isinstance(value, dict):
+            raise DataError(
+                where, f"is a JSON {type(value).__name__}", expected="an array of objects", fix="correct or remove it"
+            )
+        yield where, f"item-{number}", value
+
+
+def _refuse_one_object(path: Path, first: str, *, alone: bool) -> None:
+    """Raise DataError for a file that is one object around its records, or one over several lines."""
+    try:
+        whole, over_lines = json.loads(first), False
+    except (ValueError, RecursionError):
+        if alone:
+            return
+        try:
+            whole, over_lines = json.loads("\n".join(line for _, line in _lines(path))), True
+        except (ValueError, RecursionError):
+            return
+    if not isinstance(whole, dict) or not (alone or over_lines):
+        return
+    key = next((key for key in WRAPPERS if isinstance(whole.get(key), list | dict)), None)
+    if key is not None or over_lines:
+        raise DataError(
+            str(path),
+            "is one JSON object" + (f", which holds its records under {key!r}" if key else " over several lines"),
+            expected="a JSON array of objects, or one JSON object per line",
+            fix=f"write the value of {key!r} alone into the file" if key else "write each record on one line",
+        )
+
+
+def read_separated(path: Path) -> Iterator[RawRecord]:
+    """Read comma- or tab-separated values, whose first line has the names of the columns.
+
+    All values are strings, as they stand there. Raises DataError for a malformed file.
+    """
+    csv.field_size_limit(2**31 - 1)  # of a cell, in all readers; texts may be longer than the 131,072 by default
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    number = 0
+    try:
+        with _decompressed(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                twice = sorted({name for name in header if header.count(name) > 1})
+                raise DataError(
+                    f"{path}:1", f"names {twice[0]!r} twice", expected="different names of columns", fix="rename one"
+                )
+            number = reader.line_num
+            for row in reader:
+                start, number = number + 1, reader.line_num
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{path}:{start}",
+                        f"has {len(row)} values for {len(header)} columns",
+                        expected="a value for each column of the first line, with quotes where it has a delimiter",
+                        fix="correct the line",
+                    )
+                yield f"{path}:{start}", f"line-{start}", dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{number + 1}",
+            f"cannot be read as values between {delimiter!r} ({error})",
+            expected="a CSV or TSV file, with quotes in pairs",
+            fix="correct the file",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            str(path),
+            f"is not UTF-8 after line {number} ({error.reason})",
+            expected="UTF-8 text",
+            fix="convert the file",
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read the non-empty lines of a text file, as `read_lines` does, of a compressed file, too."""
+    if path.suffix not in COMPRESSIONS:
+        yield from read_lines(path)
+        return
+    with _decompressed(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _utf8(line, f"{path}:{number}").rstrip("\r\n")
+
+
+def _utf8(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            where, f"byte {error.start + 1} of the line is not UTF-8", expected="UTF-8 text", fix="convert the file"
+        ) from None
+
+
+@contextmanager
+def _decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to read what it holds.
+
+    Raises DataError if it is not there, or what is read of it in the block is damaged.
+    """
+    compression = COMPRESSIONS.get(path.suffix)
+    try:
+        if compression == "gzip":
+            with gzip.open(path, "rb") as unpacked:
+                yield io.BufferedReader(unpacked)
+        elif compression == "zstd":
+            import pyarrow  # which `datasets` needs; it has a decompressor that notices a missing end
+
+            with pyarrow.input_stream(str(path), compression="zstd") as stream, io.BufferedReader(stream) as file:
+                yield file
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (OSError, EOFError, zlib.error) as error:
+        what = "cannot be read" if compression is None else "cannot be decompressed"
+        raise DataError(
+            str(path),
+            f"{what} ({reason(error)})",
+            expected=f"a complete {compression} file" if compression else "a readable file",
+            fix="restore the file",
+        ) from None
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[RawRecord]]] = {"json": read_json_text, "csv": read_separated}
+"""Readers by the kind of file."""
