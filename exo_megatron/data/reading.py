@@ -86,7 +86,9 @@ def read_layouts(
         layout, converted = _convert(record, visible, use, chat, train_on)
         used = frozenset(layout.known & visible.keys())
         counts[layout.name, used] += 1
-        others = {name: value for name, value in record.fields.items() if name not in FIELDS | used}
+        # A prompt's other columns go to the reward source, whatever their names.
+        taken = used if use == "prompts" else FIELDS | used
+        others = {name: value for name, value in record.fields.items() if name not in taken}
         rest = {} if layout is STORED else {**others, **_further(visible)}
         for number, fields in enumerate(converted):
             name = record.id if len(converted) == 1 else f"{record.id}#{number + 1}"
