@@ -35,7 +35,8 @@ install_slurm() {
 run_pytest() { timeout --kill-after=20 "$1" python -m pytest -q --durations=5 "${@:2}"; }
 
 # As many test files at a time as there are cores, at most four: some tests start four processes, with a model in each.
-readonly SIDE_BY_SIDE="--numprocesses=logical --maxprocesses=4 --dist=loadfile"
+# Files come in the order of tests/conftest.py, not by their number of tests.
+readonly SIDE_BY_SIDE="--numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder"
 
 command_of() {
     case $1 in
