@@ -35,6 +35,11 @@ class NumberTokenizer:
     """Decodes ids to their numbers; with the id that ends a candidate, all that generation asks of a tokenizer."""
 
     eos_id: int
+    absent_ids: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.eos_id})
 
     def decode_completion(self, ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in ids)

@@ -24,6 +24,11 @@ class EosTokenizer:
     """The id that ends a candidate; all that the rollout engine asks of a tokenizer."""
 
     eos_id: int
+    absent_ids: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.eos_id})
 
 
 def tiny_config(*, tied: bool = False, rope_scaling: dict[str, Any] | None = None, **changes: Any) -> LlamaConfig:
