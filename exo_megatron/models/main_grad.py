@@ -41,6 +41,9 @@ def add_gradients_in_place(model: torch.nn.Module) -> None:
             module.gradient_accumulation_fusion = True
         elif "fuse_wgrad_accumulation" in vars(module):  # Transformer Engine's, which read it in every pass
             vars(module)["fuse_wgrad_accumulation"] = True
+            # megatron-core then tells it nothing of first micro-batches, whose gradient it would write
+            # over the sum: the schedule runs several times in a step with groups in parts.
+            vars(module)["disable_parameter_transpose_cache"] = True
     for parameter in model.parameters():
         # megatron-core would add `grad` all the same where a weight is embedding and output layer,
         # because one of the two would not have been added. Here both are.

@@ -223,10 +223,10 @@ def _require(condition: bool, message: str) -> None:
 @contextmanager
 def engine_in_fp32() -> Iterator[None]:
     """Take Transformer Engine's linears in fp32, too, so that they can be compared to 1e-5."""
-    policy = importlib.import_module("exo_megatron.models.policy")
-    original = policy.linear_backend
-    vars(policy)["linear_backend"] = lambda dtype: original(torch.bfloat16)
+    layers = importlib.import_module("exo_megatron.models.layers")
+    original = layers.backend
+    vars(layers)["backend"] = lambda spec, dtype: original(spec, torch.bfloat16)
     try:
         yield
     finally:
-        vars(policy)["linear_backend"] = original
+        vars(layers)["backend"] = original
