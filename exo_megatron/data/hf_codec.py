@@ -10,9 +10,9 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as BackendTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from exo_megatron.data.text import Chat, Message
+from exo_megatron.data.text import Chat
 from exo_megatron.errors import DataError, reason
 
 EVERYWHERE = frozenset({"role", "content", "tool_call_id"})
@@ -70,16 +70,18 @@ class HfCodec:
         Raises DataError if there is no template, it refuses the messages, or knows nothing of a field
         that they have.
         """
-        tools: list[Any] | None = [dict(tool) for tool in chat.tools] or None
-        self._check_fields(chat.messages, self._template(tools), tools)
+        self._require_template()
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in chat.messages],
-                tools=tools,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self._template_kwargs,
+            return render_chat(
+                self._tokenizer, chat, generation_prompt=generation_prompt, variables=self._template_kwargs
             )
+        except UnreadFields as error:
+            raise DataError(
+                str(self.path),
+                f"the chat template has no use for {error} of the messages",
+                expected="messages all of which the template writes",
+                fix="set data.chat_template to one that does, or remove the field from the data",
+            ) from None
         # Templates raise exceptions of any type, through jinja2 or transformers.
         except Exception as error:
             raise DataError(
@@ -88,10 +90,8 @@ class HfCodec:
                 expected="messages in the order and with the roles that the template knows",
                 fix="correct the messages or the template",
             ) from None
-        return str(text)
 
-    def _template(self, tools: list[Any] | None) -> str:
-        """Return the template: of several, the one for tools where there are tools."""
+    def _require_template(self) -> None:
         if self._tokenizer.chat_template is None:
             raise DataError(
                 str(self.path),
@@ -99,22 +99,11 @@ class HfCodec:
                 expected="a chat template, or prompts and completions as strings",
                 fix="set data.chat_template, or write the data as strings",
             )
-        return str(self._tokenizer.get_chat_template(tools=tools))
-
-    def _check_fields(self, messages: Sequence[Message], template: str, tools: object) -> None:
-        """Raise DataError for what the messages have and the template never reads."""
-        unread = unread_fields(template, messages, tools)
-        if unread:
-            raise DataError(
-                str(self.path),
-                f"the chat template has no use for {', '.join(map(repr, unread))} of the messages",
-                expected="messages all of which the template writes",
-                fix="set data.chat_template to one that does, or remove the field from the data",
-            )
 
     def _check_template_kwargs(self) -> None:
         for name in self._template_kwargs:
-            if name in OWN_VARIABLES or not _reads(self._template(None), name):
+            self._require_template()
+            if name in OWN_VARIABLES or not _reads(str(self._tokenizer.get_chat_template()), name):
                 raise DataError(
                     f"data.template_kwargs.{name}",
                     f"the chat template of {self.path} has no such variable to set",
@@ -164,10 +153,32 @@ def load_hf_codec(
     return HfCodec(path, tokenizer, template_kwargs)
 
 
-def unread_fields(template: str, messages: Sequence[Message], tools: object) -> list[str]:
-    """List what the messages have, or "tools" where there are some, and the template never reads."""
-    fields = {name for message in messages for name in message} - EVERYWHERE
-    return [name for name in sorted(fields | ({"tools"} if tools else set())) if not _reads(template, name)]
+class UnreadFields(Exception):
+    """The fields of a conversation that its chat template never reads, in quotes."""
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    *,
+    generation_prompt: bool,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """Render a conversation with the tokenizer's chat template: of several, the one for tools where there are tools.
+
+    Raises UnreadFields, and whatever transformers or the template raises.
+    """
+    tools: list[Any] | None = [dict(tool) for tool in chat.tools] or None
+    template = str(tokenizer.get_chat_template(tools=tools))
+    fields = {name for message in chat.messages for name in message} - EVERYWHERE
+    unread = [name for name in sorted(fields | ({"tools"} if tools else set())) if not _reads(template, name)]
+    if unread:
+        raise UnreadFields(", ".join(map(repr, unread)))
+    messages = [dict(message) for message in chat.messages]
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False, **(variables or {})
+    )
+    return str(text)
 
 
 def _reads(template: str, name: str) -> bool:
@@ -190,12 +201,16 @@ def _default_prefix(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
     Ids that it puts after a text do not belong in a prompt.
     """
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a", add_special_tokens=True)
+    around = ids_around(*(tokenizer.encode("a", add_special_tokens=add) for add in (False, True)))
+    return () if around is None else tuple(around[0])
+
+
+def ids_around(plain: list[int], full: list[int]) -> tuple[list[int], list[int]] | None:
+    """Return the ids before and after `plain` in `full`; None if it is not in there."""
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
-            return tuple(full[:start])
-    return ()
+            return full[:start], full[start + len(plain) :]
+    return None
 
 
 def _check_conversion(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from exo_megatron.errors import DataError, reason
-from exo_megatron.utils.files import BYTE_ORDER_MARK, parse_json_object, read_lines
+from exo_megatron.utils.files import BYTE_ORDER_MARK, decode_line, parse_json_object, read_lines
 
 RawRecord = tuple[str, str, Mapping[str, Any]]
 """Where a record stands, a name for it that does not change between runs, and its fields."""
@@ -137,16 +137,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with _decompressed(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, _utf8(line, f"{path}:{number}").rstrip("\r\n")
-
-
-def _utf8(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            where, f"byte {error.start + 1} of the line is not UTF-8", expected="UTF-8 text", fix="convert the file"
-        ) from None
+                yield number, decode_line(line, f"{path}:{number}").removeprefix(BYTE_ORDER_MARK).rstrip("\r\n")
 
 
 @contextmanager

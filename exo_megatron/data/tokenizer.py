@@ -31,13 +31,12 @@ class Tokenizer:
     ) -> None:
         """Wrap a codec for a model with `embedding_rows` (see `fitted_to`), None if unknown.
 
-        `stops` are ids that end a candidate, besides end-of-sequence and the end of a turn.
+        `stops` are ids that end a candidate, besides end-of-sequence.
         """
         self.path = path
         self._codec = codec
         self._embedding_rows = embedding_rows
-        known = (self.eos_id, find_turn_end(codec), *stops)
-        self.stop_ids = frozenset(id for id in known if id in codec.ids)
+        self.stop_ids = codec.ids.intersection((self.eos_id, *stops))
 
     @property
     def vocab_size(self) -> int:
@@ -186,7 +185,8 @@ def load_tokenizer(
     from exo_megatron.data.hf_codec import load_hf_codec
 
     template = None if chat_template is None else _read_template(chat_template)
-    return Tokenizer(path, load_hf_codec(path, template, template_kwargs), stops)
+    codec = load_hf_codec(path, template, template_kwargs)
+    return Tokenizer(path, codec, [*stops, *find_turn_end(codec)])
 
 
 def _load_sentencepiece(path: Path, file: Path, chat_template: str | None) -> Tokenizer:
@@ -235,8 +235,8 @@ def read_generation_stops(directory: Path) -> list[int]:
     return ids
 
 
-def find_turn_end(codec: TextCodec) -> int | None:
-    """Return the special token that the chat template writes after an answer; None if there is none.
+def find_turn_end(codec: TextCodec) -> list[int]:
+    """Return the special token that the chat template writes after an answer, if there is one.
 
     Models that were tuned on the template end their turns with it, whatever their end-of-sequence
     token is.
@@ -245,7 +245,7 @@ def find_turn_end(codec: TextCodec) -> int | None:
     try:
         rendered = codec.render(Chat(messages), generation_prompt=False)
     except DataError:  # no template, or one that wants other messages
-        return None
+        return []
     _, answer, after = rendered.rpartition(_ANSWER)
     ids = codec.encode(after, continuation=True) if answer else []
-    return ids[0] if ids and ids[0] in codec.special_ids else None
+    return [id for id in ids[:1] if id in codec.special_ids]

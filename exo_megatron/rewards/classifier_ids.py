@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 from exo_megatron.data.completions import transcript
-from exo_megatron.data.hf_codec import unread_fields
-from exo_megatron.data.text import Chat, Message
+from exo_megatron.data.hf_codec import UnreadFields, ids_around, render_chat
+from exo_megatron.data.text import Chat
 from exo_megatron.errors import RewardError, reason
 from exo_megatron.rewards.source import Completion
 
@@ -44,7 +44,7 @@ class ClassifierInput:
         if self._tokenizer.chat_template is None:
             self._tell_once()
             return self._text_ids(transcript(chat.messages))
-        rendered = self._render(completion, chat.messages, chat.tools, generation_prompt=False)
+        rendered = self._render(completion, chat, generation_prompt=False)
         sampled = self._sampled_ids(completion, chat, rendered)
         return self._plain_ids(rendered) if sampled is None else sampled
 
@@ -66,7 +66,7 @@ class ClassifierInput:
         drawn = completion.sampled
         if drawn is None or max(drawn.candidate) >= len(self._tokenizer):
             return None
-        prompt = self._render(completion, chat.messages[:-1], chat.tools, generation_prompt=True)
+        prompt = self._render(completion, Chat(chat.messages[:-1], chat.tools), generation_prompt=True)
         written = prompt + completion.text
         if not rendered.startswith(written) or tuple(self._plain_ids(prompt)) != drawn.prompt:
             return None
@@ -77,30 +77,14 @@ class ClassifierInput:
             candidate.pop()  # the token at which the policy stopped, which the template writes itself
         return [*drawn.prompt, *candidate, *self._plain_ids(rendered[len(written) :])]
 
-    def _render(
-        self,
-        completion: Completion,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        generation_prompt: bool,
-    ) -> str:
-        schemas = [dict(tool) for tool in tools] or None
-        template = self._tokenizer.get_chat_template(tools=schemas)
-        unread = unread_fields(template, messages, schemas)
-        if unread:
-            raise self._refused(completion, f"has no use for their {', '.join(map(repr, unread))}")
+    def _render(self, completion: Completion, chat: Chat, *, generation_prompt: bool) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=schemas,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
+            return render_chat(self._tokenizer, chat, generation_prompt=generation_prompt)
+        except UnreadFields as error:
+            raise self._refused(completion, f"has no use for their {error}") from None
         # Templates raise exceptions of any type, through jinja2 or transformers.
         except Exception as error:
             raise self._refused(completion, f"refuses the messages ({reason(error)})") from None
-        return str(text)
 
     def _refused(self, completion: Completion, problem: str) -> RewardError:
         return RewardError(
@@ -135,13 +119,12 @@ def _special_ids(tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
     model's defaults.
     """
     plain, full = (tokenizer("a", add_special_tokens=add, truncation=False) for add in (False, True))
-    ids, inner = full["input_ids"], plain["input_ids"]
-    starts = [n for n in range(len(ids) - len(inner) + 1) if ids[n : n + len(inner)] == inner]
-    if not starts or any(full.get("token_type_ids", ())):
+    around = ids_around(plain["input_ids"], full["input_ids"])
+    if around is None or any(full.get("token_type_ids", ())):
         raise RewardError(
             where,
             f"its tokenizer {type(tokenizer).__name__} writes special tokens or segments that are not supported",
             expected="special tokens before and after the text, and one segment",
             fix="use another classifier, or call it in a function (reward.kind=function)",
         )
-    return ids[: starts[0]], ids[starts[0] + len(inner) :]
+    return around

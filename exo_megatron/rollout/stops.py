@@ -34,8 +34,9 @@ class StopRule:
 
 def check_stops(tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
     """Raise ConfigError for a stop token that the tokenizer does not have."""
+    absent = set(tokenizer.absent_ids)
     for id in sampling.stop_token_ids:
-        if id >= tokenizer.vocab_size or id in tokenizer.absent_ids:
+        if id >= tokenizer.vocab_size or id in absent:
             raise ConfigError(
                 "sampling.stop_token_ids",
                 f"got {id}, which is no token of {tokenizer.path}",

@@ -95,7 +95,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                text = _decode(line, f"{path}:{number}")
+                text = decode_line(line, f"{path}:{number}")
                 text = (text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text).rstrip("\r\n")
                 if text.strip():
                     yield number, text
@@ -143,7 +143,8 @@ def sha256_file(path: Path, stop: Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def _decode(line: bytes, where: str) -> str:
+def decode_line(line: bytes, where: str) -> str:
+    """Decode a line of UTF-8. Raises DataError at `where` for other bytes."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

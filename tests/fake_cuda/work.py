@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +27,7 @@ from tests.fake_cuda.experts import answer_splits
 from tests.fake_cuda.models import model_spec
 from tests.fake_cuda.trace import RECORD
 from tests.fake_cuda.watch import Watch
+from tests.reference.tiny_llama import EosTokenizer
 
 MICROBATCH = 256
 SMALL_MICROBATCH = 48
@@ -84,7 +84,7 @@ def _do(case: Case, layers: int) -> None:
     )
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(), model_parallel(runtime, parallel, seed=1) as topology:
         model = build_policy(model_spec(case.family, layers), topology, compute)
-        tokenizer: Any = SimpleNamespace(stop_ids=frozenset({0}), absent_ids=[])
+        tokenizer: Any = EosTokenizer(0)
         WORK[case.work](Policy(model, topology, compute, tokenizer=tokenizer))
 
 

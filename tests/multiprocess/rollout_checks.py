@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +26,7 @@ from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.stages.import_hf import run_import
 from exo_megatron.stages.rollout import run_rollout
-
-
-@dataclass(frozen=True)
-class NumberTokenizer:
-    """Decodes ids to their numbers; with the id that ends a candidate, all that generation asks of a tokenizer."""
-
-    eos_id: int
-    absent_ids: tuple[int, ...] = ()
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        return frozenset({self.eos_id})
-
-    def decode_completion(self, ids: Sequence[int]) -> str:
-        return " ".join(str(token) for token in ids)
+from tests.reference.tiny_llama import EosTokenizer
 
 
 def spec_of(config: LlamaConfig) -> ModelSpec:
@@ -63,7 +47,7 @@ def spec_of(config: LlamaConfig) -> ModelSpec:
 
 
 def policy_from_hf(
-    path: Path, topology: Topology, compute: ComputeConfig, tokenizer: NumberTokenizer | None = None
+    path: Path, topology: Topology, compute: ComputeConfig, tokenizer: EosTokenizer | None = None
 ) -> Policy:
     """`path`: torch.save of (LlamaConfig, HF state dict)."""
     config, state = torch.load(path, weights_only=False)
@@ -120,7 +104,7 @@ def generate(
     asked = [Prompt(id=name, text=f"text of {name}", ids=ids) for name, ids in prompts]
     results = []
     with model_parallel(runtime, ParallelConfig(**parallel), seed=0) as topology:
-        policy = policy_from_hf(weights, topology, compute, NumberTokenizer(eos_id))
+        policy = policy_from_hf(weights, topology, compute, EosTokenizer(eos_id))
         engine = NativeEngine(policy)
         for settings in samplings:
             sampling = SamplingConfig(**settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ FIRST_WORD_ID = 3
 
 @dataclass(frozen=True)
 class EosTokenizer:
-    """The id that ends a candidate; all that the rollout engine asks of a tokenizer."""
+    """The id that ends a candidate, and ids as their numbers; all that a rollout asks of a tokenizer."""
 
     eos_id: int
     absent_ids: tuple[int, ...] = ()
@@ -29,6 +30,9 @@ class EosTokenizer:
     @property
     def stop_ids(self) -> frozenset[int]:
         return frozenset({self.eos_id})
+
+    def decode_completion(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
 
 
 def tiny_config(*, tied: bool = False, rope_scaling: dict[str, Any] | None = None, **changes: Any) -> LlamaConfig:
