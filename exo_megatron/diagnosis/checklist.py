@@ -14,7 +14,7 @@ from exo_megatron.diagnosis.kernels import check_logprobs, check_merge
 from exo_megatron.diagnosis.machine import Machine
 from exo_megatron.diagnosis.saved import check_loaded, check_resume
 from exo_megatron.diagnosis.site import Precision, Site
-from exo_megatron.diagnosis.small_models import GroupLengths, SmallModel, SmallSizes
+from exo_megatron.diagnosis.small_models import SmallModel, SmallSizes
 from exo_megatron.diagnosis.speed import (
     ON_CPU,
     ON_CUDA,
@@ -49,12 +49,13 @@ class Sizes:
 
     small: SmallSizes
     speed: SpeedSizes
-    attention: GroupLengths
+    attention: tuple[Lengths, ...]
     logprobs: tuple[int, int]
     correct_seconds: float
     start_seconds: float
 
 
+ON_CPU_GROUPS = (Lengths(11, (5, 7, 3)), Lengths(1, (4, 2)), Lengths(23, (9, 1, 6, 8)), Lengths(6, (12,)))
 SIZES = {
     "cpu": Sizes(
         SmallSizes(
@@ -64,11 +65,11 @@ SIZES = {
             head_dim=16,
             vocab=300,
             experts=4,
-            groups=((11, (5, 7, 3)), (1, (4, 2)), (23, (9, 1, 6, 8)), (6, (12,))),
+            groups=ON_CPU_GROUPS,
             max_tokens=36,
         ),
         ON_CPU,
-        attention=((11, (5, 7, 3)), (1, (4, 2)), (23, (9, 1, 6, 8)), (6, (12,))),
+        attention=ON_CPU_GROUPS,
         logprobs=(64, 960),
         correct_seconds=2.0,
         start_seconds=1.0,
@@ -81,11 +82,16 @@ SIZES = {
             head_dim=64,
             vocab=512,
             experts=8,
-            groups=((40, (20, 17, 3)), (1, (12, 5)), (70, (24, 1, 18, 12)), (30, (30,))),
+            groups=(Lengths(40, (20, 17, 3)), Lengths(1, (12, 5)), Lengths(70, (24, 1, 18, 12)), Lengths(30, (30,))),
             max_tokens=110,
         ),
         ON_CUDA,
-        attention=((110, (50, 37, 3)), (1, (40, 12)), (530, (160, 1, 45, 130)), (64, (64,))),
+        attention=(
+            Lengths(110, (50, 37, 3)),
+            Lengths(1, (40, 12)),
+            Lengths(530, (160, 1, 45, 130)),
+            Lengths(64, (64,)),
+        ),
         logprobs=(256, 7680),
         correct_seconds=8.0,
         start_seconds=6.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +13,8 @@ from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import make_microbatch
 from exo_megatron.diagnosis.checks import Figure, Outcome, judge
 from exo_megatron.diagnosis.site import FP32_LIMIT, Site, relative_error
-from exo_megatron.diagnosis.small_models import GroupLengths, draw_groups
+from exo_megatron.diagnosis.small_models import draw_groups
+from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
 from exo_megatron.models.attention.kernels import kernels_for
@@ -29,7 +32,7 @@ LOGITS_MEMORY = {"kept": 1024.0, "recomputed": 0.0}
 """Values of compute.logits_memory_mib with which a backward pass keeps all logits or none."""
 
 
-def check_merge(site: Site, dtype: torch.dtype, *, lengths: GroupLengths, head_dim: int) -> Outcome:
+def check_merge(site: Site, dtype: torch.dtype, *, lengths: Sequence[Lengths], head_dim: int) -> Outcome:
     """Compare the merged passes and their gradients with one softmax per candidate. Local."""
     layout = make_microbatch(draw_groups(lengths, vocab=2), multiple=1).layout
     generator = torch.Generator().manual_seed(2)

@@ -20,6 +20,7 @@ from exo_megatron.conversion.importing import ImportPlan, hf_spec
 from exo_megatron.conversion.rules import TensorRule
 from exo_megatron.data.groups import Group
 from exo_megatron.diagnosis.plain import NamedTensors, PlainModel, plain_logprobs
+from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
@@ -27,10 +28,6 @@ from exo_megatron.parallel.runtime import Runtime
 EXO = LossConfig(kind="exo_rw", beta_pi=0.2, beta_r=0.7, temperature=0.8)
 REFERENCE_NOISE = 2.0
 """Nats, standard deviation: how far the reference's log-probs are from those of the policy."""
-
-
-GroupLengths = Sequence[tuple[int, Sequence[int]]]
-"""Prompt length and candidate lengths of every group, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class SmallSizes:
     head_dim: int
     vocab: int
     experts: int
-    groups: GroupLengths
+    groups: Sequence[Lengths]
     max_tokens: int
 
 
@@ -170,21 +167,24 @@ def _import(hf: Path, checkpoint: Path, runtime: Runtime) -> None:
     )
 
 
-def draw_groups(lengths: GroupLengths, vocab: int) -> list[Group]:
-    """Draw groups of random tokens with normal rewards; the same for the same arguments."""
-    generator = random.Random(0)
+def draw_groups(lengths: Sequence[Lengths], vocab: int, *, first_token: int = 0, seed: int = 0) -> list[Group]:
+    """Draw groups of random tokens, ids in [first_token, vocab), with normal rewards.
+
+    They are the same for the same arguments.
+    """
+    generator = random.Random(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(generator.randrange(vocab) for _ in range(count))
+        return tuple(generator.randrange(first_token, vocab) for _ in range(count))
 
     return [
         Group(
             id=f"group-{number}",
-            prompt=tokens(prompt),
-            candidates=tuple(tokens(length) for length in candidates),
-            rewards=tuple(generator.gauss(0, 1) for _ in candidates),
+            prompt=tokens(each.prompt),
+            candidates=tuple(tokens(length) for length in each.candidates),
+            rewards=tuple(generator.gauss(0, 1) for _ in each.candidates),
         )
-        for number, (prompt, candidates) in enumerate(lengths)
+        for number, each in enumerate(lengths)
     ]
 
 

@@ -134,7 +134,7 @@ def random_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) -
 def steps_groups(sizes: SpeedSizes, topology: Topology) -> list[Group]:
     """Draw the groups of a step of all ranks, with rewards and reference log-probs."""
     lengths = sizes.lengths * topology.data_size
-    drawn = draw_groups([(each.prompt, each.candidates) for each in lengths], sizes.trained.vocab_size)
+    drawn = draw_groups(lengths, sizes.trained.vocab_size)
     return [replace(group, reference_logprobs=(0.0,) * len(group.candidates)) for group in drawn]
 
 
@@ -186,7 +186,7 @@ def check_sharing(runtime: Runtime, sizes: SpeedSizes, shape: SharingShape) -> O
         compute = ComputeConfig(precision=sizes.precision, max_tokens_per_microbatch=tokens)
         trainee = make_trainee(random_policy(spec, topology, compute), STEP_OPTIMIZER)
         count = tokens // group_tokens * topology.data_size
-        groups = draw_groups([(prompt, (length,) * candidates)] * count, spec.vocab_size)
+        groups = draw_groups([Lengths(prompt, (length,) * candidates)] * count, spec.vocab_size)
         sides = {"off": _prepared(trainee, unshared(groups)), "on": _prepared(trainee, groups)}
         ratio = alternate(sides, rounds=ROUNDS).ratio("off", "on")
     reached = ratio / ideal
@@ -252,7 +252,7 @@ def check_host_time(runtime: Runtime, sizes: SpeedSizes, machine: Machine) -> Ou
     A device that multiplies at its peak needs longer for a layer of a full micro-batch, or it waits
     for the host. Collective over the world, all of it data-parallel.
     """
-    group = draw_groups([(8, (4, 4))], sizes.trained.vocab_size)
+    group = draw_groups([Lengths(8, (4, 4))], sizes.trained.vocab_size)
     with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
         compute = ComputeConfig(precision=sizes.precision, max_tokens_per_microbatch=sizes.max_tokens)
         trainee = make_trainee(random_policy(sizes.trained, topology, compute), STEP_OPTIMIZER)

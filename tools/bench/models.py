@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.config.stages import ImportConfig
 from exo_megatron.conversion.importing import hf_spec
 from exo_megatron.data.groups import Group
+from exo_megatron.diagnosis.small_models import draw_groups
 from exo_megatron.diagnosis.work import Lengths, ModelSize, llama_size
 from exo_megatron.execution.policy import Policy
 from exo_megatron.models.spec import ModelSpec
@@ -145,20 +145,8 @@ def random_groups(lengths: Sequence[Lengths], vocab: int, *, seed: int = 0) -> l
     """Make groups of these lengths with random tokens, and normal rewards that decrease from
     candidate to candidate.
     """
-    generator = random.Random(seed)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(generator.randrange(len(SPECIAL), vocab) for _ in range(count))
-
-    return [
-        Group(
-            id=f"group-{i}",
-            prompt=tokens(each.prompt),
-            candidates=tuple(tokens(length) for length in each.candidates),
-            rewards=tuple(sorted((generator.gauss(0, 1) for _ in each.candidates), reverse=True)),
-        )
-        for i, each in enumerate(lengths)
-    ]
+    groups = draw_groups(lengths, vocab, first_token=len(SPECIAL), seed=seed)
+    return [replace(group, rewards=tuple(sorted(group.rewards or (), reverse=True))) for group in groups]
 
 
 def hf_gradients(trainee: Trainee, matched: Matched) -> dict[str, Tensor]:
