@@ -48,11 +48,52 @@ class TopologyError(ExoError):
 
 
 class DataError(ExoError):
-    """A record, file or tokenizer that was read from disk is not usable."""
+    """A record, file or tokenizer that was read from disk is not usable.
+
+    kind: what is wrong with a record, in the words of reports.
+    """
+
+    kind = "malformed"
+
+
+class EmptyError(DataError):
+    """A record has an empty text where a model needs one."""
+
+    kind = "empty"
+
+
+class OverlongPrompt(DataError):
+    """A prompt has more tokens than `data.max_prompt_tokens`."""
+
+    kind = "overlong prompt"
+
+
+class OverlongAnswer(DataError):
+    """A completion has more tokens than `data.max_completion_tokens`."""
+
+    kind = "overlong answer"
+
+
+class StoredLogprobsError(DataError):
+    """Stored log-probs belong to another model, setting or data than a run needs."""
+
+    kind = "log-probs of another source"
 
 
 class TieError(DataError):
     """Neither candidate of a preference pair is preferred: equal rewards, or the same text twice."""
+
+
+class EqualRewards(TieError):
+    """The candidates of a preference pair have equal rewards."""
+
+    kind = "equal rewards"
+
+
+class EqualTexts(TieError):
+    """The candidates of a preference pair are the same text."""
+
+    kind = "equal pair"
 
 
 class RewardError(ExoError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,12 @@ keep one of them busy alone."""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Tokenised data of tests, in one place for all workers, which goes when the process ends that made it.
+if "EXO_TEST_CACHE" not in os.environ:
+    os.environ["EXO_TEST_CACHE"] = tempfile.mkdtemp(prefix="exo-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["EXO_TEST_CACHE"], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.environ["EXO_TEST_CACHE"]
 
 # pytest may itself run inside a Slurm job or under a launcher; the code under test must not take that for its own.
 for _name in list(os.environ):

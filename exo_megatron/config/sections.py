@@ -48,6 +48,9 @@ class Section(BaseModel):
     added_later: ClassVar[frozenset[str]] = frozenset()
     """Keys that digests leave out at their defaults, because an earlier version did not have them."""
 
+    places: ClassVar[frozenset[str]] = frozenset()
+    """Keys that digests leave out, because they say where something lies and not what it is."""
+
     def digest_json(self) -> str:
         """Return the settings as JSON for digests that tell whether two runs are the same work.
 
@@ -64,6 +67,7 @@ class Section(BaseModel):
         values = serialize(self)
         if info.context == _FOR_DIGEST:
             defaults = {key: type(self).model_fields[key].default for key in self.added_later}
+            values = {key: value for key, value in values.items() if key not in self.places}
             return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
         return values
 
@@ -121,8 +125,19 @@ class DataConfig(Section):
     """Records: prompt+chosen, prompt+chosen+rejected, or prompt+completions(+rewards). See docs."""
 
     added_later = frozenset(
-        {"revision", "subset", "columns", "transcript", "train_on", "chat_template", "template_kwargs"}
+        {
+            "revision",
+            "subset",
+            "columns",
+            "transcript",
+            "train_on",
+            "chat_template",
+            "template_kwargs",
+            "on_invalid",
+            "on_overlong",
+        }
     )
+    places = frozenset({"cache"})
 
     path: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1,
@@ -151,8 +166,20 @@ class DataConfig(Section):
     template_kwargs: dict[str, Any] = Field(
         default={}, description="variables of the chat template, such as enable_thinking"
     )
-    max_prompt_tokens: PositiveInt = Field(default=512, description="a longer prompt is an error")
-    max_completion_tokens: PositiveInt = Field(default=512, description="a longer completion is an error")
+    max_prompt_tokens: PositiveInt = Field(default=512, description="of a prompt; see on_overlong")
+    max_completion_tokens: PositiveInt = Field(default=512, description="of a completion; see on_overlong")
+    on_invalid: Literal["error", "skip"] = Field(
+        default="error",
+        description="records that cannot be used: an error, or left out and counted in data_report.json",
+    )
+    on_overlong: Literal["error", "skip", "truncate_prompt_left"] = Field(
+        default="error",
+        description="records over the limits: an error; left out; prompts cut on the left, with long answers as "
+        "on_invalid says",
+    )
+    cache: FilePath | None = Field(
+        default=None, description="directory of tokenised data; default: ~/.cache/exo-megatron/data (XDG_CACHE_HOME)"
+    )
     limit: PositiveInt | None = Field(default=None, description="use only the first N records")
 
 

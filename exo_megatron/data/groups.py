@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 T = TypeVar("T")
 
@@ -62,7 +63,45 @@ def _taken(values: tuple[T, ...] | None, numbers: Sequence[int]) -> tuple[T, ...
     return None if values is None else tuple(values[k] for k in numbers)
 
 
-def data_digest(groups: Sequence[Group]) -> str:
+@dataclass(frozen=True)
+class GroupLengths:
+    """Numbers of tokens of G groups with C candidates in all.
+
+    Attributes:
+        prompts: P of every group, [G] int64.
+        counts: K of every group, [G] int64.
+        candidates: R of every candidate, group after group, [C] int64.
+    """
+
+    prompts: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    candidates: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> GroupLengths:
+        """Count the tokens of groups."""
+        return cls(
+            np.array([len(group.prompt) for group in groups], dtype=np.int64),
+            np.array([len(group.candidates) for group in groups], dtype=np.int64),
+            np.array([len(each) for group in groups for each in group.candidates], dtype=np.int64),
+        )
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """P + R_1 + ... + R_K of every group, [G]."""
+        return self.prompts + np.add.reduceat(self.candidates, self._firsts)
+
+    @property
+    def longest(self) -> npt.NDArray[np.int64]:
+        """P + the largest R_k of every group, [G]."""
+        return self.prompts + np.maximum.reduceat(self.candidates, self._firsts)
+
+    @property
+    def _firsts(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.counts) - self.counts
+
+
+def data_digest(groups: Iterable[Group]) -> str:
     """Compute the SHA-256 of ids, token ids and rewards of the groups, in order.
 
     Importance weights and log-probs of single tokens are included where groups have them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ class HfCodec:
         description["truncation"] = description["padding"] = None
         self._start = BackendTokenizer.from_str(json.dumps(description))
         self._continuation = BackendTokenizer.from_str(json.dumps(_without_prefix_space(description)))
+        parts = [description, tokenizer.chat_template, tokenizer.special_tokens_map, self._template_kwargs]
+        self.description = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
         self.ids = frozenset(self._start.get_vocab(with_added_tokens=True).values())
         added = self._start.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
@@ -53,6 +56,10 @@ class HfCodec:
         """
         ids: list[int] = self._backend(continuation).encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
+        """Return the ids of each of the texts, the same as `encode`."""
+        return [each.ids for each in self._backend(continuation).encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Return the text of the ids without special tokens."""

@@ -31,23 +31,6 @@ def read_loss_fields(record: SourceRecord, group: Group, loss: LossSpec, numbers
     return group
 
 
-def check_token_logprobs(records: Sequence[SourceRecord], groups: Sequence[Group]) -> None:
-    """Raise DataError if some records have log-probs of single tokens and others have none.
-
-    The loss would otherwise get them in some micro-batches and not in others.
-    """
-    for name in TOKEN_LOGPROBS:
-        has = [vars(group)[name] is not None for group in groups]
-        if any(has) and not all(has):
-            lacking = records[has.index(False)]
-            raise DataError(
-                lacking.where,
-                f"has no {name!r}, but {records[has.index(True)].where} has",
-                expected="the field in every record, or in none",
-                fix=f"add {name!r} to the record, or remove it from all",
-            )
-
-
 def _token_logprobs(
     record: SourceRecord, group: Group, name: str, numbers: Sequence[int], size: int
 ) -> tuple[tuple[float, ...], ...] | None:

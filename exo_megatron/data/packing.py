@@ -7,8 +7,11 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
-from exo_megatron.data.groups import Group
+from exo_megatron.data.groups import Group, GroupLengths
+from exo_megatron.data.prepared import PreparedGroups
 from exo_megatron.errors import DataError
 from exo_megatron.models.layouts.groups import GroupLayout, build_layout
 from exo_megatron.models.spec import ModelSpec
@@ -48,29 +51,39 @@ def check_groups(groups: Sequence[Group], spec: ModelSpec, compute: ComputeConfi
     It is too long if its prompt with its longest candidate needs more positions than the model has
     or more tokens than a micro-batch holds.
     """
-    for group in groups:
-        longest = len(group.prompt) + max(len(candidate) for candidate in group.candidates)
-        if longest > spec.max_positions:
-            raise DataError(
-                f"group {group.id}",
-                f"prompt and candidate need {longest} positions",
-                expected=f"at most {spec.max_positions}, the model's positions",
-                fix="shorten it, or lower data.max_prompt_tokens and data.max_completion_tokens",
-            )
+    longest = _lengths(groups).longest
+    capacity = microbatch_capacity(compute.max_tokens_per_microbatch, parallel.token_multiple)
+    if (over := np.flatnonzero(longest > spec.max_positions)).size:
+        raise DataError(
+            f"group {groups[int(over[0])].id}",
+            f"prompt and candidate need {longest[over[0]]} positions{_and_more(over.size)}",
+            expected=f"at most {spec.max_positions}, the model's positions",
+            fix="shorten it, or lower data.max_prompt_tokens and data.max_completion_tokens",
+        )
+    if (over := np.flatnonzero(longest > capacity)).size:
+        group = groups[int(over[0])]
         check_fits_in_parts(group, max_tokens=compute.max_tokens_per_microbatch, multiple=parallel.token_multiple)
 
 
 def check_whole(groups: Sequence[Group], compute: ComputeConfig, parallel: ParallelConfig) -> None:
     """Raise DataError for a group that exceeds a micro-batch, for losses that need whole groups."""
+    tokens = _lengths(groups).tokens
     capacity = microbatch_capacity(compute.max_tokens_per_microbatch, parallel.token_multiple)
-    for group in groups:
-        if group.num_tokens > capacity:
-            raise DataError(
-                f"group {group.id!r}",
-                f"has {group.num_tokens} tokens, and the loss needs log-probs of single tokens",
-                expected=f"at most {capacity}, one micro-batch (compute.max_tokens_per_microbatch)",
-                fix="raise compute.max_tokens_per_microbatch, or remove the group",
-            )
+    if (over := np.flatnonzero(tokens > capacity)).size:
+        raise DataError(
+            f"group {groups[int(over[0])].id!r}",
+            f"has {tokens[over[0]]} tokens, and the loss needs log-probs of single tokens",
+            expected=f"at most {capacity}, one micro-batch (compute.max_tokens_per_microbatch)",
+            fix=f"raise compute.max_tokens_per_microbatch, or remove such groups ({over.size})",
+        )
+
+
+def _lengths(groups: Sequence[Group]) -> GroupLengths:
+    return groups.lengths if isinstance(groups, PreparedGroups) else GroupLengths.of(groups)
+
+
+def _and_more(count: int) -> str:
+    return "" if count == 1 else f" (as {count} groups do, this is the first)"
 
 
 def check_fits_in_parts(group: Group, *, max_tokens: int, multiple: int) -> None:

@@ -8,7 +8,7 @@ from exo_megatron.config.losses import LOSSES, LossSpec, kinds_comparing
 from exo_megatron.config.stages import PairRule
 from exo_megatron.data.groups import Group
 from exo_megatron.data.records import SourceRecord
-from exo_megatron.errors import DataError, TieError
+from exo_megatron.errors import DataError, EqualRewards, EqualTexts
 
 LEAVE_OUT = "set ties=skip to leave such records out"
 
@@ -25,13 +25,13 @@ def choose_pair(record: SourceRecord, rewards: Sequence[float], rule: PairRule) 
         The numbers of the chosen and the rejected candidate.
 
     Raises:
-        TieError: all rewards are equal.
+        EqualRewards: all rewards are equal.
     """
     chosen, rejected = (extreme(range(len(rewards)), key=rewards.__getitem__) for extreme in (max, min))
     if rewards[chosen] == rewards[rejected]:
         which = "the first two" if rule == "two_draws" else "all"
         more = "set pairs=best_and_worst to choose among all candidates, " if rule == "two_draws" else ""
-        raise TieError(
+        raise EqualRewards(
             record.where,
             f"{which} candidates of record {record.id!r} have reward {rewards[chosen]}, so none is preferred",
             expected="different rewards for a preference loss",
@@ -76,10 +76,10 @@ def check_number(where: str, count: int, loss: LossSpec | None, most: int | None
 
 
 def check_different(record: SourceRecord, group: Group) -> None:
-    """Raise TieError if the chosen candidate and a rejected one are the same text."""
+    """Raise EqualTexts if the chosen candidate and a rejected one are the same text."""
     chosen, *rejected = group.candidates
     if chosen in rejected:
-        raise TieError(
+        raise EqualTexts(
             record.where,
             f"chosen and rejected of record {record.id!r} are the same text",
             expected="two different completions",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 from exo_megatron.config.sections import DataConfig
+from exo_megatron.data.entries import Source
 from exo_megatron.data.groups import Group
 from exo_megatron.data.record_layouts import KNOWN, LAYOUTS, STAGES, STORED, RecordLayout, Use
 from exo_megatron.data.records import Fields, SourceRecord, require, wrong_type
-from exo_megatron.data.sources import Source, open_source
-from exo_megatron.data.stored_logprobs import describe_temperatures
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import ConfigError, DataError
 
@@ -37,6 +35,108 @@ USUAL: Mapping[Use, tuple[str, ...]] = {
 TrainOn = Literal["last", "all"]
 
 
+@dataclass
+class Seen:
+    """Counts of what records were taken for, which go on over shares of a source.
+
+    Attributes:
+        read: records.
+        made: records in our own fields; more where each answer of a conversation is one.
+        layouts: records by name of the layout and the columns that it took, as written there.
+        columns: all columns of the records.
+    """
+
+    read: int = 0
+    made: int = 0
+    layouts: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
+
+    def add(self, other: Seen) -> None:
+        """Add the counts of records that follow."""
+        self.read += other.read
+        self.made += other.made
+        self.layouts.update(other.layouts)
+        self.columns |= other.columns
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A converter of records to records in our own fields; see the keys of `data`.
+
+    Attributes:
+        use: what they are read for.
+        columns: our names of columns -> those of the records; None for those of a known layout.
+        chat: whether strings become messages.
+        train_on: the answers of a whole conversation that become records.
+    """
+
+    use: Use
+    columns: Mapping[str, str] | None = None
+    chat: bool = False
+    train_on: TrainOn = "last"
+
+    @classmethod
+    def of(cls, config: DataConfig, use: Use) -> Interpreter:
+        """Take the settings of `data`. Raises ConfigError for `data.columns` of no layout."""
+        for ours in config.columns:
+            if ours not in KNOWN and ours not in FURTHER:
+                raise ConfigError(
+                    f"data.columns.{ours}",
+                    "is no column that a layout has",
+                    expected=f"one of {', '.join(sorted((*KNOWN, *FURTHER)))}",
+                    fix="correct the name; our names are the keys, those of the data the values",
+                )
+        return cls(use, config.columns or None, config.transcript == "messages", config.train_on)
+
+    def convert(self, record: SourceRecord, seen: Seen) -> list[SourceRecord]:
+        """Convert a record to one in our own fields, or to several, and count it.
+
+        Raises:
+            DataError: a bad record; columns of no layout for this use, or of several that differ.
+            ConfigError: `data.train_on` for a record with one answer.
+        """
+        seen.read += 1
+        seen.columns.update(record.fields)
+        visible = _visible(record.fields, self.columns)
+        layout, converted = _convert(record, visible, self.use, self.chat, self.train_on)
+        used = frozenset(layout.known & visible.keys())
+        seen.layouts[layout.name, tuple(sorted(used))] += 1
+        # A prompt's other columns go to the reward source, whatever their names.
+        taken = used if self.use == "prompts" else FIELDS | used
+        others = {name: value for name, value in record.fields.items() if name not in taken}
+        rest = {} if layout is STORED else {**others, **_further(visible)}
+        seen.made += len(converted)
+        names = [record.id] if len(converted) == 1 else [f"{record.id}#{n + 1}" for n in range(len(converted))]
+        return [
+            SourceRecord(record.where, name, {**rest, **fields}) for name, fields in zip(names, converted, strict=True)
+        ]
+
+    def check_columns(self, source: str, seen: Seen) -> None:
+        """Raise ConfigError if `data.columns` names a column that no record has."""
+        for ours, theirs in (self.columns or {}).items():
+            if theirs not in seen.columns:
+                raise ConfigError(
+                    f"data.columns.{ours}",
+                    f"got {theirs!r}, which is no column of {source}",
+                    expected=f"one of its columns: {', '.join(sorted(seen.columns))}",
+                    fix="correct the name",
+                )
+
+    def describe(self, source: str, format: str, seen: Seen) -> str:
+        """Describe what the records of a source were taken for: format, layouts, columns used and ignored."""
+        names = self.columns or {}
+        theirs = {name: names.get(name, name) for _, used in seen.layouts for name in used}
+        shown = {name: name if name == column else f"{name}={column}" for name, column in theirs.items()}
+        taken = ", ".join(
+            f"{count} as {layout} ({', '.join(shown[name] for name in used)})"
+            for (layout, used), count in seen.layouts.items()
+        )
+        others = sorted(seen.columns - set(theirs.values()) - {"id"})
+        more = f" (make {seen.made})" if seen.made != sum(seen.layouts.values()) else ""
+        left = f"; other columns: {', '.join(others)}" if others else ""
+        return f"{source}: {format}, {seen.read} record{'s' * (seen.read != 1)}{more}: {taken}{left}"
+
+
 @dataclass(frozen=True)
 class Reading:
     """Records in our own fields, and a line that says what they were taken for."""
@@ -45,73 +145,11 @@ class Reading:
     description: str
 
 
-def read_source(config: DataConfig, use: Use) -> Reading:
-    """Read the records of a data source in our own fields, for one use.
-
-    Raises:
-        DataError: bad records; columns of no layout for this use, or of several that differ.
-        ConfigError: `data.columns` names unknown or missing columns, and what `open_source` raises.
-    """
-    source = open_source(config.path, split=config.split, revision=config.revision, subset=config.subset)
-    return read_layouts(
-        source,
-        source.read(config.limit),
-        use,
-        columns=config.columns,
-        chat=config.transcript == "messages",
-        train_on=config.train_on,
-    )
-
-
-def read_layouts(
-    source: Source,
-    records: Sequence[SourceRecord],
-    use: Use,
-    *,
-    columns: Mapping[str, str] | None = None,
-    chat: bool = False,
-    train_on: TrainOn = "last",
-) -> Reading:
-    """Convert the records of a source; see `read_source` and the keys of `data`.
-
-    `columns` maps our names to those of the records; `chat` makes messages of strings.
-    """
-    present = set().union(*(record.fields for record in records))
-    if columns:
-        _check_columns(source.name, columns, present)
-    found: list[SourceRecord] = []
-    counts: Counter[tuple[str, frozenset[str]]] = Counter()
-    for record in records:
-        visible = _visible(record.fields, columns)
-        layout, converted = _convert(record, visible, use, chat, train_on)
-        used = frozenset(layout.known & visible.keys())
-        counts[layout.name, used] += 1
-        # A prompt's other columns go to the reward source, whatever their names.
-        taken = used if use == "prompts" else FIELDS | used
-        others = {name: value for name, value in record.fields.items() if name not in taken}
-        rest = {} if layout is STORED else {**others, **_further(visible)}
-        for number, fields in enumerate(converted):
-            name = record.id if len(converted) == 1 else f"{record.id}#{number + 1}"
-            found.append(SourceRecord(record.where, name, {**rest, **fields}))
-    return Reading(found, _describe(source, len(records), len(found), counts, columns, present))
-
-
-def _check_columns(source: str, columns: Mapping[str, str], present: Iterable[str]) -> None:
-    for ours, theirs in columns.items():
-        if ours not in KNOWN and ours not in FURTHER:
-            raise ConfigError(
-                f"data.columns.{ours}",
-                "is no column that a layout has",
-                expected=f"one of {', '.join(sorted((*KNOWN, *FURTHER)))}",
-                fix="correct the name; our names are the keys, those of the data the values",
-            )
-        if theirs not in present:
-            raise ConfigError(
-                f"data.columns.{ours}",
-                f"got {theirs!r}, which is no column of {source}",
-                expected=f"one of its columns: {', '.join(sorted(present))}",
-                fix="correct the name",
-            )
+def read_layouts(source: Source, records: Iterable[SourceRecord], use: Use) -> Reading:
+    """Convert the records of a source for one use. Raises DataError as `Interpreter.convert`."""
+    interpreter, seen = Interpreter(use), Seen()
+    found = [each for record in records for each in interpreter.convert(record, seen)]
+    return Reading(found, interpreter.describe(source.name, source.format, seen))
 
 
 def _visible(fields: Fields, columns: Mapping[str, str] | None) -> Fields:
@@ -269,49 +307,6 @@ def _unweighted(where: str, message: Mapping[str, Any]) -> tuple[Mapping[str, An
     return {name: value for name, value in message.items() if name != "weight"}, weight == 1
 
 
-def _describe(
-    source: Source,
-    read: int,
-    made: int,
-    counts: Counter[tuple[str, frozenset[str]]],
-    columns: Mapping[str, str] | None,
-    present: Iterable[str],
-) -> str:
-    """Describe what the records were taken for: format, layouts, columns used and ignored."""
-    names = columns or {}
-    theirs = {name: names.get(name, name) for _, used in counts for name in used}
-    shown = {name: name if name == column else f"{name}={column}" for name, column in theirs.items()}
-    taken = ", ".join(
-        f"{count} as {layout} ({', '.join(shown[name] for name in sorted(used))})"
-        for (layout, used), count in counts.items()
-    )
-    others = sorted(set(present) - set(theirs.values()) - {"id"})
-    more = f" (make {made})" if made != read else ""
-    left = f"; other columns: {', '.join(others)}" if others else ""
-    return f"{source.name}: {source.format}, {read} record{'s' * (read != 1)}{more}: {taken}{left}"
-
-
-def describe_candidates(
-    records: Sequence[SourceRecord], kept: int, path: str, first: int | None, temperature: float | None
-) -> Iterator[str]:
-    """Describe what of the records, of which `kept` were taken, became no part of a group or is doubtful."""
-    stored = [record for record in records if "candidates" in record.fields]
-    if stored and temperature is not None:
-        line = describe_temperatures(stored, Path(path), temperature)
-        yield from () if line is None else (line,)
-    others = [record for record in records if "candidates" not in record.fields and "completions" in record.fields]
-    sizes = [len(record.fields["candidates"]) for record in stored]
-    sizes += [len(record.fields["completions"]) for record in others]
-    larger = [size for size in sizes if first is not None and size > first]
-    if larger:
-        least, most = min(larger), max(larger)
-        size = f"{most}" if least == most else f"{least} to {most}"
-        yield f"the first {first} of {size} candidates in {_share(len(larger), len(records))} records"
-    if kept < len(records):
-        left_out = _share(len(records) - kept, len(records))
-        yield f"{left_out} prompts left out: the two candidates of the pair have equal rewards or are the same text"
-
-
 def describe_group(group: Group, tokenizer: Tokenizer) -> str:
     """Write a group as the model sees it, special tokens included."""
     answers = [shortened(tokenizer.show(candidate)) for candidate in group.candidates[:2]]
@@ -323,7 +318,3 @@ def shortened(text: str, most: int = 300) -> str:
     """Write a text in quotes, without its middle if it is long."""
     shown = repr(text)
     return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count}" if count == total else f"{count} of {total}"

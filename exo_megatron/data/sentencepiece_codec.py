@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +28,7 @@ class SentencePieceCodec:
             model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())  # type: ignore[attr-defined]  # generated
             model.normalizer_spec.remove_extra_whitespaces = False
             self._start = SentencePieceProcessor(model_proto=model.SerializeToString())
+            self.description = hashlib.sha256(file.read_bytes()).hexdigest()
             model.normalizer_spec.add_dummy_prefix = False
             self._continuation = SentencePieceProcessor(model_proto=model.SerializeToString())
         # protobuf's DecodeError has no stable base class; a damaged model can also raise OSError
@@ -54,6 +56,11 @@ class SentencePieceCodec:
     def encode(self, text: str, *, continuation: bool) -> list[int]:
         """Return the ids of the text; control symbols written out in it are ordinary text."""
         ids: list[int] = (self._continuation if continuation else self._start).encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
+        """Return the ids of each of the texts, the same as `encode`."""
+        ids: list[list[int]] = (self._continuation if continuation else self._start).encode(list(texts), num_threads=1)
         return ids
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import lru_cache, partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
+from exo_megatron.data.entries import Entries, Source, SourceEntry
 from exo_megatron.data.records import SourceRecord
-from exo_megatron.data.text_files import COMPRESSIONS, READERS, RawRecord, read_json_text
+from exo_megatron.data.text_files import COMPRESSIONS, READERS, read_json_text
 from exo_megatron.errors import ConfigError, DataError, reason
 
 KINDS = {
@@ -45,40 +47,8 @@ _SPLIT_WORDS = {
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-@dataclass(frozen=True)
-class Source:
-    """The entries of a data source, which are read as they are iterated over.
-
-    Attributes:
-        name: path or name, as the user gave it.
-        format: its kind in words, such as "JSON lines" or "3 parquet files".
-        entries: the entries of the wanted split or slice.
-    """
-
-    name: str
-    format: str
-    entries: Iterable[RawRecord]
-
-    def read(self, limit: int | None = None) -> list[SourceRecord]:
-        """Read all records, or the first `limit`.
-
-        A record without an id gets its place as the id. Raises DataError for entries that cannot be read,
-        a repeated id, and no record at all.
-        """
-        records: list[SourceRecord] = []
-        places: dict[str, str] = {}
-        for where, place, entry in islice(self.entries, limit):
-            fields = {name: value for name, value in entry.items() if value is not None}
-            record = SourceRecord(where, _identifier(where, fields.get("id"), place), fields)
-            if record.id in places:
-                raise DataError(
-                    where, f"repeats id {record.id!r} of {places[record.id]}", expected="unique ids", fix="rename one"
-                )
-            places[record.id] = where
-            records.append(record)
-        if not records:
-            raise DataError(self.name, "holds no record", expected="at least one record", fix="check data.path")
-        return records
+BLOCK = 1024
+"""Entries of a columnar data set that are read at once."""
 
 
 def open_source(
@@ -126,15 +96,7 @@ def read_jsonl_records(path: Path) -> list[SourceRecord]:
 
     A record without an id gets its line number as the id.
     """
-    return Source(str(path), "JSON lines", read_json_text(path)).read()
-
-
-def _identifier(where: str, value: object, place: str) -> str:
-    if value is None:
-        return place
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise DataError(where, f"'id' is {value!r}", expected="a non-empty string or an integer", fix="correct the id")
-    return str(value)
+    return Source(str(path), "JSON lines", partial(read_json_text, path), (path,)).read()
 
 
 def _means_a_path(source: str) -> bool:
@@ -261,38 +223,53 @@ def _open_shards(source: str, shards: Shards, split: str, names: Sequence[str]) 
     for name in names:
         if name not in shards.splits:
             raise _no_split(source, name, shards.splits)
-    entries: dict[str, Iterable[RawRecord]] = {}
-    for name in names:
-        files = shards.splits[name]
-        read = READERS.get(shards.kind)
-        if read is None:
-            entries[name] = _numbered(_load(source, shards.kind, files), f"{source}[{name}]")
-        else:
-            # Lines are numbered within their file, so the names of records say which of several it is.
-            single = len(files) == 1
-            entries[name] = chain.from_iterable(
-                read(file) if single else _named(read(file), str(file.relative_to(shards.root))) for file in files
-            )
-    count = sum(len(shards.splits[name]) for name in names)
-    described = KIND_NAMES[shards.kind] if count == 1 else f"{count} files of {KIND_NAMES[shards.kind]}"
-    return Source(source, described, _take(split, entries))
+    entries = {name: _entries(source, shards, name) for name in names}
+    files = [file for name in names for file in shards.splits[name]]
+    described = KIND_NAMES[shards.kind] if len(files) == 1 else f"{len(files)} files of {KIND_NAMES[shards.kind]}"
+    return Source(source, described, _take(split, entries), tuple(files))
 
 
-def _named(entries: Iterable[RawRecord], file: str) -> Iterator[RawRecord]:
-    return ((where, f"{file}:{place}", fields) for where, place, fields in entries)
+def _entries(source: str, shards: Shards, name: str) -> Entries:
+    """Return the entries of one split."""
+    files = shards.splits[name]
+    read = READERS.get(shards.kind)
+    if read is None:
+        return partial(_numbered, _load(source, shards.kind, files), f"{source}[{name}]")
+    if len(files) == 1:
+        return partial(read, files[0])
+    # Lines are numbered within their file, so the names of records say which of several it is.
+    return lambda: chain.from_iterable(_named(read(file), str(file.relative_to(shards.root))) for file in files)
 
 
-def _take(split: str, entries: Mapping[str, Iterable[RawRecord]]) -> Iterable[RawRecord]:
+def _named(entries: Iterable[SourceEntry], file: str) -> Iterator[SourceEntry]:
+    return (entry._replace(place=f"{file}:{entry.place}") for entry in entries)
+
+
+def _take(split: str, entries: Mapping[str, Entries]) -> Entries:
     """Take the entries of the splits that `split` takes."""
     if split in entries:
         return entries[split]
-    listed = {name: list(each) for name, each in entries.items()}
-    taken = _ranges(split, {name: len(each) for name, each in listed.items()})
-    return [entry for name, numbers in taken for entry in listed[name][numbers.start : numbers.stop]]
+    taken = _ranges(split, {name: sum(1 for _ in read()) for name, read in entries.items()})
+    return lambda: chain.from_iterable(islice(entries[name](), part.start, part.stop) for name, part in taken)
 
 
-def _numbered(entries: Any, where: str) -> Iterator[RawRecord]:
-    return ((f"{where} row {n}", f"row-{n}", entry) for n, entry in enumerate(entries))
+def _numbered(data: Any, where: str, wanted: range | None = None, first: int | None = None) -> Iterator[SourceEntry]:
+    """Read entries of a data set, all by default, with their own numbers, or numbered from `first`."""
+    wanted = range(len(data)) if wanted is None else wanted
+    for start in range(wanted.start, wanted.stop, BLOCK):
+        stop = min(start + BLOCK, wanted.stop)
+        block = lru_cache(maxsize=1)(partial(_read_block, data, range(start, stop)))
+        for k in range(start, stop):
+            number = k if first is None else first + k - wanted.start
+            yield SourceEntry(f"{where} row {number}", f"row-{number}", partial(_of_block, block, k - start))
+
+
+def _read_block(data: Any, wanted: range) -> list[dict[str, Any]]:
+    return list(data.select(wanted))
+
+
+def _of_block(block: Callable[[], list[dict[str, Any]]], k: int) -> dict[str, Any]:
+    return block()[k]
 
 
 def _open_dataset(
@@ -317,18 +294,21 @@ def _open_dataset(
         for name in names:
             with _errors_of_datasets(source, split):
                 loaded[name] = datasets.load_dataset(source, subset, split=name, revision=revision)
-    parts = [(loaded[split], range(len(loaded[split])))] if split in loaded else []
-    if not parts:
-        parts = [(loaded[name], taken) for name, taken in _ranges(split, {n: len(d) for n, d in loaded.items()})]
     where = f"{source}[{split}]"
-    if len(parts) == 1:
-        data, taken = parts[0]
-        entries: Iterable[tuple[int, Any]] = zip(taken, data.select(taken), strict=True)
-        where = f"{source}[{names[0]}]"
-    else:
-        entries = enumerate(chain.from_iterable(data.select(taken) for data, taken in parts))
     described = "data set on disk" if path.exists() else "data set of the hub"
-    return Source(source, described, ((f"{where} row {n}", f"row-{n}", entry) for n, entry in entries))
+    files = tuple(Path(each["filename"]) for name in names for each in loaded[name].cache_files)
+    if split in loaded:
+        return Source(source, described, partial(_numbered, loaded[split], where), files)
+    parts = _ranges(split, {name: len(data) for name, data in loaded.items()})
+    if len(parts) == 1:
+        ((name, taken),) = parts
+        return Source(source, described, partial(_numbered, loaded[name], f"{source}[{name}]", taken), files)
+    firsts = accumulate((len(taken) for _, taken in parts), initial=0)
+    joined = [
+        partial(_numbered, loaded[name], where, taken, first)
+        for (name, taken), first in zip(parts, firsts, strict=False)
+    ]
+    return Source(source, described, lambda: chain.from_iterable(read() for read in joined), files)
 
 
 def _load(source: str, kind: str, files: Sequence[Path]) -> Any:

@@ -6,14 +6,14 @@ an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exo_megatron.data.candidates import ROLLOUT_FILE, CandidateRecord
 from exo_megatron.data.logprob_source import DIGEST_LENGTH, LogprobSource
-from exo_megatron.data.records import SourceRecord
-from exo_megatron.errors import DataError
+from exo_megatron.errors import DataError, StoredLogprobsError
 from exo_megatron.utils.files import read_json
 
 
@@ -37,14 +37,14 @@ def reference_logprobs(
 ) -> tuple[float, ...] | None:
     """Return the log-probs of the record's candidates with these numbers; None if it has none.
 
-    Raises DataError at `where` if they belong to other token ids, another model, temperature or
+    Raises StoredLogprobsError at `where` if they belong to other token ids, another model, temperature or
     precision. It names every difference.
     """
     if record.logprob_source is None:
         return None
     differences = [*_of_data(record, numbers, record.logprob_source), *_of_source(record.logprob_source, wanted)]
     if differences:
-        raise DataError(
+        raise StoredLogprobsError(
             where,
             f"the stored log-probs of record {record.id!r} are of {_listed(d.found for d in differences)}",
             expected=_listed(d.wanted for d in differences),
@@ -89,13 +89,12 @@ def _of_source(source: LogprobSource, wanted: WantedLogprobs) -> Iterator[_Diffe
         )
 
 
-def describe_temperatures(records: Sequence[SourceRecord], path: Path, wanted: float) -> str | None:
+def describe_temperatures(records: Mapping[float | None, int], path: Path, wanted: float) -> str | None:
     """Describe in a line which records of candidates were drawn at another temperature than `wanted`.
 
-    A record's own "logprob_source" tells its temperature, else the rollout.json beside the data.
-
     Args:
-        records: records of a candidates file that have been checked.
+        records: numbers of records by the temperature of their own "logprob_source"; of those without
+            one, under None, the rollout.json beside the data tells it.
         path: the file that they are from, or its directory.
         wanted: the temperature of the loss.
 
@@ -103,15 +102,17 @@ def describe_temperatures(records: Sequence[SourceRecord], path: Path, wanted: f
         The line, or None if there is nothing to say.
     """
     beside = _rollout_temperature(path if path.is_dir() else path.parent)
-    sources = [record.fields.get("logprob_source") for record in records]
-    drawn = [beside if source is None else source["temperature"] for source in sources]
-    others = [temperature for temperature in drawn if temperature not in (None, wanted)]
+    drawn: Counter[float | None] = Counter()
+    for temperature, number in records.items():
+        drawn[beside if temperature is None else temperature] += number
+    others = Counter({each: number for each, number in drawn.items() if each not in (None, wanted)})
     if not others:
         return None
-    temperatures = sorted(set(others))
-    change = f"set loss.temperature={temperatures[0]}, or " if len(set(drawn)) == 1 else ""
+    temperatures = sorted(temperature for temperature in others if temperature is not None)
+    change = f"set loss.temperature={temperatures[0]}, or " if len(drawn) == 1 else ""
     return (
-        f"{len(others)} of {len(records)} records were drawn at temperature {' or '.join(map(str, temperatures))}, but "
+        f"{others.total()} of {drawn.total()} records were drawn at temperature "
+        f"{' or '.join(map(str, temperatures))}, but "
         f"loss.temperature is {wanted}: their candidates are not draws of the reference that the loss compares with, "
         "which the paper's theorems assume, and stored log-probs are not used; to make them agree, "
         f"{change}draw candidates with sampling.temperature={wanted}"

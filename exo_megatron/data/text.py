@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from exo_megatron.data.records import Fields, list_field, require, unicode_text, wrong_type
-from exo_megatron.errors import DataError
+from exo_megatron.errors import DataError, EmptyError
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: {"role": ..., "content": ...} and what else the chat template uses, such as tool_calls."""
@@ -41,6 +41,10 @@ class TextCodec(Protocol):
     """
 
     @property
+    def description(self) -> str:
+        """SHA-256 of all that ids and renderings depend on."""
+
+    @property
     def ids(self) -> frozenset[int]:
         """All ids that are a token."""
 
@@ -58,6 +62,9 @@ class TextCodec(Protocol):
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
         """Return the ids of the text alone, without the default prefix."""
+
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
+        """Return the ids of each of the texts, the same as `encode`."""
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Return the text of the ids without special tokens."""
@@ -111,7 +118,7 @@ def completion_texts(where: str, fields: Fields, name: str, *, prompt: Text) -> 
     """Return a non-empty list of candidates of `prompt`, each as `completion_text` returns it."""
     values = list_field(where, fields, name, "a list of completions")
     if not values:
-        raise DataError(where, f"{name!r} is empty", expected="at least one completion", fix="remove the record")
+        raise EmptyError(where, f"{name!r} is empty", expected="at least one completion", fix="remove the record")
     return [_completion(where, f"{name}[{k}]", value, prompt) for k, value in enumerate(values)]
 
 
@@ -134,7 +141,7 @@ def _completion(where: str, name: str, value: object, prompt: Text) -> Answer:
         )
     last = completion if isinstance(completion, str) else completion[-1]["content"]
     if last is not None and not last.strip() and (isinstance(completion, str) or "tool_calls" not in completion[-1]):
-        raise DataError(
+        raise EmptyError(
             where, f"{name!r} is an empty completion", expected="text", fix="remove the record or the completion"
         )
     return completion

@@ -7,17 +7,16 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from exo_megatron.data.entries import SourceEntry
 from exo_megatron.errors import DataError, reason
 from exo_megatron.utils.files import BYTE_ORDER_MARK, decode_line, parse_json_object, read_lines
-
-RawRecord = tuple[str, str, Mapping[str, Any]]
-"""Where a record stands, a name for it that does not change between runs, and its fields."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Compressions of text files by the end of the name."""
@@ -26,7 +25,7 @@ WRAPPERS = ("data", "train", "rows", "records", "examples", "instances")
 """Keys under which JSON files with one object hold their records."""
 
 
-def read_json_text(path: Path) -> Iterator[RawRecord]:
+def read_json_text(path: Path) -> Iterator[SourceEntry]:
     """Read JSON lines, or the objects of one JSON array. Raises DataError for a malformed file."""
     lines = _lines(path)
     first = next(lines, None)
@@ -38,10 +37,11 @@ def read_json_text(path: Path) -> Iterator[RawRecord]:
     second = next(lines, None)
     _refuse_one_object(path, first[1], alone=second is None)
     for number, line in chain([first], [] if second is None else [second], lines):
-        yield f"{path}:{number}", f"line-{number}", parse_json_object(line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        yield SourceEntry(where, f"line-{number}", partial(parse_json_object, line, where))
 
 
-def _read_array(path: Path) -> Iterator[RawRecord]:
+def _read_array(path: Path) -> Iterator[SourceEntry]:
     try:
         values = json.loads("\n".join(line for _, line in _lines(path)))
     except (ValueError, RecursionError) as error:
@@ -53,11 +53,15 @@ def _read_array(path: Path) -> Iterator[RawRecord]:
         ) from None
     for number, value in enumerate(values, start=1):
         where = f"{path} item {number}"
-        if not isinstance(value, dict):
-            raise DataError(
-                where, f"is a JSON {type(value).__name__}", expected="an array of objects", fix="correct or remove it"
-            )
-        yield where, f"item-{number}", value
+        yield SourceEntry(where, f"item-{number}", partial(_object, value, where))
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            where, f"is a JSON {type(value).__name__}", expected="an array of objects", fix="correct or remove it"
+        )
+    return value
 
 
 def _refuse_one_object(path: Path, first: str, *, alone: bool) -> None:
@@ -83,7 +87,7 @@ def _refuse_one_object(path: Path, first: str, *, alone: bool) -> None:
         )
 
 
-def read_separated(path: Path) -> Iterator[RawRecord]:
+def read_separated(path: Path) -> Iterator[SourceEntry]:
     """Read comma- or tab-separated values, whose first line has the names of the columns.
 
     All values are strings, as they stand there. Raises DataError for a malformed file.
@@ -105,14 +109,8 @@ def read_separated(path: Path) -> Iterator[RawRecord]:
                 start, number = number + 1, reader.line_num
                 if not row:
                     continue
-                if len(row) != len(header):
-                    raise DataError(
-                        f"{path}:{start}",
-                        f"has {len(row)} values for {len(header)} columns",
-                        expected="a value for each column of the first line, with quotes where it has a delimiter",
-                        fix="correct the line",
-                    )
-                yield f"{path}:{start}", f"line-{start}", dict(zip(header, row, strict=True))
+                where = f"{path}:{start}"
+                yield SourceEntry(where, f"line-{start}", partial(_columns, header, row, where))
     except csv.Error as error:
         raise DataError(
             f"{path}:{number + 1}",
@@ -127,6 +125,17 @@ def read_separated(path: Path) -> Iterator[RawRecord]:
             expected="UTF-8 text",
             fix="convert the file",
         ) from None
+
+
+def _columns(header: Sequence[str], row: Sequence[str], where: str) -> Mapping[str, Any]:
+    if len(row) != len(header):
+        raise DataError(
+            where,
+            f"has {len(row)} values for {len(header)} columns",
+            expected="a value for each column of the first line, with quotes where it has a delimiter",
+            fix="correct the line",
+        )
+    return dict(zip(header, row, strict=True))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -169,5 +178,5 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
         ) from None
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[RawRecord]]] = {"json": read_json_text, "csv": read_separated}
+READERS: Mapping[str, Callable[[Path], Iterator[SourceEntry]]] = {"json": read_json_text, "csv": read_separated}
 """Readers by the kind of file."""

@@ -11,16 +11,51 @@ chat template writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.data.text import Answer, Chat, Message, Text, TextCodec
+from exo_megatron.data.text import Answer, Chat, Text, TextCodec
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 _QUESTION, _ANSWER = "question", "answer"
+
+
+@dataclass(frozen=True)
+class EncodedGroup:
+    """The ids of a prompt, and of the answers to it."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+class _Batch:
+    """Texts that are encoded together, each of them once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._ids: list[list[int]] = []
+
+    def put(self, text: str) -> Callable[[], list[int]]:
+        """Add a text. Returns the function that gives its ids after `encode`."""
+        number = self._numbers.setdefault(text, len(self._numbers))
+        return lambda: self._ids[number]
+
+    def encode(self, encode: Callable[[list[str]], list[list[int]]]) -> None:
+        self._ids = encode(list(self._numbers))
+
+
+def _result(result: Callable[[], EncodedGroup]) -> EncodedGroup | DataError:
+    try:
+        return result()
+    except DataError as error:
+        return error
 
 
 class Tokenizer:
@@ -89,11 +124,56 @@ class Tokenizer:
         messages get what the template writes and nothing else. Raises DataError if there is no chat
         template.
         """
-        ids = self._codec.encode(self.prompt_text(prompt), continuation=False)
-        prefix = list(self._codec.prefix_ids)
-        if not isinstance(prompt, str) or ids[: len(prefix)] == prefix:
-            return ids
-        return prefix + ids
+        return self._with_prefix(prompt, self._codec.encode(self.prompt_text(prompt), continuation=False))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that the ids of texts depend on, and of what ends a candidate."""
+        parts = [self._codec.description, sorted(self.stop_ids), self._embedding_rows, str(self.path)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer puts before a text by default: usually the BOS id, or none."""
+        return self._codec.prefix_ids
+
+    def encode_batch(self, prompts: Sequence[tuple[Text, Sequence[Answer]]]) -> list[EncodedGroup | DataError]:
+        """Return the ids of prompts and of the answers to each, as the two methods for one text do.
+
+        A prompt that cannot be encoded, or has such an answer, gives its error. All texts are encoded
+        at once, each of them once.
+        """
+        starts, continuations = _Batch(), _Batch()
+        found: list[Callable[[], EncodedGroup] | DataError] = []
+        for prompt, answers in prompts:
+            try:
+                found.append(self._queue(prompt, answers, starts, continuations))
+            except DataError as error:
+                found.append(error)
+        starts.encode(partial(self._codec.encode_batch, continuation=False))
+        continuations.encode(partial(self._codec.encode_batch, continuation=True))
+        return [each if isinstance(each, DataError) else _result(each) for each in found]
+
+    def _queue(
+        self, prompt: Text, answers: Sequence[Answer], starts: _Batch, continuations: _Batch
+    ) -> Callable[[], EncodedGroup]:
+        """Put the texts of a group into the batches. Returns the function that then gives its ids."""
+        before = starts.put(self.prompt_text(prompt))
+        queued: list[tuple[Callable[[], list[int]], bool]] = []
+        for answer in answers:
+            if isinstance(prompt, str) or isinstance(answer, str):
+                queued.append((continuations.put(str(answer)), False))
+            else:
+                whole = self._codec.render(prompt.followed_by(answer), generation_prompt=False)
+                queued.append((starts.put(whole), True))
+
+        def result() -> EncodedGroup:
+            ids = self._with_prefix(prompt, before())
+            return EncodedGroup(
+                ids, [self._ended(self._after(ids, read()) if whole else read()) for read, whole in queued]
+            )
+
+        return result
 
     def encode_completion(self, completion: Answer, *, prompt: Text, ended: bool = True) -> list[int]:
         """Return the ids of a candidate of `prompt`, without BOS, up to the token that ends it.
@@ -105,9 +185,9 @@ class Tokenizer:
         if isinstance(prompt, str) or isinstance(completion, str):
             ids = self._codec.encode(str(completion), continuation=True)
         else:
-            ids = self._answer_ids(prompt, completion)
-        if not ids or ids[-1] not in self.stop_ids:
-            ids.append(self.eos_id)
+            whole = self._codec.render(prompt.followed_by(completion), generation_prompt=False)
+            ids = self._after(self.encode_prompt(prompt), self._codec.encode(whole, continuation=False))
+        ids = self._ended(ids)
         return ids if ended else ids[:-1]
 
     def show(self, ids: Sequence[int]) -> str:
@@ -122,16 +202,19 @@ class Tokenizer:
         """Return the text of a candidate, its leading space included, without special tokens."""
         return self._codec.decode(ids, continuation=True)
 
-    def _answer_ids(self, prompt: Chat, answer: Sequence[Message]) -> list[int]:
+    def _with_prefix(self, prompt: Text, ids: list[int]) -> list[int]:
+        prefix = list(self._codec.prefix_ids)
+        return ids if not isinstance(prompt, str) or ids[: len(prefix)] == prefix else prefix + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] in self.stop_ids else [*ids, self.eos_id]
+
+    def _after(self, before: list[int], whole: list[int]) -> list[int]:
         """Return what the template adds to the prompt for the answer, up to the token that ends it.
 
         Templates write more after the turn's end (a line break, the end of the text), which a model
         never generates.
         """
-        before = self.encode_prompt(prompt)
-        whole = self._codec.encode(
-            self._codec.render(prompt.followed_by(answer), generation_prompt=False), continuation=False
-        )
         if whole[: len(before)] != before:
             raise DataError(
                 str(self.path),

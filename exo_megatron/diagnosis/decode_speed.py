@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.diagnosis.checks import Outcome, fast_enough
 from exo_megatron.diagnosis.decoding import endless_tokens
 from exo_megatron.diagnosis.machine import Machine

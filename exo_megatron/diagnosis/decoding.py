@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exo_megatron.config.sections import ParallelConfig, SamplingConfig
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.text import Chat
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.diagnosis.checks import Figure, Outcome, judge
@@ -36,8 +36,13 @@ class NoText:
     special_ids: frozenset[int] = frozenset()
     eos_id: int = -1
     prefix_ids: tuple[int, ...] = ()
+    description: str = ""
 
     def encode(self, text: str, *, continuation: bool) -> list[int]:
+        """Refuse text."""
+        raise _NO_TEXT
+
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
         """Refuse text."""
         raise _NO_TEXT
 

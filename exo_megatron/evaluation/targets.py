@@ -9,7 +9,8 @@ from pathlib import Path
 from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, list_steps, read_step, resolve_checkpoint
 from exo_megatron.config.document import read_document
 from exo_megatron.config.stages import CONFIG_FILE, EvaluateConfig
-from exo_megatron.data.dataset import Prompt, load_prompts
+from exo_megatron.data.dataset import load_prompts
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
@@ -17,6 +18,7 @@ from exo_megatron.execution.policy import PolicyCheckpoint, find_policy, find_to
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
 from exo_megatron.rollout.stops import check_stops
+from exo_megatron.utils.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Plan:
     prompts: tuple[Prompt, ...]
 
 
-def make_plan(config: EvaluateConfig, tell: Callable[[str], object]) -> Plan:
-    """Find the checkpoints and read the prompts; `tell` gets lines about the data.
+def make_plan(config: EvaluateConfig, tell: Callable[[str], object], team: Team = ALONE) -> Plan:
+    """Find the checkpoints and read the prompts; `tell` gets lines about the data. Collective over the team.
 
     Raises ExoError for a missing checkpoint, a model that cannot be cut as `parallel` says or has
     another vocabulary than the reference, fewer than two prompts, and prompts that leave no room
@@ -57,7 +59,7 @@ def make_plan(config: EvaluateConfig, tell: Callable[[str], object]) -> Plan:
     reference = Target(REFERENCE_NAME, read_step(source.path), source)
     found = [each for name, path in config.models.items() for each in find_checkpoints(name, path)]
     tokenizer = find_tokenizer(source, config.data)
-    prompts = tuple(load_prompts(config.data, tokenizer, tell=tell))
+    prompts = tuple(load_prompts(config.data, tokenizer, tell=tell, report=config.output, team=team))
     _check_number(prompts, config)
     check_stops(tokenizer, config.sampling)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)

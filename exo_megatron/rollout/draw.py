@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.data.candidates import CandidateRecord
-from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from exo_megatron.config.sections import SamplingConfig
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.utils.progress import Progress
 
 

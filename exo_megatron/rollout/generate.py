@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime

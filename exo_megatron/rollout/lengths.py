@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
-from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.packing import microbatch_capacity
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.errors import DataError
 from exo_megatron.models.spec import ModelSpec
 

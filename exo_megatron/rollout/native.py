@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exo_megatron.config.sections import SamplingConfig
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.errors import ConfigError
 from exo_megatron.execution.forward import announce_pass, forward_only, pipeline_forward, run_idle_passes
 from exo_megatron.execution.policy import Policy

@@ -7,7 +7,7 @@ from functools import partial
 
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.data.dataset import load_groups
-from exo_megatron.data.groups import Group, data_digest
+from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.data.packing import check_groups, check_whole
 from exo_megatron.data.stored_logprobs import WantedLogprobs
@@ -42,12 +42,14 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         loss=objective.loss.spec,
         temperature=config.loss.temperature,
         tell=partial(say, runtime),
+        report=config.output,
+        team=runtime.team(),
     )
     check_groups(groups, source.spec, config.compute, config.parallel)
     if objective.loss.spec.token_logps:
         check_whole(groups, config.compute, config.parallel)
     objective.rehearse(groups)
-    data = data_digest(groups)
+    data = groups.digest
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         policy = load_policy(source, topology, config.compute)
         # The policy is still untrained: if it is the reference itself, no second model is loaded.

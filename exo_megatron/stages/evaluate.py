@@ -38,7 +38,7 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     prompt. Errors in checkpoints, prompts, sizes and the reward source are raised before the first
     model is loaded.
     """
-    plan = make_plan(config, partial(say, runtime))
+    plan = make_plan(config, partial(say, runtime), runtime.team())
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")

@@ -10,7 +10,7 @@ from exo_megatron.config.stages import PicklesConfig
 from exo_megatron.conversion.hf_reader import HF_CONFIG_FILE, read_config
 from exo_megatron.conversion.pickles import plan_parts, write_parts
 from exo_megatron.errors import ConfigError
-from exo_megatron.parallel.runtime import detect_launch
+from exo_megatron.parallel.launch import detect_launch
 
 _SMALL_FILES = 64 * 2**20
 """Bytes allowed for everything but tensors."""

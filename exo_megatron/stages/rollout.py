@@ -25,7 +25,9 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     """
     source = find_policy(config.model.checkpoint, config.parallel)
     tokenizer = find_tokenizer(source, config.data)
-    prompts = load_prompts(config.data, tokenizer, tell=partial(say, runtime))
+    prompts = load_prompts(
+        config.data, tokenizer, tell=partial(say, runtime), report=config.output, team=runtime.team()
+    )
     check_stops(tokenizer, config.sampling)
     check_lengths(prompts, config.sampling, source.spec)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)

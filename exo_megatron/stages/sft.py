@@ -6,7 +6,6 @@ from functools import partial
 
 from exo_megatron.config.stages import SftConfig
 from exo_megatron.data.dataset import load_groups
-from exo_megatron.data.groups import data_digest
 from exo_megatron.data.packing import check_groups
 from exo_megatron.execution.policy import find_policy, find_tokenizer, load_policy
 from exo_megatron.parallel.runtime import Runtime
@@ -25,10 +24,12 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     """
     source = find_policy(config.model.checkpoint, config.parallel)
     tokenizer = find_tokenizer(source, config.data)
-    groups = load_groups(config.data, tokenizer, purpose="sft", tell=partial(say, runtime))
+    groups = load_groups(
+        config.data, tokenizer, purpose="sft", tell=partial(say, runtime), report=config.output, team=runtime.team()
+    )
     check_groups(groups, source.spec, config.compute, config.parallel)
     identity = run_identity(
-        data_digest(groups),
+        groups.digest,
         source.fingerprint,
         config.seed,
         config.compute.precision,

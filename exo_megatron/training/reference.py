@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from exo_megatron.data.groups import Group, data_digest
 from exo_megatron.data.logprob_source import LogprobSource
+from exo_megatron.data.packing import WINDOW
+from exo_megatron.data.prepared import PreparedGroups
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime
@@ -16,6 +19,9 @@ from exo_megatron.utils.progress import Progress
 
 REFERENCE_FILE = "reference_logprobs.json"
 
+
+Logprobs: TypeAlias = list[Sequence[float]]
+"""The K log-probs of each of several groups."""
 
 CompleteGroups = Callable[[Sequence[Group], Progress], Sequence[Group]]
 """Function that gives groups reference log-probs; the progress counts groups.
@@ -36,12 +42,12 @@ def add_logprobs(
 
 
 def complete_groups(
-    groups: Sequence[Group],
+    groups: PreparedGroups,
     output: Path,
     source: LogprobSource,
     load: Callable[[], CompleteGroups],
     runtime: Runtime,
-) -> list[Group]:
+) -> PreparedGroups:
     """Give reference log-probs to the groups that have none. Collective over the world.
 
     Rank 0 prints a line that says where they come from.
@@ -54,52 +60,54 @@ def complete_groups(
         load: called if some are to be computed; returns the function that computes them.
         runtime: the world.
     """
-    missing = [group for group in groups if group.reference_logprobs is None]
+    missing = groups.lacking_logprobs()
     origins = {"stored with the data": len(groups) - len(missing)}
-    found: Sequence[Group] = ()
     if missing:
-        kept = read_stored(output, source, missing)
+        key = _key(source, groups, missing)
+        kept = _read_stored(output, key)
         origins["computed by this run" if kept is None else "computed by this run earlier"] = len(missing)
-        found = store_logprobs(output, source, load(), missing, runtime) if kept is None else kept
+        found = _store_logprobs(output, key, load(), groups, missing, runtime) if kept is None else kept
+        groups = groups.with_logprobs(missing, found)
     if runtime.is_main:
         counts = ", ".join(f"{count} {origin}" for origin, count in origins.items() if count)
         print(f"reference log-probs of {len(groups)} groups: {counts}", flush=True)
-    new = iter(found)
-    return [next(new) if group.reference_logprobs is None else group for group in groups]
+    return groups
 
 
-def read_stored(directory: Path, source: LogprobSource, groups: Sequence[Group]) -> list[Group] | None:
-    """Read the log-probs stored in `directory`; None if none are of this source and groups."""
+def _read_stored(directory: Path, key: Mapping[str, str | float]) -> Logprobs | None:
+    """Read the log-probs stored in `directory`; None if none belong to this key."""
     path = directory / REFERENCE_FILE
     if not path.exists():
         return None
     stored = read_json(path)
-    if stored["key"] != _key(source, groups):
-        return None
-    return [
-        replace(group, reference_logprobs=tuple(values)) for group, values in zip(groups, stored["logps"], strict=True)
-    ]
+    logprobs: Logprobs = stored["logps"]
+    return logprobs if stored["key"] == key else None
 
 
-def store_logprobs(
-    directory: Path, source: LogprobSource, complete: CompleteGroups, groups: Sequence[Group], runtime: Runtime
-) -> Sequence[Group]:
-    """Compute the groups' reference log-probs and store them (rank 0 writes).
+def _store_logprobs(
+    directory: Path,
+    key: Mapping[str, str | float],
+    complete: CompleteGroups,
+    groups: PreparedGroups,
+    numbers: Sequence[int],
+    runtime: Runtime,
+) -> Logprobs:
+    """Compute the reference log-probs of the groups with these numbers and store them (rank 0 writes).
 
-    Collective over the world.
+    Collective over the world. Only the groups of one window are in memory at a time.
     """
-    progress = Progress("reference log-probs", len(groups), "groups", enabled=runtime.is_main)
-    completed = complete(groups, progress)
-    progress.close()
+    found: Logprobs = []
+    with Progress("reference log-probs", len(numbers), "groups", enabled=runtime.is_main) as progress:
+        for start in range(0, len(numbers), WINDOW):
+            window = complete([groups[number] for number in numbers[start : start + WINDOW]], progress)
+            found += [group.reference_logprobs or () for group in window]
     if runtime.is_main:
-        write_json(
-            directory / REFERENCE_FILE,
-            {"key": _key(source, groups), "logps": [group.reference_logprobs for group in completed]},
-        )
+        write_json(directory / REFERENCE_FILE, {"key": key, "logps": found})
     runtime.barrier()
-    return completed
+    return found
 
 
-def _key(source: LogprobSource, groups: Sequence[Group]) -> dict[str, str | float]:
-    """Describe what stored log-probs belong to."""
-    return {**vars(source), "data": data_digest(groups)}
+def _key(source: LogprobSource, groups: PreparedGroups, numbers: Sequence[int]) -> dict[str, str | float]:
+    """Describe what stored log-probs of the groups with these numbers belong to."""
+    whole = len(numbers) == len(groups)
+    return {**vars(source), "data": groups.digest if whole else data_digest(groups[number] for number in numbers)}

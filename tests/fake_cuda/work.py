@@ -9,8 +9,8 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exo_megatron.config.sections import ComputeConfig, LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
-from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy
 from exo_megatron.models.policy import build_policy

@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 from exo_megatron.checkpoint.load import load_sharded
 from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.config.sections import ComputeConfig, LossConfig, OptimizerConfig, ParallelConfig, SamplingConfig
-from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy
 from exo_megatron.models.policy import PolicyModel, build_policy

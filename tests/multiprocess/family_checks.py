@@ -18,8 +18,8 @@ from exo_megatron.checkpoint.directory import resolve_checkpoint
 from exo_megatron.checkpoint.load import load_model
 from exo_megatron.config.sections import ComputeConfig, ModelConfig, ParallelConfig, SamplingConfig
 from exo_megatron.config.stages import ExportConfig, ImportConfig
-from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.errors import ExoError
 from exo_megatron.execution.forward import candidate_logprobs, forward_only, pipeline_forward
 from exo_megatron.execution.policy import Policy

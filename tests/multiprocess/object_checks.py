@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state, write_sharded
 from exo_megatron.data.candidates import Candidate, CandidateRecord
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.parallel import runtime as module
 from exo_megatron.parallel.ending import failing_together, on_main
 from exo_megatron.parallel.runtime import Runtime, objects_group, share_object

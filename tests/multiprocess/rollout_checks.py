@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
 from exo_megatron.config.stages import ImportConfig, RolloutConfig
 from exo_megatron.data.candidates import CandidateRecord
-from exo_megatron.data.dataset import Prompt
 from exo_megatron.data.groups import Group
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.errors import ExoError
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from exo_megatron.config.stages import StageConfig, status_directory
 from exo_megatron.stages import run as stages
+from exo_megatron.utils.team import ALONE, Team
 
 # As the run.sh of each example does with PYTHONPATH.
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -29,6 +30,9 @@ class LoneRuntime:
 
     def barrier(self) -> None:
         pass
+
+    def team(self) -> Team:
+        return ALONE
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         return value
@@ -54,6 +58,9 @@ class Rank:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def team(self) -> Team:
+        return replace(ALONE, rank=self.rank)
 
     def gather_objects(self, value):
         return [value, *self.others] if self.is_main else None

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from exo_megatron.config.sections import DataConfig
-from exo_megatron.data.dataset import Purpose, load_groups
+from exo_megatron.data.dataset import load_groups
+from exo_megatron.data.group_builder import Purpose
 from exo_megatron.data.tokenizer import load_tokenizer
 from exo_megatron.diagnosis.work import Lengths, ModelSize
 from exo_megatron.errors import ConfigError, DataError

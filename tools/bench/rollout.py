@@ -25,7 +25,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from exo_megatron.config.sections import ComputeConfig, SamplingConfig
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.diagnosis.timing import Clock, Timings, alternate, choose_clock, timed
 from exo_megatron.diagnosis.work import Lengths

@@ -15,7 +15,8 @@ import exo_megatron
 from exo_megatron.config.losses import LossSpec
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
-from exo_megatron.data.dataset import Purpose, load_groups, load_prompts
+from exo_megatron.data.dataset import load_groups, load_prompts
+from exo_megatron.data.group_builder import Purpose
 from exo_megatron.data.groups import Group
 from exo_megatron.data.loss_fields import TOKEN_LOGPROBS
 from exo_megatron.data.text import Chat

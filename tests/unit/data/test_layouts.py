@@ -17,7 +17,9 @@ from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.completions import read_scorable
 from exo_megatron.data.dataset import load_groups, load_prompts
 from exo_megatron.data.groups import Group
-from exo_megatron.data.reading import read_source
+from exo_megatron.data.reading import Interpreter, Reading, Seen
+from exo_megatron.data.record_layouts import Use
+from exo_megatron.data.sources import open_source
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import ConfigError, DataError, TieError
 from tests.unit.data.tokenizers_made_here import hf_directory
@@ -28,6 +30,18 @@ EXAMPLE = re.compile(
 )
 
 Record = dict[str, Any]
+
+
+def read_source(config: DataConfig, use: Use) -> Reading:
+    """The records of a source in our own fields."""
+    interpreter, source, seen = Interpreter.of(config, use), open_source(config.path), Seen()
+    try:
+        records = [each for record in source.read() for each in interpreter.convert(record, seen)]
+    finally:
+        interpreter.check_columns(source.name, seen)
+    return Reading(records, interpreter.describe(source.name, source.format, seen))
+
+
 Whole = str | list[dict[str, str]]
 
 

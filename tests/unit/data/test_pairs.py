@@ -78,7 +78,7 @@ class Data:
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.lines.clear()
         config = DataConfig(path=str(self.path), **(limits or {}))
-        groups = load_groups(config, self.tokenizer, purpose=purpose, tell=self.lines.append, **settings)
+        groups = list(load_groups(config, self.tokenizer, purpose=purpose, tell=self.lines.append, **settings))
         del self.lines[:2]  # what the file was taken for, and an example
         return groups
 
@@ -193,10 +193,10 @@ class TestTies:
         with pytest.raises(TieError) as error:
             data.load("preference", *self.ROWS)
         assert str(error.value) == (
-            f"{data.path}:1: the first two candidates of record 'a' have reward 1.0, so none is preferred; expected "
-            "different rewards for a preference loss; fix: set ties=skip to leave such records out, set "
-            "pairs=best_and_worst to choose among all candidates, or use a loss.kind for which equal rewards are "
-            "legitimate: exo_rw or dpo_rw"
+            f"{data.path}:1: the first two candidates of record 'a' have reward 1.0, so none is preferred (of 4 "
+            "records 2 cannot be used: 2 equal rewards); expected different rewards for a preference loss; fix: set "
+            "ties=skip to leave such records out, set pairs=best_and_worst to choose among all candidates, or use a "
+            "loss.kind for which equal rewards are legitimate: exo_rw or dpo_rw"
         )
         with pytest.raises(
             TieError, match=r":3: all candidates of record 'c' have reward 5.0.*; fix: set ties=skip to"
@@ -208,11 +208,12 @@ class TestTies:
     def test_left_out_on_request_and_told(self, data: Data) -> None:
         found = data.load("preference", *self.ROWS, ties="skip")
         assert [each.id for each in found] == ["b", "d"]
-        told = "prompts left out: the two candidates of the pair have equal rewards or are the same text"
-        assert data.lines[-1] == f"data: 2 of 4 {told}"
+        told = f"4 records left out: equal rewards (the first: {data.path}:"
+        assert data.lines[-1].startswith(f"data: 2 of {told}1: the first two candidates of record 'a' have reward 1.0")
         found = data.load("preference", *self.ROWS, ties="skip", **ALL)
         assert [each.id for each in found] == ["a", "b", "d"]
-        assert data.lines == [f"data: 1 of 4 {told}"]
+        (line,) = data.lines
+        assert line.startswith(f"data: 1 of {told}3: all candidates of record 'c'")
         assert len(data.load("preference", self.ROWS[1], self.ROWS[3], ties="skip", candidates=2)) == 2
         assert not any("left out" in line for line in data.lines)
 
@@ -222,14 +223,14 @@ class TestTies:
         assert [each.id for each in found] == ["q"]
         twice = {**texts("t", [0, 1]), "completions": [GOOD, GOOD]}
         assert [each.id for each in data.load("preference", twice, texts("u", [0, 1]), ties="skip")] == ["u"]
-        assert data.lines[-1].startswith("data: 1 of 2 prompts left out")
+        assert data.lines[-1].startswith("data: 1 of 2 records left out: equal pair (the first: ")
 
     def test_no_pair_remains(self, data: Data) -> None:
-        with pytest.raises(DataError, match=rf"{data.path}: has 2 preference pairs, all of which are ties"):
+        with pytest.raises(DataError, match=rf"{data.path}: has no record that can be used: 2 equal rewards"):
             data.load("preference", self.ROWS[0], self.ROWS[2], ties="skip")
 
     def test_other_flaws_are_errors_still(self, data: Data) -> None:
-        with pytest.raises(DataError, match=r":2: .*has 1 candidate;"):
+        with pytest.raises(DataError, match=r":2: .*has 1 candidate .*1 equal rewards, 1 malformed"):
             data.load("preference", self.ROWS[0], drawn("x", (1,)), ties="skip")
         with pytest.raises(DataError, match=r"'rewards\[0\]' is nan"):
             data.load("preference", self.ROWS[1], drawn("x", (float("nan"), 1.0)), ties="skip")

@@ -12,7 +12,8 @@ import pytest
 
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
-from exo_megatron.data.dataset import Purpose, load_groups
+from exo_megatron.data.dataset import load_groups
+from exo_megatron.data.group_builder import Purpose
 from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.data.stored_logprobs import WantedLogprobs
@@ -61,7 +62,7 @@ def load(
 ) -> list[Group]:
     path = directory / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_groups(DataConfig(path=str(path), limit=limit), tokenizer, purpose=purpose, logprobs=wanted)
+    return list(load_groups(DataConfig(path=str(path), limit=limit), tokenizer, purpose=purpose, logprobs=wanted))
 
 
 def refused(
@@ -110,7 +111,7 @@ def test_a_filtered_reordered_renamed_file_of_two_rollouts(tmp_path: Path, spm: 
     with gzip.open(tmp_path / "copy.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in mixed)
     config = DataConfig(path=str(tmp_path / "copy.jsonl.gz"))
-    assert load_groups(config, spm, purpose="rewards", logprobs=WANTED) == groups
+    assert list(load_groups(config, spm, purpose="rewards", logprobs=WANTED)) == groups
 
 
 def test_records_without_them_have_none(tmp_path: Path, spm: Tokenizer, rows: Rows) -> None:
@@ -166,7 +167,8 @@ def test_another_source(
 ) -> None:
     """Alone, and in the second of two files put together."""
     error = refused(tmp_path, rows("r", source), spm, 1)
-    assert error.problem == f"the stored log-probs of record 'r0' are of {problem}"
+    told = f"the stored log-probs of record 'r0' are of {problem}"
+    assert error.problem == f"{told} (of 3 records 3 cannot be used: 3 log-probs of another source)"
     assert error.expected == expected
     assert error.fix == f"{fix}, or set reference_logprobs=computed to compute them anew"
     assert "record 's0'" in refused(tmp_path, rows() + rows("s", source), spm, 4).problem

@@ -9,7 +9,8 @@ import torch
 
 from exo_megatron.errors import TopologyError
 from exo_megatron.parallel import runtime
-from exo_megatron.parallel.runtime import Launch, Launcher, Seat, check_seats, detect_launch, distributed_runtime
+from exo_megatron.parallel.launch import Launch, Launcher, detect_launch
+from exo_megatron.parallel.runtime import Seat, check_seats, distributed_runtime
 
 LAUNCHERS: tuple[Launcher, ...] = ("torchrun", "slurm", "mpi")
 

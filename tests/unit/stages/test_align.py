@@ -12,9 +12,11 @@ import pytest
 
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.data.groups import Group
+from exo_megatron.data.tokenizer import load_tokenizer
 from exo_megatron.errors import ConfigError
 from exo_megatron.losses.objective import LossInputs
 from exo_megatron.stages import align
+from tests.reference.tiny_llama import tiny_tokenizer
 from tests.unit.conftest import LoneRuntime, Rank
 
 SOURCE = {"fingerprint": "f", "temperature": 1.0, "precision": "bf16"}
@@ -50,7 +52,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     policy = SimpleNamespace(path=tmp_path, fingerprint="f", spec=None)
     monkeypatch.setattr(align, "find_policy_and_reference", lambda *given: (policy, policy))
-    monkeypatch.setattr(align, "find_tokenizer", lambda *given: SimpleNamespace(vocab_size=100, path="t", show=str))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(align, "find_tokenizer", lambda *given: load_tokenizer(tmp_path / "tokenizer"))
     monkeypatch.setattr(align, "check_groups", stop)
     rows = [record("a", [0.0, 1.0, 5.0]), record("b", [1.0, 1.0, 2.0])]
     (tmp_path / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

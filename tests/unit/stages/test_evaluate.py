@@ -31,7 +31,7 @@ def test_another_temperature_than_that_of_the_training_is_told_once(
     def describe(plan: str, temperature: float) -> str | None:
         return None if temperature == 0.8 else f"{plan} differs from {temperature}"
 
-    monkeypatch.setattr(evaluate, "make_plan", lambda config, tell: "plan")
+    monkeypatch.setattr(evaluate, "make_plan", lambda config, tell, team: "plan")
     monkeypatch.setattr(evaluate, "describe_disagreement", describe)
     monkeypatch.setattr(evaluate, "build_reward", stop)
 

@@ -11,8 +11,9 @@ import pytest
 from exo_megatron.data.groups import Group
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
-from exo_megatron.training.reference import REFERENCE_FILE, complete_groups, read_stored, store_logprobs
+from exo_megatron.training.reference import REFERENCE_FILE, complete_groups
 from exo_megatron.utils.progress import Progress
+from tests.reference.prepared import prepared
 
 SOURCE = LogprobSource(fingerprint="f", temperature=0.8, precision="fp32")
 BARE = [Group("a", (3,), ((4, 2), (5, 2))), Group("b", (6,), ((7, 2), (8, 2), (9, 2)))]
@@ -34,24 +35,32 @@ def runtime() -> Runtime:
         yield runtime
 
 
-def test_written_and_read_again(tmp_path: Path, runtime: Runtime) -> None:
-    assert read_stored(tmp_path, SOURCE, BARE) is None
-    assert store_logprobs(tmp_path, SOURCE, KnownReference().complete, BARE, runtime) == COMPLETE
-    assert read_stored(tmp_path, SOURCE, BARE) == COMPLETE
-
-
 @pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"temperature": 1.0}, {"precision": "bf16"}])
 def test_another_reference_temperature_or_precision_is_computed_again(
     other: dict[str, object], tmp_path: Path, runtime: Runtime
 ) -> None:
-    store_logprobs(tmp_path, SOURCE, KnownReference().complete, BARE, runtime)
-    assert read_stored(tmp_path, replace(SOURCE, **other), BARE) is None
+    complete_groups(prepared(BARE), tmp_path, SOURCE, lambda: KnownReference().complete, runtime)
+    with pytest.raises(AssertionError, match="a reference model was loaded"):
+        complete_groups(prepared(BARE), tmp_path, replace(SOURCE, **other), refuse, runtime)
 
 
 def test_other_data_are_computed_again(tmp_path: Path, runtime: Runtime) -> None:
-    store_logprobs(tmp_path, SOURCE, KnownReference().complete, BARE, runtime)
+    complete_groups(prepared(BARE), tmp_path, SOURCE, lambda: KnownReference().complete, runtime)
     changed = replace(BARE[0], candidates=((4, 2), (6, 2)))
-    assert read_stored(tmp_path, SOURCE, [changed, BARE[1]]) is None
+    with pytest.raises(AssertionError, match="a reference model was loaded"):
+        complete_groups(prepared([changed, BARE[1]]), tmp_path, SOURCE, refuse, runtime)
+
+
+def test_window_by_window(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the groups of one window are made at a time, and every one gets its own."""
+    monkeypatch.setattr("exo_megatron.training.reference.WINDOW", 1)
+    known = dict(zip([group.id for group in BARE], COMPLETE, strict=True))
+
+    def complete(groups: list[Group], progress: Progress) -> list[Group]:
+        (group,) = groups
+        return [known[group.id]]
+
+    assert list(complete_groups(prepared(BARE), tmp_path, SOURCE, lambda: complete, runtime)) == COMPLETE
 
 
 STORED = [replace(group, reference_logprobs=(-7.0,) * len(group.candidates)) for group in BARE]
@@ -72,7 +81,7 @@ def refuse() -> Any:
 def test_no_model_is_loaded_where_the_data_have_all(
     tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert complete_groups(STORED, tmp_path, SOURCE, refuse, runtime) == STORED
+    assert list(complete_groups(prepared(STORED), tmp_path, SOURCE, refuse, runtime)) == STORED
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 stored with the data\n"
 
@@ -80,9 +89,11 @@ def test_no_model_is_loaded_where_the_data_have_all(
 def test_computed_once_where_the_data_have_none(
     tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert complete_groups(BARE, tmp_path, SOURCE, lambda: KnownReference().complete, runtime) == COMPLETE
+    assert (
+        list(complete_groups(prepared(BARE), tmp_path, SOURCE, lambda: KnownReference().complete, runtime)) == COMPLETE
+    )
     assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 computed by this run\n"
-    assert complete_groups(BARE, tmp_path, SOURCE, refuse, runtime) == COMPLETE
+    assert list(complete_groups(prepared(BARE), tmp_path, SOURCE, refuse, runtime)) == COMPLETE
     assert capsys.readouterr().out == "reference log-probs of 2 groups: 2 computed by this run earlier\n"
 
 
@@ -91,6 +102,6 @@ def test_what_is_missing_is_computed_and_nothing_else(
 ) -> None:
     mixed = [STORED[0], BARE[1]]
     for load in (lambda: LastIsMissing().complete, refuse):
-        assert complete_groups(mixed, tmp_path, SOURCE, load, runtime) == [STORED[0], COMPLETE[1]]
+        assert list(complete_groups(prepared(mixed), tmp_path, SOURCE, load, runtime)) == [STORED[0], COMPLETE[1]]
         assert "of 2 groups: 1 stored with the data, 1 computed by this run" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [REFERENCE_FILE]

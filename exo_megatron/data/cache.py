@@ -1,0 +1,267 @@
+"""The cache of tokenised data: shards that the processes of a run make together, each once, and all map.
+
+A directory belongs to one key: the content of the data files, the tokenizer, the settings that decide what
+becomes of a record, and the versions of all code that does it. Shard i holds what was made of records
+i N to (i + 1) N - 1, whoever made it, so its bytes do not depend on the number of processes, and a run that
+was killed leaves shards that the next one goes on from. `index.json` is written last and means that all is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from exo_megatron.data.entries import Source, SourceEntry, no_record, repeated_id
+from exo_megatron.data.tally import Tally
+from exo_megatron.errors import ConfigError, DataError
+from exo_megatron.utils.files import atomic_open, read_json, sha256_file, write_json
+from exo_megatron.utils.progress import Progress
+from exo_megatron.utils.team import Team
+
+SHARD_RECORDS = 2048
+"""Records of a shard: few enough that their texts need little memory, many enough that few files are mapped."""
+
+CACHE_INDEX = "index.json"
+_TALLY = b"tally"
+_LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "jinja2", "datasets", "pyarrow")
+"""Libraries whose version may change what is made of a record."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The way to make items of a source.
+
+    Attributes:
+        source: the data.
+        limit: the number of first records that are taken; None for all.
+        settings: JSON values of all else that decides what is made.
+        make: makes the table of a share of the records.
+        digest: computes the digest of all tables.
+    """
+
+    source: Source
+    limit: int | None
+    settings: Mapping[str, Any]
+    make: Callable[[Sequence[SourceEntry]], tuple[pa.RecordBatch, Tally]]
+    digest: Callable[[Sequence[pa.RecordBatch]], str]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """All shards of a recipe, memory-mapped.
+
+    Attributes:
+        directory: where they lie.
+        tables: one per shard.
+        tally: what was counted in all records.
+        digest: of all items.
+    """
+
+    directory: Path
+    tables: list[pa.RecordBatch]
+    tally: Tally
+    digest: str
+
+
+def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
+    """Map the shards of a recipe, after making those that are not there.
+
+    Collective over the team. On a file system that nodes share every shard is made once, else once
+    per node.
+
+    Args:
+        recipe: what is to be made.
+        cache: the directory of all caches; None for the user's.
+        team: the processes.
+
+    Raises:
+        DataError: the source cannot be read, changes meanwhile, has no record or an id twice, or
+            nodes have different data.
+        ConfigError: the cache cannot be written; and what the recipe raises.
+    """
+    key = team.on_nodes(lambda: _key(recipe))
+    root = cache or default_cache()
+    directory = root / key[:32]
+    whole = team.together(lambda: team.node_rank != 0 or _is_whole(directory))
+    if not all(whole):
+        shards = _make_shards(recipe, directory, team, team.rank, team.size)
+        there = team.share(all(_shard_file(directory, number).exists() for number in range(shards)))
+        if not all(there):  # nodes do not share the directory, and each lacks what others made
+            _make_shards(recipe, directory, team, team.node_rank, team.node_size)
+        team.on_nodes(lambda: _finish(recipe, directory, shards))
+    index = read_json(directory / CACHE_INDEX)
+    tables = [_map(directory / shard["file"])[0] for shard in index["shards"]]
+    return Shelf(directory, tables, Tally.from_json(index["tally"]), index["digest"])
+
+
+def default_cache() -> Path:
+    """Return the user's cache of tokenised data."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo-megatron" / "data"
+
+
+def _key(recipe: Recipe) -> str:
+    """Compute the digest of all that decides the shards; it reads all files of the source."""
+    parts = {
+        "settings": recipe.settings,
+        "limit": recipe.limit,
+        "files": [[str(file), _content(file)] for file in recipe.source.files],
+        "shard_records": SHARD_RECORDS,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "code": _code_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _content(file: Path) -> str:
+    try:
+        return sha256_file(file)
+    except OSError as error:
+        raise DataError(
+            str(file), f"cannot be read ({error.strerror})", expected="a readable file", fix="restore the file"
+        ) from None
+
+
+def _code_digest() -> str:
+    """Compute the digest of the modules that turn records into tables."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_whole(directory: Path) -> bool:
+    """Tell whether the index is there and all shards are as it says. Damaged shards are removed."""
+    if not (directory / CACHE_INDEX).is_file():
+        return False
+    damaged = [
+        file
+        for shard in read_json(directory / CACHE_INDEX)["shards"]
+        if not (file := directory / shard["file"]).is_file() or sha256_file(file) != shard["sha256"]
+    ]
+    for file in damaged:
+        print(f"data: {file} is damaged or missing, and is made again", flush=True)
+        file.unlink(missing_ok=True)
+    return not damaged
+
+
+def _shard_file(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05d}.arrow"
+
+
+def _make_shards(recipe: Recipe, directory: Path, team: Team, first: int, step: int) -> int:
+    """Make every `step`-th shard from number `first` on, unless it is there.
+
+    Collective over the team. Returns the number of all shards.
+    """
+
+    def work() -> int:
+        before = _states(recipe.source)
+        shards, made = 0, []
+        records = sum(1 for _ in islice(recipe.source.entries(), recipe.limit)) if team.rank == 0 else 0
+        wanted = range(first, sys.maxsize, step)
+        label = "tokenising" if team.size == 1 else f"tokenising (with {team.size} processes)"
+        with Progress(label, records, "records", enabled=records > SHARD_RECORDS) as progress:
+            for number, share in recipe.source.shares(
+                SHARD_RECORDS,
+                lambda number: number in wanted and not _shard_file(directory, number).exists(),
+                recipe.limit,
+            ):
+                shards = number + 1
+                if share:
+                    made.append(_shard_file(directory, number))
+                    _write(made[-1], *recipe.make(share))
+                # The others have come about as far.
+                progress.advance(min(SHARD_RECORDS, records - number * SHARD_RECORDS))
+        if _states(recipe.source) != before:
+            for file in made:
+                file.unlink()
+            raise DataError(
+                recipe.source.name,
+                "changed while it was read",
+                expected="files that nobody writes to",
+                fix="start again when the data are complete",
+            )
+        return shards
+
+    with _writing(directory):
+        return team.together(work)[team.rank]
+
+
+def _states(source: Source) -> list[tuple[int, int]]:
+    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in source.files)]
+
+
+def _write(file: Path, table: pa.RecordBatch, tally: Tally) -> None:
+    counted = json.dumps(tally.as_json(), sort_keys=True)
+    with (
+        atomic_open(file, "wb") as sink,
+        pa.ipc.new_file(sink, table.schema.with_metadata({_TALLY: counted.encode()})) as writer,
+    ):
+        writer.write_batch(table)
+
+
+def _map(file: Path) -> tuple[pa.RecordBatch, Tally]:
+    """Map a shard into memory."""
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    return reader.get_batch(0), Tally.from_json(json.loads(reader.schema.metadata[_TALLY]))
+
+
+def _finish(recipe: Recipe, directory: Path, shards: int) -> str:
+    """Write the index of all shards. Returns the digest of all items."""
+    if not shards:
+        raise no_record(recipe.source.name)
+    files = [_shard_file(directory, number) for number in range(shards)]
+    tables, tally = [], Tally()
+    for file in files:
+        table, counted = _map(file)
+        tables.append(table)
+        tally.add(counted)
+    _check_ids(tables)
+    digest = recipe.digest(tables)
+    stored = [
+        {"file": file.name, "items": len(table), "sha256": sha256_file(file)}
+        for file, table in zip(files, tables, strict=True)
+    ]
+    index = {"settings": recipe.settings, "shards": stored, "digest": digest, "tally": tally.as_json()}
+    with _writing(directory):
+        write_json(directory / CACHE_INDEX, index)
+    return digest
+
+
+def _check_ids(tables: Sequence[pa.RecordBatch]) -> None:
+    """Raise DataError if an id occurs twice."""
+    ids = pa.chunked_array([table.column("id") for table in tables])
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    places: dict[str, str] = {}
+    for table in tables:
+        for id, where in zip(table.column("id").to_pylist(), table.column("where").to_pylist(), strict=True):
+            if id in places:
+                raise repeated_id(id, where, places[id])
+            places[id] = where
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Turn failures of the file system in a block into ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            "data.cache",
+            f"{directory} cannot be written ({error.strerror})",
+            expected="a directory that can be made and written, with space left",
+            fix="set data.cache to another directory, or make room",
+        ) from None

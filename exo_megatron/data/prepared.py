@@ -1,0 +1,246 @@
+"""Prepared prompts and groups: sequences of them that stand in memory-mapped Arrow tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from exo_megatron.data.groups import Group, GroupLengths
+from exo_megatron.data.prompts import Prompt
+from exo_megatron.data.text import Chat
+from exo_megatron.errors import DataError
+
+Item = TypeVar("Item")
+
+VALUES = ("rewards", "reference_logprobs", "log_weights")
+"""Fields of a group with a number per candidate."""
+
+TOKEN_VALUES = ("reference_token_logprobs", "behaviour_token_logprobs")
+"""Fields of a group with a number per token of each candidate."""
+
+
+def groups_table(items: Sequence[tuple[str, Group]]) -> pa.RecordBatch:
+    """Store groups, each with the place of its record, as a table. A field that is None is an empty list."""
+    groups = [group for _, group in items]
+    columns = {
+        "id": pa.array([group.id for group in groups], pa.string()),
+        "where": pa.array([where for where, _ in items], pa.string()),
+        "prompt": _lists([group.prompt for group in groups], np.dtype(np.int32)),
+        "candidates": _nested([group.candidates for group in groups], np.dtype(np.int32)),
+    }
+    columns |= {name: _lists([vars(g)[name] or () for g in groups], np.dtype(np.float64)) for name in VALUES}
+    columns |= {name: _nested([vars(g)[name] or () for g in groups], np.dtype(np.float64)) for name in TOKEN_VALUES}
+    return pa.record_batch(columns)
+
+
+def prompts_table(items: Sequence[tuple[str, Prompt]]) -> pa.RecordBatch:
+    """Store prompts, each with the place of its record, as a table.
+
+    Raises DataError for messages with values that are not JSON.
+    """
+    prompts = [prompt for _, prompt in items]
+    return pa.record_batch(
+        {
+            "id": pa.array([prompt.id for prompt in prompts], pa.string()),
+            "where": pa.array([where for where, _ in items], pa.string()),
+            "text": pa.array([prompt.text for prompt in prompts], pa.string()),
+            "ids": _lists([prompt.ids for prompt in prompts], np.dtype(np.int32)),
+            "chat": pa.array([_chat_json(where, prompt.chat) for where, prompt in items], pa.string()),
+            "columns": pa.array([json.dumps(prompt.columns, ensure_ascii=False) for prompt in prompts], pa.string()),
+        }
+    )
+
+
+def _lists(lists: Sequence[Sequence[float]], dtype: np.dtype[Any]) -> pa.ListArray:
+    offsets = np.zeros(len(lists) + 1, dtype=np.int32)
+    np.cumsum([len(each) for each in lists], out=offsets[1:])
+    values = np.fromiter(chain.from_iterable(lists), dtype, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _nested(lists: Sequence[Sequence[Sequence[float]]], dtype: np.dtype[Any]) -> pa.ListArray:
+    offsets = np.zeros(len(lists) + 1, dtype=np.int32)
+    np.cumsum([len(each) for each in lists], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), _lists(list(chain.from_iterable(lists)), dtype))
+
+
+def _chat_json(where: str, chat: Chat | None) -> str | None:
+    if chat is None:
+        return None
+    try:
+        return json.dumps({"messages": chat.messages, "tools": chat.tools}, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            where,
+            f"has a message with a value that is not JSON ({error})",
+            expected="strings, numbers, lists and objects",
+            fix="convert the value, or remove it",
+        ) from None
+
+
+class _Lists:
+    """A column of lists, read where it stands, without a copy."""
+
+    def __init__(self, array: pa.ListArray) -> None:
+        self.offsets = array.offsets.to_numpy()
+        self._values = array.values.to_numpy()
+
+    def at(self, number: int) -> tuple[Any, ...]:
+        start, stop = self.offsets[number : number + 2]
+        return tuple(self._values[start:stop].tolist())
+
+
+class _Nested:
+    """A column of lists of lists."""
+
+    def __init__(self, array: pa.ListArray) -> None:
+        self.offsets = array.offsets.to_numpy()
+        self.inner = _Lists(array.values)
+
+    def at(self, number: int) -> tuple[tuple[Any, ...], ...]:
+        start, stop = self.offsets[number : number + 2]
+        return tuple(self.inner.at(k) for k in range(start, stop))
+
+
+class Prepared(Sequence[Item]):
+    """Items in tables, one table after another. An item is made each time that it is asked for.
+
+    Attributes:
+        digest: SHA-256 of all items, in order.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[pa.RecordBatch],
+        open_table: Callable[[pa.RecordBatch], Callable[[int], Item]],
+        digest: str,
+    ) -> None:
+        """Take tables, of which `open_table` returns the function that makes an item by its number."""
+        self.tables = tables
+        self.digest = digest
+        self._readers = [open_table(table) for table in tables]
+        self._starts = np.cumsum([0, *(len(table) for table in tables)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        table = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._readers[table](number - int(self._starts[table]))
+
+
+class PreparedGroups(Sequence[Group]):
+    """Groups in tables, with the lengths of all of them, and reference log-probs that were computed later.
+
+    Attributes:
+        digest: their `data_digest`.
+        lengths: numbers of tokens.
+    """
+
+    def __init__(self, stored: Prepared[Group], logprobs: npt.NDArray[np.float64] | None = None) -> None:
+        """Take stored groups; `logprobs` [C], one per candidate of all groups, stand in for those that lack them."""
+        self._stored = stored
+        self._logprobs = logprobs
+        self.digest = stored.digest
+        self.lengths = _stored_lengths(stored.tables)
+        self._firsts = np.cumsum([0, *self.lengths.counts])
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        group = self._stored[number]
+        if self._logprobs is None or group.reference_logprobs is not None:
+            return group
+        start, stop = self._firsts[number : number + 2]
+        return replace(group, reference_logprobs=tuple(self._logprobs[start:stop].tolist()))
+
+    def lacking_logprobs(self) -> list[int]:
+        """List the numbers of the groups without stored reference log-probs."""
+        sizes = np.concatenate([np.diff(table.column("reference_logprobs").offsets) for table in self._stored.tables])
+        return [int(number) for number in np.flatnonzero(sizes == 0)]
+
+    def with_logprobs(self, numbers: Sequence[int], logprobs: Sequence[Sequence[float]]) -> PreparedGroups:
+        """Return the groups with the K reference log-probs of those with these numbers, which lack them."""
+        values = np.full(len(self.lengths.candidates), np.nan)
+        for number, given in zip(numbers, logprobs, strict=True):
+            values[self._firsts[number] : self._firsts[number + 1]] = given
+        return PreparedGroups(self._stored, values)
+
+
+def open_groups(table: pa.RecordBatch) -> Callable[[int], Group]:
+    """Return the function that makes the group of one number in `groups_table`."""
+    ids, prompts, candidates = table.column("id"), _Lists(table.column("prompt")), _Nested(table.column("candidates"))
+    values: dict[str, _Lists | _Nested] = {name: _Lists(table.column(name)) for name in VALUES}
+    values |= {name: _Nested(table.column(name)) for name in TOKEN_VALUES}
+
+    def read(number: int) -> Group:
+        further: dict[str, Any] = {name: column.at(number) or None for name, column in values.items()}
+        return Group(ids[number].as_py(), prompts.at(number), candidates.at(number), **further)
+
+    return read
+
+
+def open_prompts(table: pa.RecordBatch) -> Callable[[int], Prompt]:
+    """Return the function that makes the prompt of one number in `prompts_table`."""
+    lists = _Lists(table.column("ids"))
+
+    def read(number: int) -> Prompt:
+        id, text, chat, columns = (table.column(name)[number].as_py() for name in ("id", "text", "chat", "columns"))
+        return Prompt(id, text, lists.at(number), _chat(chat), json.loads(columns))
+
+    return read
+
+
+def _chat(stored: str | None) -> Chat | None:
+    if stored is None:
+        return None
+    parts = json.loads(stored)
+    return Chat(tuple(parts["messages"]), tuple(parts["tools"]))
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Compute the SHA-256 of all that draws of candidates and their records depend on, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.id, prompt.text, prompt.ids, prompt.chat, prompt.columns)).encode())
+    return digest.hexdigest()
+
+
+def _stored_lengths(tables: Sequence[pa.RecordBatch]) -> GroupLengths:
+    columns = [(table.column("prompt"), table.column("candidates")) for table in tables]
+    return GroupLengths(
+        prompts=_joined([np.diff(prompts.offsets) for prompts, _ in columns]),
+        counts=_joined([np.diff(candidates.offsets) for _, candidates in columns]),
+        candidates=_joined([np.diff(candidates.values.offsets) for _, candidates in columns]),
+    )
+
+
+def _joined(parts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
