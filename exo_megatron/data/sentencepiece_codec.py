@@ -56,6 +56,11 @@ class SentencePieceCodec:
         ids: list[int] = (self._continuation if continuation else self._start).encode(text)
         return ids
 
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
+        """Return the ids of each of the texts, the same as `encode`, in one thread."""
+        ids: list[list[int]] = (self._continuation if continuation else self._start).encode(list(texts), num_threads=1)
+        return ids
+
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Return the text of the ids; control symbols give nothing."""
         text: str = (self._continuation if continuation else self._start).decode(list(ids))

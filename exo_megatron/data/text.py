@@ -59,6 +59,9 @@ class TextCodec(Protocol):
     def encode(self, text: str, *, continuation: bool) -> list[int]:
         """Return the ids of the text alone, without the default prefix."""
 
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
+        """Return the ids of each of the texts, the same as `encode`, in one thread."""
+
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Return the text of the ids without special tokens."""
 

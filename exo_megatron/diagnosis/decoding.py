@@ -41,6 +41,10 @@ class NoText:
         """Refuse text."""
         raise _NO_TEXT
 
+    def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
+        """Refuse texts."""
+        raise _NO_TEXT
+
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Refuse to write text."""
         raise _NO_TEXT
