@@ -59,7 +59,7 @@ class SentencePieceCodec:
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
-        """Return the ids of each of the texts, the same as `encode`."""
+        """Return the ids of each of the texts, the same as `encode`, in one thread."""
         ids: list[list[int]] = (self._continuation if continuation else self._start).encode(list(texts), num_threads=1)
         return ids
 

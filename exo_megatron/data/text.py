@@ -64,7 +64,7 @@ class TextCodec(Protocol):
         """Return the ids of the text alone, without the default prefix."""
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
-        """Return the ids of each of the texts, the same as `encode`."""
+        """Return the ids of each of the texts, the same as `encode`, in one thread."""
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
         """Return the text of the ids without special tokens."""

@@ -43,7 +43,7 @@ class NoText:
         raise _NO_TEXT
 
     def encode_batch(self, texts: Sequence[str], *, continuation: bool) -> list[list[int]]:
-        """Refuse text."""
+        """Refuse texts."""
         raise _NO_TEXT
 
     def decode(self, ids: Sequence[int], *, continuation: bool) -> str:
