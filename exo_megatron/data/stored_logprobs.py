@@ -13,6 +13,7 @@ from pathlib import Path
 from exo_megatron.data.candidates import ROLLOUT_FILE, CandidateRecord
 from exo_megatron.data.logprob_source import DIGEST_LENGTH, LogprobSource
 from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.shards import output_of
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import read_json
 
@@ -96,13 +97,13 @@ def describe_temperatures(records: Sequence[SourceRecord], path: Path, wanted: f
 
     Args:
         records: records of a candidates file that have been checked.
-        path: the file that they are from, or its directory.
+        path: the file that they are from, or its directory, or the output of a stage.
         wanted: the temperature of the loss.
 
     Returns:
         The line, or None if there is nothing to say.
     """
-    beside = _rollout_temperature(path if path.is_dir() else path.parent)
+    beside = _rollout_temperature(output_of(path))
     sources = [record.fields.get("logprob_source") for record in records]
     drawn = [beside if source is None else source["temperature"] for source in sources]
     others = [temperature for temperature in drawn if temperature not in (None, wanted)]

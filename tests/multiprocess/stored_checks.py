@@ -17,7 +17,8 @@ from exo_megatron.stages.import_hf import run_import
 from exo_megatron.stages.rollout import run_rollout
 from exo_megatron.stages.score import run_score
 from exo_megatron.training import reference
-from exo_megatron.utils.files import read_jsonl, write_jsonl
+from exo_megatron.utils.files import write_jsonl
+from tests.reference.candidates import stored_lines
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def prepare(
         settings = {"candidates": output / f"rollout-{name}", "reward": {"function": f"{__name__}:reward"}}
         run_score(ScoreConfig(**settings, output=output / f"scored-{name}"), runtime)
     if runtime.is_main:
-        records = [record for _, record in read_jsonl(output / f"scored-{next(iter(rollouts))}" / "candidates.jsonl")]
+        records = stored_lines(output / f"scored-{next(iter(rollouts))}")
         ids = records[1]["candidates"][0]["token_ids"]
         ids[0] = 3 if ids[0] != 3 else 4
         write_jsonl(edited, records)

@@ -178,7 +178,8 @@ def test_mismatches_say_what_differs(root: Path, outcomes: dict[str, Outcome]) -
     data, checkpoint, temperature, precision = outcomes["refusals"].values()[0]
     assert data.startswith(f"{root / 'edited.jsonl'}:2: ")
     assert "record 'prompt-1' are of other data (token ids of prompt or candidates[0]" in data
-    first = f"{root / 'scored-alone' / 'candidates.jsonl'}:1: the stored log-probs of record 'prompt-0' are of"
+    shard = root / "scored-alone" / "candidates" / "shard-00000-of-00001.jsonl"
+    first = f"{shard}:1: the stored log-probs of record 'prompt-0' are of"
     drew, starts = (read_fingerprint(root / name)[:16] for name in ("sft", "start"))
     assert f"{first} the model with fingerprint {drew}; expected the reference {root / 'start'}" in checkpoint
     assert f"with fingerprint {starts}; fix: set reference.checkpoint" in checkpoint
