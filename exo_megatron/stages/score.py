@@ -89,7 +89,7 @@ def _score_shares(
     total = sum(sizes[number] for number in alone)
     total += sum(len(own_part(sizes[number], runtime)) for number in work.together)
     names, batch_size = work.contents.names, config.reward.batch_size
-    with Progress("score", total, "completions", enabled=runtime.is_main) as progress:
+    with Progress("score", total, "completions", enabled=runtime.is_main and total > 0) as progress:
         for share in read_shares(config.candidates, wanted.__contains__):
             scored: list[ScorableRecord] | None
             if share.number in alone:
