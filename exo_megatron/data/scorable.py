@@ -61,7 +61,7 @@ def read_shares(path: Path, wanted: Wanted) -> Iterator[Share]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a stage needs to know of a share whose records are no longer in memory.
+    """Notes on a share whose records are no longer in memory.
 
     Attributes:
         number, digest, description: of the share.

@@ -52,7 +52,7 @@ def records_of(shards: range, records: int) -> range:
 
 
 @dataclass(frozen=True)
-class ShardWriter:
+class RunShards:
     """The shards of one run of a stage.
 
     Attributes:
@@ -162,7 +162,7 @@ def _complete(directory: Path) -> list[Path]:
     """List all shards of a directory. Raises DataError if one is missing or they do not belong together."""
     found = {name: match for name in _shard_names(directory) if (match := _NAME.fullmatch(name))}
     counts = {match["count"]: name for name, match in sorted(found.items())}
-    writer = ShardWriter(directory, int(next(iter(counts))), "")
+    writer = RunShards(directory, int(next(iter(counts))), "")
     paths = [writer.path(number) for number in range(writer.count)]
     strange = sorted(found.keys() - {path.name for path in paths})
     if strange:

@@ -11,7 +11,7 @@ from exo_megatron import __version__
 from exo_megatron.config.stages import CANDIDATES_DIRECTORY, RolloutConfig
 from exo_megatron.data.candidates import ROLLOUT_FILE, stored_candidates
 from exo_megatron.data.dataset import Prompt, load_prompts
-from exo_megatron.data.shards import ShardWriter, count_shards, records_of
+from exo_megatron.data.shards import RunShards, count_shards, records_of
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import DataError
 from exo_megatron.execution.policy import Policy, PolicyCheckpoint, find_policy, find_tokenizer, load_policy
@@ -47,7 +47,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     run = _digest(config, source, tokenizer, prompts)
     seen = runtime.gather_objects(run)
     on_main(runtime, lambda: _check_same(seen or [], config.data.path))
-    shards = ShardWriter(config.output / CANDIDATES_DIRECTORY, count_shards(len(prompts)), run)
+    shards = RunShards(config.output / CANDIDATES_DIRECTORY, count_shards(len(prompts)), run)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         finished = on_main(runtime, lambda: writing(config.output, shards.take_over))
         units = plan_units(shards.count, config.sampling, topology.data_size)
@@ -78,7 +78,7 @@ def _draw_units(
     config: RolloutConfig,
     policy: Policy,
     prompts: Sequence[Prompt],
-    shards: ShardWriter,
+    shards: RunShards,
     units: Sequence[range],
     kept: Sequence[range],
     runtime: Runtime,

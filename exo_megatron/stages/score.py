@@ -14,7 +14,7 @@ from exo_megatron.config.stages import CANDIDATES_DIRECTORY, ScoreConfig
 from exo_megatron.data.candidates import ROLLOUT_FILE
 from exo_megatron.data.completions import ScorableRecord, stored_record
 from exo_megatron.data.scorable import Contents, join_surveys, read_shares, survey
-from exo_megatron.data.shards import Notes, ShardWriter, output_of
+from exo_megatron.data.shards import Notes, RunShards, output_of
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.build import build_reward, identify_reward
@@ -51,7 +51,7 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done.
+    """The shards of the stage, and how the ranks divide them.
 
     Attributes:
         shards: the shards of the output.
@@ -61,7 +61,7 @@ class _Work:
         together: those that are left then, fewer than ranks, each of which all ranks score.
     """
 
-    shards: ShardWriter
+    shards: RunShards
     contents: Contents
     finished: Mapping[int, Notes]
     alone: Sequence[Sequence[int]]
@@ -72,7 +72,7 @@ def _plan(config: ScoreConfig, contents: Contents, world_size: int) -> _Work:
     """Find the finished shards of this run, remove all others, and divide the work. Called by one process."""
     run = "\n".join((__version__, contents.digest, identify_reward(config.reward)))
     digest = hashlib.sha256(run.encode()).hexdigest()
-    shards = ShardWriter(config.output / CANDIDATES_DIRECTORY, len(contents.completions), digest)
+    shards = RunShards(config.output / CANDIDATES_DIRECTORY, len(contents.completions), digest)
     finished = shards.take_over()
     left = [number for number in range(shards.count) if number not in finished]
     whole = len(left) - len(left) % world_size

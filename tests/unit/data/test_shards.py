@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exo_megatron.data import shards
-from exo_megatron.data.shards import ShardWriter, count_shards, find_shards, output_of, records_of
+from exo_megatron.data.shards import RunShards, count_shards, find_shards, output_of, records_of
 from exo_megatron.data.sources import open_source
 from exo_megatron.errors import DataError
 
@@ -23,8 +23,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", PER_SHARD)
 
 
-def write(directory: Path, *, run: str = "run", records: int = len(RECORDS)) -> ShardWriter:
-    writer = ShardWriter(directory, count_shards(records), run)
+def write(directory: Path, *, run: str = "run", records: int = len(RECORDS)) -> RunShards:
+    writer = RunShards(directory, count_shards(records), run)
     for number in range(writer.count):
         part = records_of(range(number, number + 1), records)
         writer.write(number, RECORDS[part.start : part.stop], {"sum": number / 7})
@@ -75,12 +75,12 @@ def test_a_single_file_is_read_as_before(tmp_path: Path) -> None:
     assert output_of(tmp_path / "candidates.jsonl") == output_of(tmp_path) == tmp_path
 
 
-def append(writer: ShardWriter) -> None:
+def append(writer: RunShards) -> None:
     with open(writer.path(1), "a") as file:
         file.write('{"id": "more"}\n')
 
 
-DAMAGES: dict[str, tuple[Callable[[ShardWriter], object], str]] = {
+DAMAGES: dict[str, tuple[Callable[[RunShards], object], str]] = {
     "missing": (lambda w: w.path(1).unlink(), "candidates/shard-00001-of-00003.jsonl: is missing"),
     "last missing": (lambda w: w.path(2).unlink(), "candidates/shard-00002-of-00003.jsonl: is missing"),
     "two missing": (lambda w: [w.path(n).unlink() for n in (0, 2)], "and 1 more are; expected 3 shards"),
@@ -100,11 +100,11 @@ DAMAGES: dict[str, tuple[Callable[[ShardWriter], object], str]] = {
     ),
     "another number": (lambda w: write(w.directory, records=4), "has shards of several runs, such as shard-00001-of-0"),
     "another run": (
-        lambda w: ShardWriter(w.directory, 3, "other").write(1, RECORDS[:3], {}),
+        lambda w: RunShards(w.directory, 3, "other").write(1, RECORDS[:3], {}),
         "has shards of several runs, such as shard-00002-of-00003.jsonl and shard-00001-of-00003.jsonl",
     ),
     "beyond the last": (
-        lambda w: ShardWriter(w.directory, 3, "run").write(7, RECORDS[:3], {}),
+        lambda w: RunShards(w.directory, 3, "run").write(7, RECORDS[:3], {}),
         "has shards of several runs, such as shard-00007-of-00003.jsonl",
     ),
     "both forms": (
@@ -141,13 +141,13 @@ def test_taking_over_keeps_what_this_run_finished_and_removes_the_rest(tmp_path:
     writer = write(tmp_path)
     (tmp_path / "run.txt").write_text("a file of the user")
     (tmp_path / ".shard-00000-of-00003.jsonl.tmp-77").write_text("half a li")
-    ShardWriter(tmp_path, 2, "run").write(1, RECORDS[:1], {})
-    ShardWriter(tmp_path, 3, "other").write(0, RECORDS[:3], {})
+    RunShards(tmp_path, 2, "run").write(1, RECORDS[:1], {})
+    RunShards(tmp_path, 3, "other").write(0, RECORDS[:3], {})
     writer.path(2).write_bytes(writer.path(2).read_bytes()[:-5])
     assert writer.take_over() == {1: {"sum": 1 / 7}}
     left = ["run.txt", "shard-00001-of-00003.jsonl", "shard-00001-of-00003.jsonl.sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
-    assert ShardWriter(tmp_path / "absent", 3, "run").take_over() == {}
+    assert RunShards(tmp_path / "absent", 3, "run").take_over() == {}
 
 
 def test_a_write_that_fails_leaves_no_finished_shard(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data import shards
 from exo_megatron.data.candidates import Candidate, CandidateRecord, stored_candidates, write_candidates
 from exo_megatron.data.scorable import join_surveys, read_shares, survey
-from exo_megatron.data.shards import ShardWriter, count_shards, records_of
+from exo_megatron.data.shards import RunShards, count_shards, records_of
 from exo_megatron.errors import DataError
 from exo_megatron.rewards.records import own_part
 from exo_megatron.stages import score
@@ -65,7 +65,7 @@ def records(count: int, length: int = 2) -> list[CandidateRecord]:
 
 
 def write_shards(output: Path, given: Sequence[CandidateRecord]) -> Path:
-    writer = ShardWriter(output / "candidates", count_shards(len(given)), "drawn")
+    writer = RunShards(output / "candidates", count_shards(len(given)), "drawn")
     for number in range(writer.count):
         part = records_of(range(number, number + 1), len(given))
         writer.write(number, map(stored_candidates, given[part.start : part.stop]), {})
