@@ -172,6 +172,12 @@ COMPLETE_FILE = "stage.json"
 STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
 """Files of every stage: its resolved configuration, and the marks that it started and completed."""
 
+CANDIDATES_DIRECTORY = "candidates"
+"""Directory of the shards in the output of `rollout` and `score`."""
+
+CANDIDATES_FILE = "candidates.jsonl"
+"""A single file of candidates. The stages wrote one before there were shards, and they still read it."""
+
 
 def status_directory(config: StageConfig) -> Path:
     """Return the directory of a stage's STAGE_FILES: its output, or beside it for an export.

@@ -34,7 +34,15 @@ from exo_megatron.config.sections import (
     SaveConfig,
     Section,
 )
-from exo_megatron.config.stages import AlignConfig, EvaluateConfig, RolloutConfig, ScoreConfig, SftConfig, StageConfig
+from exo_megatron.config.stages import (
+    CANDIDATES_DIRECTORY,
+    AlignConfig,
+    EvaluateConfig,
+    RolloutConfig,
+    ScoreConfig,
+    SftConfig,
+    StageConfig,
+)
 from exo_megatron.errors import ConfigError
 
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -102,10 +110,11 @@ def _check_output(config: StageConfig) -> Iterator[Problem]:
             ("output",), f"got {show(str(config.output))}", "a directory with a name", "choose another output"
         )
     for key, path in paths(config):
-        if os.path.abspath(path) == os.path.abspath(config.output):
+        same = os.path.abspath(path) == os.path.abspath(config.output)
+        if same or within(path, config.output / CANDIDATES_DIRECTORY):
             yield Problem(
                 ("output",),
-                f"got {show(str(config.output))}, which is also {dotted(key)}",
+                f"got {show(str(config.output))}, which {'is also' if same else 'holds'} {dotted(key)}",
                 "a directory that the stage does not read",
                 "choose another output",
             )

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from exo_megatron.data.entries import Source, SourceEntry, no_record, repeated_id
+from exo_megatron.data.shards import content_digest
 from exo_megatron.data.tally import Tally
 from exo_megatron.errors import ConfigError, DataError
 from exo_megatron.utils.files import atomic_open, read_json, sha256_file, write_json
@@ -126,7 +127,7 @@ def _key(recipe: Recipe) -> str:
 
 def _content(file: Path) -> str:
     try:
-        return sha256_file(file)
+        return content_digest(file)
     except OSError as error:
         raise DataError(
             str(file), f"cannot be read ({error.strerror})", expected="a readable file", fix="restore the file"

@@ -25,7 +25,6 @@ from exo_megatron.data.text import Chat, Message, Text, prompt_text
 from exo_megatron.errors import DataError
 from exo_megatron.utils.files import write_jsonl
 
-CANDIDATES_FILE = "candidates.jsonl"
 ROLLOUT_FILE = "rollout.json"
 """Description of the rollout that drew the candidates beside it."""
 
@@ -126,7 +125,29 @@ def write_candidates(path: Path, records: Iterable[CandidateRecord]) -> None:
 
     Raises ValueError for log-probs and rewards that are not finite.
     """
-    write_jsonl(path, map(_stored, records))
+    write_jsonl(path, map(stored_candidates, records))
+
+
+def stored_candidates(record: CandidateRecord) -> dict[str, Any]:
+    """Convert a record to the JSON values that are stored. Unknown values are absent, not null.
+
+    Raises ValueError for log-probs and rewards that are not finite.
+    """
+    logprobs = [candidate.logprob for candidate in record.candidates if candidate.logprob is not None]
+    if not all(map(math.isfinite, (*logprobs, *(record.rewards or ())))):
+        raise ValueError(f"record {record.id!r} has a log-prob or reward that is not finite")
+    stored = _known(vars(record))  # not `asdict`, which copies every id
+    stored.pop("chat", None)
+    if record.logprob_source is not None:
+        stored["logprob_source"] = asdict(record.logprob_source)
+    if record.chat is not None:
+        stored[_MESSAGES] = record.chat.messages
+        if record.chat.tools:
+            stored[_TOOLS] = record.chat.tools
+    if not stored[_COLUMNS]:
+        del stored[_COLUMNS]
+    stored["candidates"] = [_known(vars(candidate)) for candidate in record.candidates]
+    return stored
 
 
 def parse_candidate_record(record: SourceRecord) -> CandidateRecord:
@@ -186,23 +207,6 @@ def _parse_candidate(where: str, fields: Mapping[str, Any], *, sourced: bool) ->
         logprob=finite_number(where, known, "logprob") if "logprob" in known else None,
         logprob_digest=text(where, known, "logprob_digest") if sourced else None,
     )
-
-
-def _stored(record: CandidateRecord) -> dict[str, Any]:
-    """Convert the record to JSON values. Unknown values are absent, not null."""
-    logprobs = [candidate.logprob for candidate in record.candidates if candidate.logprob is not None]
-    if not all(map(math.isfinite, (*logprobs, *(record.rewards or ())))):
-        raise ValueError(f"record {record.id!r} has a log-prob or reward that is not finite")
-    stored = _known(asdict(record))
-    stored.pop("chat", None)
-    if record.chat is not None:
-        stored[_MESSAGES] = record.chat.messages
-        if record.chat.tools:
-            stored[_TOOLS] = record.chat.tools
-    if not stored[_COLUMNS]:
-        del stored[_COLUMNS]
-    stored["candidates"] = [_known(candidate) for candidate in stored["candidates"]]
-    return stored
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:

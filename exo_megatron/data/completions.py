@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from exo_megatron.data.candidates import (
     CandidateRecord,
@@ -13,14 +13,10 @@ from exo_megatron.data.candidates import (
     chat_prompt,
     other_columns,
     parse_candidate_record,
-    write_candidates,
+    stored_candidates,
 )
-from exo_megatron.data.reading import read_layouts
 from exo_megatron.data.records import SourceRecord
-from exo_megatron.data.sources import open_source
 from exo_megatron.data.text import Answer, Chat, Message, Text, completion_texts, prompt_text
-from exo_megatron.errors import DataError
-from exo_megatron.utils.files import write_jsonl
 
 _OWN_FIELDS = ("id", "prompt", "completions", "rewards", "tools")
 
@@ -63,48 +59,37 @@ class CompletionsRecord:
 ScorableRecord = CandidateRecord | CompletionsRecord
 
 
-def read_scorable(path: Path, *, tell: Callable[[str], object] | None = None) -> list[ScorableRecord]:
-    """Read the input of `score`, in one of two formats that the first record decides.
+def column_names(records: Iterable[ScorableRecord]) -> list[str]:
+    """List the columns that any of the records has, in order of appearance."""
+    return list(dict.fromkeys(name for record in records for name in record.columns))
 
-    The input is a rollout's output directory, a file of its records, or any data source whose layout
-    has several completions. Rewards in it are dropped. `tell` gets a line that says what it was taken
-    for. Raises DataError, which names file and line, for a malformed record.
+
+def stored_record(record: ScorableRecord) -> dict[str, Any]:
+    """Convert a record to the JSON values that are stored, in the format in which it was read.
+
+    Raises ValueError for rewards that are not finite.
     """
-    if not path.exists():
-        raise DataError(
-            str(path), "does not exist", expected="output of `rollout`, or a file", fix="correct candidates"
-        )
-    source = open_source(str(path))
-    reading = read_layouts(source, source.read(), "score")
-    if tell is not None:
-        tell(f"data: {reading.description}")
-    records = reading.records
-    if "completions" in records[0].fields:
-        return [_parse(record) for record in records]
-    return [parse_candidate_record(record) for record in records]
+    return stored_candidates(record) if isinstance(record, CandidateRecord) else _stored(record)
 
 
-def write_scored(path: Path, records: Sequence[ScorableRecord]) -> None:
-    """Write records to the file `path` atomically, in the format in which they were read."""
-    candidates = [record for record in records if isinstance(record, CandidateRecord)]
-    if candidates:
-        write_candidates(path, candidates)
-    else:
-        write_jsonl(path, (_stored(record) for record in records if isinstance(record, CompletionsRecord)))
+def parse_scorable(record: SourceRecord) -> ScorableRecord:
+    """Check a record in our own fields and convert it to its types.
 
-
-def _stored(record: CompletionsRecord) -> dict[str, object]:
-    chat = record.chat
-    stored: dict[str, object] = {"id": record.id, "prompt": record.prompt if chat is None else chat.messages}
-    stored |= {"completions": record.completions, "rewards": record.rewards}
-    return stored | ({"tools": chat.tools} if chat is not None and chat.tools else {}) | dict(record.columns)
-
-
-def _parse(record: SourceRecord) -> CompletionsRecord:
+    Raises DataError with the record's place.
+    """
+    if "candidates" in record.fields:
+        return parse_candidate_record(record)
     prompt = prompt_text(record.where, record.fields)
     completions = completion_texts(record.where, record.fields, "completions", prompt=prompt)
     columns = other_columns(record.fields, _OWN_FIELDS)
     return CompletionsRecord(record.id, prompt, tuple(completions), columns=columns)
+
+
+def _stored(record: CompletionsRecord) -> dict[str, Any]:
+    chat = record.chat
+    stored: dict[str, Any] = {"id": record.id, "prompt": record.prompt if chat is None else chat.messages}
+    stored |= {"completions": record.completions, "rewards": record.rewards}
+    return stored | ({"tools": chat.tools} if chat is not None and chat.tools else {}) | dict(record.columns)
 
 
 def transcript(messages: Sequence[Message]) -> str:

@@ -11,8 +11,10 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
+from exo_megatron.config.stages import CANDIDATES_DIRECTORY, CANDIDATES_FILE
 from exo_megatron.data.entries import Entries, Source, SourceEntry
 from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.shards import find_shards
 from exo_megatron.data.text_files import COMPRESSIONS, READERS, read_json_text
 from exo_megatron.errors import ConfigError, DataError, reason
 
@@ -57,8 +59,9 @@ def open_source(
     """Open a data source.
 
     Args:
-        source: a file (see KINDS); a directory with candidates.jsonl, or that `Dataset.save_to_disk`
-            made, or that holds shards of one kind; or the name of a data set on the hub.
+        source: a file (see KINDS); a directory that a stage wrote candidates into, or with
+            candidates.jsonl, or that `Dataset.save_to_disk` made, or that holds files of one kind; or
+            the name of a data set on the hub.
         split: name of a split, or a slice of it such as `train[:1000]` or `train[10%:20%]`, as
             `datasets` writes them.
         revision, subset: of a data set on the hub.
@@ -78,15 +81,22 @@ def open_source(
                     expected="no such setting for a file or directory",
                     fix=f"remove {key}",
                 )
-    if path.is_dir() and (path / "candidates.jsonl").is_file():
-        return _open_shards(source, _one_file(path / "candidates.jsonl"), split, names)
+    stored = find_shards(path)
+    if stored is not None:
+        return _open_shards(source, Shards(stored[0].parent, "json", {WHOLE_FILE: stored}), split, names)
+    if path.is_dir() and (path / CANDIDATES_FILE).is_file():
+        return _open_shards(source, _one_file(path / CANDIDATES_FILE), split, names)
     if path.is_dir() and not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
         return _open_shards(source, _find_shards(path), split, names)
     if path.is_file():
         return _open_shards(source, _one_file(path), split, names)
     if not path.exists() and _means_a_path(source):
+        instead = path.name == CANDIDATES_FILE and find_shards(path.parent)
         raise DataError(
-            source, "does not exist", expected="a file, a directory or the name of a data set", fix="correct data.path"
+            source,
+            "does not exist",
+            expected="a file, a directory or the name of a data set",
+            fix=f"name {path.parent}, whose {CANDIDATES_DIRECTORY}/ has them" if instead else "correct data.path",
         )
     return _open_dataset(source, path, split, names, revision, subset)
 

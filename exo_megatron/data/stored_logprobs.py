@@ -13,6 +13,7 @@ from pathlib import Path
 
 from exo_megatron.data.candidates import ROLLOUT_FILE, CandidateRecord
 from exo_megatron.data.logprob_source import DIGEST_LENGTH, LogprobSource
+from exo_megatron.data.shards import output_of
 from exo_megatron.errors import DataError, StoredLogprobsError
 from exo_megatron.utils.files import read_json
 
@@ -95,13 +96,13 @@ def describe_temperatures(records: Mapping[float | None, int], path: Path, wante
     Args:
         records: numbers of records by the temperature of their own "logprob_source"; of those without
             one, under None, the rollout.json beside the data tells it.
-        path: the file that they are from, or its directory.
+        path: the file that they are from, or its directory, or the output of a stage.
         wanted: the temperature of the loss.
 
     Returns:
         The line, or None if there is nothing to say.
     """
-    beside = _rollout_temperature(path if path.is_dir() else path.parent)
+    beside = _rollout_temperature(output_of(path))
     drawn: Counter[float | None] = Counter()
     for temperature, number in records.items():
         drawn[beside if temperature is None else temperature] += number

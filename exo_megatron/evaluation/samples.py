@@ -13,6 +13,7 @@ from exo_megatron.execution.policy import Policy, load_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.rollout.draw import draw_candidates, record_logprobs
+from exo_megatron.rollout.generate import drawing_progress
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,9 @@ class Sampler:
 
     def _draw(self, target: Target, policy: Policy) -> Drawn:
         """Draw with the same seed for all models, to reduce the noise of their difference."""
-        drawn = draw_candidates(
-            policy,
-            self.plan.prompts,
-            self.config.sampling,
-            seed=self.config.seed,
-            runtime=self.runtime,
-            label=target.label,
-        )
+        prompts, sampling = self.plan.prompts, self.config.sampling
+        with drawing_progress(target.label, [len(prompts)], sampling, self.topology, self.runtime) as progress:
+            drawn = draw_candidates(
+                policy, prompts, sampling, seed=self.config.seed, runtime=self.runtime, progress=progress
+            )
         return Drawn(target, drawn.records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import TypeVar
 
 from exo_megatron.data.candidates import CandidateRecord
@@ -23,19 +23,21 @@ def score_records(
     source: RewardSource,
     runtime: Runtime,
     *,
+    names: Sequence[str],
     batch_size: int,
-    label: str | None = None,
+    progress: Progress | None = None,
 ) -> list[Record] | None:
     """Score all candidates of the records. Collective over the world.
 
-    Every rank passes all records and scores a consecutive share of them.
+    Every rank passes all records and scores a consecutive part of their candidates.
 
     Args:
         records: the same on every rank.
         source: the reward source of this rank.
         runtime: the processes of the world.
+        names: the columns that the reward source gets.
         batch_size: candidates that are scored at once.
-        label: label of a progress line on rank 0; None for no line.
+        progress: counts the candidates of this rank.
 
     Returns:
         The records with rewards, in order, on rank 0 of the world; None on the others.
@@ -43,40 +45,54 @@ def score_records(
     Raises:
         RewardError: a reward is not finite.
     """
-    begin, end = (len(records) * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
-    share = records[begin:end]
-    completions = sum(len(record.texts) for record in share)
-    with Progress(label or "", completions, "completions", enabled=runtime.is_main and label is not None) as progress:
-        scored = score_share(share, source, names=column_names(records), batch_size=batch_size, progress=progress)
-    return runtime.gather_items(scored)
+    part = own_part(sum(len(record.texts) for record in records), runtime)
+    judged = islice(completions_of(records, names), part.start, part.stop)
+    rewards = runtime.gather_items(_judge(judged, source, batch_size, progress))
+    return None if rewards is None else _with_rewards(records, rewards)
+
+
+def own_part(candidates: int, runtime: Runtime) -> range:
+    """Return the numbers of the candidates, of so many, that this rank scores where all ranks share them."""
+    begin, end = (candidates * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
+    return range(begin, end)
 
 
 def score_share(
-    records: Sequence[Record], source: RewardSource, *, names: Sequence[str], batch_size: int, progress: Progress
+    records: Sequence[Record],
+    source: RewardSource,
+    *,
+    names: Sequence[str],
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> list[Record]:
     """Score the candidates of the records in this process alone. Returns records with rewards.
 
     `names` are the columns that the reward source gets.
     """
-    judged = completions_of(records, names)
+    return _with_rewards(records, _judge(completions_of(records, names), source, batch_size, progress))
+
+
+def _judge(
+    completions: Iterator[Completion], source: RewardSource, batch_size: int, progress: Progress | None
+) -> list[float]:
+    """Return the rewards of completions, which are finite."""
     rewards: list[float] = []
-    while batch := list(islice(judged, batch_size)):
+    while batch := list(islice(completions, batch_size)):
         found = source.score(batch)
         for completion, reward in zip(batch, found, strict=True):
             check_finite(reward, completion.where)
         rewards += found
-        progress.advance(len(batch))
-    scored = []
-    for record in records:
-        count = len(record.texts)
-        scored.append(replace(record, rewards=tuple(rewards[:count])))
-        del rewards[:count]
-    return scored
+        if progress is not None:
+            progress.advance(len(batch))
+    return rewards
 
 
-def column_names(records: Iterable[ScorableRecord]) -> list[str]:
-    """List the columns that any of the records has, in order of appearance."""
-    return list(dict.fromkeys(name for record in records for name in record.columns))
+def _with_rewards(records: Sequence[Record], rewards: Sequence[float]) -> list[Record]:
+    ends = accumulate((len(record.texts) for record in records), initial=0)
+    return [
+        replace(record, rewards=tuple(rewards[start:stop]))
+        for record, (start, stop) in zip(records, pairwise(ends), strict=True)
+    ]
 
 
 def completions_of(records: Iterable[ScorableRecord], names: Sequence[str]) -> Iterator[Completion]:

@@ -19,7 +19,7 @@ from exo_megatron.utils.progress import Progress
 
 
 def record_logprobs(
-    policy: Policy, records: Sequence[CandidateRecord], *, temperature: float, label: str | None = None
+    policy: Policy, records: Sequence[CandidateRecord], *, temperature: float
 ) -> list[tuple[float, ...]]:
     """Compute the log-probs of stored candidates under softmax(logits / temperature).
 
@@ -29,7 +29,6 @@ def record_logprobs(
         policy: the policy that scores.
         records: prompts and candidates.
         temperature: logits are divided by it.
-        label: of a progress line, on the rank that is to print one.
 
     Returns:
         [records][K] in nats, fp64 sums.
@@ -41,8 +40,7 @@ def record_logprobs(
         Group(record.id, record.prompt_ids, tuple(candidate.token_ids for candidate in record.candidates))
         for record in records
     ]
-    with Progress(label or "", len(groups), "groups", enabled=label is not None) as progress:
-        return candidate_logprobs(policy, groups, temperature=temperature, progress=progress)
+    return candidate_logprobs(policy, groups, temperature=temperature)
 
 
 def with_logprobs(
@@ -91,7 +89,7 @@ def draw_candidates(
     *,
     seed: int,
     runtime: Runtime,
-    label: str,
+    progress: Progress | None = None,
 ) -> DrawnCandidates:
     """Draw K candidates for each prompt, in prompt order, on every rank. Collective over the world.
 
@@ -105,13 +103,13 @@ def draw_candidates(
         sampling: K, temperature, top_p and length.
         seed: of the draws.
         runtime: the world.
-        label: of the progress lines of rank 0.
+        progress: counts the candidates of this rank's model copy. Their log-probs, which take much
+            less time, are not counted.
     """
     engine = NativeEngine(policy)
-    drawn = generate_records(engine, prompts, sampling, policy, seed=seed, runtime=runtime, label=label)
+    drawn = generate_records(engine, prompts, sampling, policy, seed=seed, runtime=runtime, progress=progress)
     generated = runtime.broadcast_items(drawn or [])
-    progress_label = f"{label}: log-probs" if runtime.is_main else None
-    logprobs = record_logprobs(policy, generated, temperature=sampling.temperature, label=progress_label)
+    logprobs = record_logprobs(policy, generated, temperature=sampling.temperature)
     source = LogprobSource(policy.fingerprint, sampling.temperature, policy.compute.precision)
     records = with_logprobs(generated, logprobs, source)
     return DrawnCandidates(records, largest_difference(generated, records))

@@ -10,6 +10,7 @@ from pathlib import Path
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import EvaluateConfig
 from exo_megatron.data.candidates import CandidateRecord, write_candidates
+from exo_megatron.data.completions import column_names
 from exo_megatron.evaluation.estimates import Estimate, PromptMeans, average_samples, estimate
 from exo_megatron.evaluation.picture import draw_frontier
 from exo_megatron.evaluation.prompt_means import write_prompt_means
@@ -68,7 +69,8 @@ def _score_all(
 ) -> Iterator[tuple[Compared, list[CandidateRecord]]]:
     """Yield every checkpoint's samples with rewards: all ranks do the work, rank 0 gets them."""
     for each in compared:
-        scored = score_records(each.drawn.records, source, runtime, batch_size=reward.batch_size)
+        records = each.drawn.records
+        scored = score_records(records, source, runtime, names=column_names(records), batch_size=reward.batch_size)
         if scored is not None:
             yield each, scored
 

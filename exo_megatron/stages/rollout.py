@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from functools import partial
 
-from exo_megatron.config.stages import RolloutConfig
-from exo_megatron.data.candidates import CANDIDATES_FILE, ROLLOUT_FILE, write_candidates
+from exo_megatron import __version__
+from exo_megatron.config.stages import CANDIDATES_DIRECTORY, RolloutConfig
+from exo_megatron.data.candidates import ROLLOUT_FILE, stored_candidates
 from exo_megatron.data.dataset import load_prompts
-from exo_megatron.execution.policy import find_policy, find_tokenizer, load_policy
+from exo_megatron.data.prepared import Prepared
+from exo_megatron.data.prompts import Prompt
+from exo_megatron.data.shards import RunShards, count_shards, records_of
+from exo_megatron.data.tokenizer import Tokenizer
+from exo_megatron.errors import DataError
+from exo_megatron.execution.policy import Policy, PolicyCheckpoint, find_policy, find_tokenizer, load_policy
+from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.draw import draw_candidates
+from exo_megatron.rollout.generate import drawing_progress
 from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
 from exo_megatron.rollout.stops import check_stops
-from exo_megatron.stages.run import say
+from exo_megatron.rollout.units import plan_units
+from exo_megatron.stages.run import say, writing
 from exo_megatron.utils.files import write_json
+
+DIFFERENCE = "decoding_difference"
+"""Name of the note beside a shard: of the candidates of its unit, and in rollout.json of all."""
 
 
 def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
-    """Write OUTPUT/candidates.jsonl and OUTPUT/rollout.json. Collective over the world.
+    """Write the shards of OUTPUT/candidates, and OUTPUT/rollout.json. Collective over the world.
 
-    Errors in tokenizer, prompts and sizes are raised (DataError, CheckpointError, TopologyError)
-    before the model is built.
+    Prompts are done in units of whole shards, of which a process has one in memory. Units that an
+    interrupted run with the same policy, prompts and sampling has finished are kept. Errors in
+    tokenizer, prompts and sizes are raised (DataError, CheckpointError, TopologyError) before the model
+    is built.
     """
     source = find_policy(config.model.checkpoint, config.parallel)
     tokenizer = find_tokenizer(source, config.data)
@@ -31,11 +48,19 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     check_stops(tokenizer, config.sampling)
     check_lengths(prompts, config.sampling, source.spec)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
+    run = _digest(config, source, tokenizer, prompts)
+    seen = runtime.gather_objects(run)
+    on_main(runtime, lambda: _check_same(seen or [], config.data.path))
+    shards = RunShards(config.output / CANDIDATES_DIRECTORY, count_shards(len(prompts)), run)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
-        policy = load_policy(source, topology, config.compute, tokenizer)
-        drawn = draw_candidates(policy, prompts, config.sampling, seed=config.seed, runtime=runtime, label="rollout")
+        finished = on_main(runtime, lambda: writing(config.output, shards.take_over))
+        units = plan_units(shards.count, config.sampling, topology.data_size)
+        kept = [unit for unit in units if all(number in finished for number in unit)]
+        differences = [finished[number][DIFFERENCE] for unit in kept for number in unit]
+        if len(kept) < len(units):
+            policy = load_policy(source, topology, config.compute, tokenizer)
+            differences += _draw_units(config, policy, prompts, shards, units, kept, runtime)
     if runtime.is_main:
-        write_candidates(config.output / CANDIDATES_FILE, drawn.records)
         write_json(
             config.output / ROLLOUT_FILE,
             {
@@ -47,7 +72,71 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
                 "candidates": config.sampling.candidates,
                 "max_new_tokens": config.sampling.max_new_tokens,
                 "seed": config.seed,
-                "prompts": len(drawn.records),
-                "decoding_difference": drawn.decoding_difference,
+                "prompts": len(prompts),
+                DIFFERENCE: max(differences),
             },
         )
+
+
+def _draw_units(
+    config: RolloutConfig,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    shards: RunShards,
+    units: Sequence[range],
+    kept: Sequence[range],
+    runtime: Runtime,
+) -> list[float]:
+    """Draw and write the units that are not `kept`, and return their decoding differences.
+
+    Collective over the world. Each rank writes other shards of a unit.
+    """
+    differences = []
+    left = [unit for unit in units if unit not in kept]
+    sizes, done = ([len(records_of(unit, len(prompts))) for unit in each] for each in (left, kept))
+    with drawing_progress("rollout", sizes, config.sampling, policy.topology, runtime, done=done) as progress:
+        for unit in left:
+            numbers = records_of(unit, len(prompts))
+            drawn = draw_candidates(
+                policy,
+                prompts[numbers.start : numbers.stop],
+                config.sampling,
+                seed=config.seed,
+                runtime=runtime,
+                progress=progress,
+            )
+            notes = {DIFFERENCE: drawn.decoding_difference}
+            for shard in unit[runtime.rank :: runtime.world_size]:
+                part = records_of(range(shard, shard + 1), len(prompts))
+                records = drawn.records[part.start - numbers.start : part.stop - numbers.start]
+                writing(config.output, partial(shards.write, shard, map(stored_candidates, records), notes))
+            differences.append(drawn.decoding_difference)
+    return differences
+
+
+def _digest(config: RolloutConfig, source: PolicyCheckpoint, tokenizer: Tokenizer, prompts: Prepared[Prompt]) -> str:
+    """Return the SHA-256 of all that decides what is drawn, but for the rounding of another topology."""
+    settings = {
+        "version": __version__,
+        "fingerprint": source.fingerprint,
+        "precision": config.compute.precision,
+        "seed": config.seed,
+        "sampling": config.sampling.model_dump(mode="json", exclude={"max_active_candidates"}),
+        "tokenizer": str(tokenizer.path),
+        "stops": sorted(tokenizer.stop_ids),
+        "absent": tokenizer.absent_ids,
+        "prompts": prompts.digest,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(digests: Sequence[str], path: str) -> None:
+    """Raise DataError if a rank has other prompts, or another tokenizer or policy, than rank 0."""
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise DataError(
+                f"rank {rank}",
+                f"read other prompts of {path} than rank 0, or has another tokenizer or checkpoint",
+                expected="the same files on all ranks",
+                fix="put them where every rank reads the same, such as a shared file system",
+            )

@@ -1,66 +1,125 @@
-"""The `score` stage: a reward for every candidate of a rollout."""
+"""The `score` stage: a reward for every candidate of a rollout, shard by shard."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from statistics import fmean, pstdev
 
-from exo_megatron.config.stages import ScoreConfig
-from exo_megatron.data.candidates import CANDIDATES_FILE, ROLLOUT_FILE
-from exo_megatron.data.completions import ScorableRecord, read_scorable, write_scored
+from exo_megatron import __version__
+from exo_megatron.config.stages import CANDIDATES_DIRECTORY, ScoreConfig
+from exo_megatron.data.candidates import ROLLOUT_FILE
+from exo_megatron.data.completions import ScorableRecord, stored_record
+from exo_megatron.data.scorable import Contents, join_surveys, read_shares, survey
+from exo_megatron.data.shards import Notes, RunShards, output_of
+from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
-from exo_megatron.rewards.build import build_reward
-from exo_megatron.rewards.records import score_records
-from exo_megatron.stages.run import say
+from exo_megatron.rewards.build import build_reward, identify_reward
+from exo_megatron.rewards.records import own_part, score_records, score_share
+from exo_megatron.rewards.source import RewardSource
+from exo_megatron.rewards.summary import RewardSums, join_sums
+from exo_megatron.stages.run import say, writing
 from exo_megatron.utils.files import write_json
+from exo_megatron.utils.progress import Progress
 
 SUMMARY_FILE = "score.json"
 
 
 def run_score(config: ScoreConfig, runtime: Runtime) -> None:
-    """Write OUTPUT/candidates.jsonl with rewards, a copy of rollout.json, and score.json.
+    """Write the shards of OUTPUT/candidates with rewards, a copy of rollout.json, and score.json.
 
-    Collective over the world. Raises DataError for malformed candidates before the reward source is
-    loaded, and RewardError.
+    Collective over the world. A process has the records of one shard in memory. Shards that an
+    interrupted run on the same input and reward has finished are kept. Raises DataError for malformed
+    candidates before the reward source is loaded, and RewardError.
     """
-    records = read_scorable(config.candidates, tell=partial(say, runtime))
+    rank, world = runtime.rank, runtime.world_size
+    surveys = [survey(share) for share in read_shares(config.candidates, lambda number: number % world == rank)]
+    gathered = runtime.gather_items(surveys)
+    contents = on_main(runtime, lambda: join_surveys(gathered or []))
+    for description in contents.descriptions:
+        say(runtime, f"data: {description}")
     source = build_reward(config.reward, runtime.device, partial(say, runtime))
-    scored = score_records(records, source, runtime, batch_size=config.reward.batch_size, label="score")
-    if scored is not None:
-        write_scored(config.output / CANDIDATES_FILE, scored)
-        _carry_rollout(config.candidates, config.output)
-        summary = summarize_rewards(scored)
-        write_json(config.output / SUMMARY_FILE, summary)
-        print(
-            f"rewards of {summary['candidates']} candidates of {summary['prompts']} prompts: "
-            f"mean {summary['reward_mean']:.4f}, standard deviation {summary['reward_std']:.4f}, "
-            f"{summary['equal_share']:.1%} of the groups have equal rewards only",
-            flush=True,
-        )
+    work = on_main(runtime, lambda: writing(config.output, lambda: _plan(config, contents, world)))
+    sums = runtime.gather_items(list(_score_shares(config, runtime, source, work)))
+    if sums is not None:
+        kept = ((number, RewardSums(**notes)) for number, notes in work.finished.items())
+        _conclude(config, dict([*kept, *sums]))
 
 
-def summarize_rewards(records: Sequence[ScorableRecord]) -> dict[str, float]:
-    """Compute mean and standard deviation of rewards, and the share of groups of equal ones.
+@dataclass(frozen=True)
+class _Work:
+    """The shards of the stage, and how the ranks divide them.
 
-    Such groups have nothing to learn from.
+    Attributes:
+        shards: the shards of the output.
+        contents: the input.
+        finished: notes of the shards that are finished already.
+        alone: for each rank, the shards that it scores by itself; all have equally many.
+        together: those that are left then, fewer than ranks, each of which all ranks score.
     """
-    groups = [record.rewards or () for record in records]
-    rewards = list(chain.from_iterable(groups))
-    return {
-        "prompts": len(groups),
-        "candidates": len(rewards),
-        "reward_mean": fmean(rewards),
-        "reward_std": pstdev(rewards),
-        "equal_share": fmean(len(set(group)) == 1 for group in groups),
-    }
+
+    shards: RunShards
+    contents: Contents
+    finished: Mapping[int, Notes]
+    alone: Sequence[Sequence[int]]
+    together: Sequence[int]
+
+
+def _plan(config: ScoreConfig, contents: Contents, world_size: int) -> _Work:
+    """Find the finished shards of this run, remove all others, and divide the work. Called by one process."""
+    run = "\n".join((__version__, contents.digest, identify_reward(config.reward)))
+    digest = hashlib.sha256(run.encode()).hexdigest()
+    shards = RunShards(config.output / CANDIDATES_DIRECTORY, len(contents.completions), digest)
+    finished = shards.take_over()
+    left = [number for number in range(shards.count) if number not in finished]
+    whole = len(left) - len(left) % world_size
+    alone = [left[rank:whole:world_size] for rank in range(world_size)]
+    return _Work(shards, contents, finished, alone, left[whole:])
+
+
+def _score_shares(
+    config: ScoreConfig, runtime: Runtime, source: RewardSource, work: _Work
+) -> Iterator[tuple[int, RewardSums]]:
+    """Score the shards that are not finished. Yields numbers and sums of those that this rank wrote."""
+    alone, sizes = work.alone[runtime.rank], work.contents.completions
+    wanted = {*alone, *work.together}
+    total = sum(sizes[number] for number in alone)
+    total += sum(len(own_part(sizes[number], runtime)) for number in work.together)
+    names, batch_size = work.contents.names, config.reward.batch_size
+    with Progress("score", total, "completions", enabled=runtime.is_main and total > 0) as progress:
+        for share in read_shares(config.candidates, wanted.__contains__):
+            scored: list[ScorableRecord] | None
+            if share.number in alone:
+                scored = score_share(share.records, source, names=names, batch_size=batch_size, progress=progress)
+            else:
+                scored = score_records(
+                    share.records, source, runtime, names=names, batch_size=batch_size, progress=progress
+                )
+            if scored is not None:
+                sums = RewardSums.of([record.rewards or () for record in scored])
+                write = partial(work.shards.write, share.number, map(stored_record, scored), asdict(sums))
+                writing(config.output, write)
+                yield share.number, sums
+
+
+def _conclude(config: ScoreConfig, sums: Mapping[int, RewardSums]) -> None:
+    """Write what the stage says about all shards, in whose order the sums are joined."""
+    _carry_rollout(config.candidates, config.output)
+    summary = join_sums(sums[number] for number in sorted(sums)).summary()
+    write_json(config.output / SUMMARY_FILE, summary)
+    print(
+        f"rewards of {summary['candidates']} candidates of {summary['prompts']} prompts: "
+        f"mean {summary['reward_mean']:.4f}, standard deviation {summary['reward_std']:.4f}, "
+        f"{summary['equal_share']:.1%} of the groups have equal rewards only",
+        flush=True,
+    )
 
 
 def _carry_rollout(candidates: Path, output: Path) -> None:
     """Copy rollout.json, which says how candidates were drawn, unless the user made them."""
-    described = (candidates if candidates.is_dir() else candidates.parent) / ROLLOUT_FILE
+    described = output_of(candidates) / ROLLOUT_FILE
     if described.is_file():
         shutil.copyfile(described, output / ROLLOUT_FILE)

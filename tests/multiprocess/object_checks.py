@@ -148,7 +148,7 @@ def largest_message(runtime: Runtime, prompts: int, chunk: int) -> dict[str, Any
     with Seen().watching() as seen:
         drawn = generate.generate_records(engine, asked, sampling, policy, seed=0, runtime=runtime)
         everywhere = runtime.broadcast_items(drawn or [])
-        scored = score_records(everywhere, _Source(), runtime, batch_size=8)
+        scored = score_records(everywhere, _Source(), runtime, names=[], batch_size=8)
     return {
         "largest": seen.largest,
         "one record": max(len(pickle.dumps((0, record))) for record in everywhere),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import LlamaConfig
 
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig, SamplingConfig
 from exo_megatron.config.stages import ImportConfig, RolloutConfig
+from exo_megatron.data import shards
 from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.data.groups import Group
 from exo_megatron.data.prompts import Prompt
@@ -21,9 +24,11 @@ from exo_megatron.models.policy import build_policy
 from exo_megatron.models.spec import ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
+from exo_megatron.rollout import units
 from exo_megatron.rollout.engine import GeneratedGroup
 from exo_megatron.rollout.generate import generate_records
 from exo_megatron.rollout.native import NativeEngine
+from exo_megatron.stages import rollout
 from exo_megatron.stages.import_hf import run_import
 from exo_megatron.stages.rollout import run_rollout
 from tests.reference.tiny_llama import EosTokenizer
@@ -131,13 +136,59 @@ def score(
         return candidate_logprobs(policy, groups, temperature=temperature)
 
 
+@contextmanager
+def small_units(*, prompts: int) -> Iterator[None]:
+    """Make shards of so many prompts, and units of one shard."""
+    former = shards.RECORDS_PER_SHARD, units.FILLS
+    shards.RECORDS_PER_SHARD, units.FILLS = prompts, 0
+    try:
+        yield
+    finally:
+        shards.RECORDS_PER_SHARD, units.FILLS = former
+
+
+class _Cut(Exception):
+    pass
+
+
+@contextmanager
+def cut_after(*, count: int) -> Iterator[None]:
+    """End the stage when it draws more than so many units."""
+    left, original = iter(range(count)), rollout.draw_candidates
+
+    def draw(*arguments: Any, **named: Any) -> Any:
+        if next(left, None) is None:
+            raise _Cut
+        return original(*arguments, **named)
+
+    rollout.draw_candidates = draw
+    try:
+        yield
+    finally:
+        rollout.draw_candidates = original
+
+
 def run_stage(
     runtime: Runtime, *, hf: Path, output: Path, config: dict[str, Any], failing: list[dict[str, Any]]
 ) -> list[str]:
-    """Import `hf`, run the stage, then once more for each of the settings that must fail: their messages."""
+    """Import `hf`, run the stage, then once more for each of the settings that must fail: their messages.
+
+    Besides, run it in units of one shard with two prompts: at once, and cut after two units.
+    """
     run_import(ImportConfig(output=output / "model", hf=hf), runtime)
     common = {**config, "model": {"checkpoint": output / "model"}}
     run_rollout(RolloutConfig.model_validate({**common, "output": output / "rollout"}), runtime)
+    with small_units(prompts=2):
+        run_rollout(RolloutConfig.model_validate({**common, "output": output / "units"}), runtime)
+        cut = RolloutConfig.model_validate({**common, "output": output / "cut"})
+        with cut_after(count=2), suppress(_Cut):
+            run_rollout(cut, runtime)
+        runtime.barrier()
+        if runtime.is_main:
+            damaged = next((output / "cut" / "candidates").glob("shard-00000-*.jsonl"))
+            damaged.write_bytes(damaged.read_bytes()[:-20])
+        with cut_after(count=3):  # the damaged one and the two that are left
+            run_rollout(cut, runtime)
     messages = []
     for settings in failing:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_megatron.config.stages import AlignConfig, ImportConfig, RolloutConfig, ScoreConfig
+from exo_megatron.data import shards
 from exo_megatron.data.groups import Group
 from exo_megatron.errors import ExoError
 from exo_megatron.parallel.runtime import Runtime
@@ -17,7 +18,8 @@ from exo_megatron.stages.import_hf import run_import
 from exo_megatron.stages.rollout import run_rollout
 from exo_megatron.stages.score import run_score
 from exo_megatron.training import reference
-from exo_megatron.utils.files import read_jsonl, write_jsonl
+from exo_megatron.utils.files import write_jsonl
+from tests.reference.candidates import stored_lines
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,34 @@ def reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 
 
 def prepare(
-    runtime: Runtime, *, hf: dict[str, Path], rollouts: dict[str, dict[str, Any]], output: Path, edited: Path
+    runtime: Runtime,
+    *,
+    hf: dict[str, Path],
+    rollouts: dict[str, dict[str, Any]],
+    output: Path,
+    edited: Path,
+    per_shard: Sequence[int],
 ) -> None:
-    """Import the models, draw and score candidates, and change a token of the second record of a copy."""
+    """Import the models, draw and score candidates, and change a token of the second record of a copy.
+
+    Candidates are scored once more in shards of `per_shard` prompts.
+    """
     for name, path in hf.items():
         run_import(ImportConfig(output=output / name, hf=path), runtime)
     for name, config in rollouts.items():
         run_rollout(RolloutConfig(**config, output=output / f"rollout-{name}"), runtime)
         settings = {"candidates": output / f"rollout-{name}", "reward": {"function": f"{__name__}:reward"}}
         run_score(ScoreConfig(**settings, output=output / f"scored-{name}"), runtime)
+    for size in per_shard:
+        former, shards.RECORDS_PER_SHARD = shards.RECORDS_PER_SHARD, size
+        settings = {"candidates": output / "single.jsonl", "reward": {"function": f"{__name__}:reward"}}
+        if runtime.is_main:
+            write_jsonl(output / "single.jsonl", stored_lines(output / "rollout-alone"))
+        runtime.barrier()
+        run_score(ScoreConfig(**settings, output=output / f"scored-by-{size}"), runtime)
+        shards.RECORDS_PER_SHARD = former
     if runtime.is_main:
-        records = [record for _, record in read_jsonl(output / f"scored-{next(iter(rollouts))}" / "candidates.jsonl")]
+        records = stored_lines(output / f"scored-{next(iter(rollouts))}")
         ids = records[1]["candidates"][0]["token_ids"]
         ids[0] = 3 if ids[0] != 3 else 4
         write_jsonl(edited, records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +281,22 @@ def test_stage_writes_candidates_and_how_they_were_drawn(
     assert "prompt 'prompt-2'" in messages[3] and "at most 44, one packed micro-batch" in messages[3]
     assert len(messages) == 4
     assert [path.name for path in (output / "failed").iterdir()] == ["data_report.json"]
+
+
+def test_units_do_not_change_the_draws_nor_does_an_interruption(
+    outcomes: dict[str, Outcome], stage_directory: Path
+) -> None:
+    """In shards of two prompts, on four ranks: the ids of one unit, and the bytes of an undisturbed run."""
+    outcomes["stage"].values()
+    whole, units, cut = (stage_directory / "output" / name for name in ("rollout", "units", "cut"))
+    assert sorted(path.name for path in (units / "candidates").glob("*.jsonl")) == [
+        f"shard-0000{n}-of-00004.jsonl" for n in range(4)
+    ]
+    for one, other in zip(read_candidates(whole), read_candidates(units), strict=True):
+        assert replace(one, candidates=()) == replace(other, candidates=())
+        for ours, theirs in zip(one.candidates, other.candidates, strict=True):
+            assert replace(ours, logprob=None) == replace(theirs, logprob=None)
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    files = {path.relative_to(units): path.read_bytes() for path in units.rglob("*") if path.is_file()}
+    assert len(files) == 2 * 4 + 1
+    assert {path.relative_to(cut): path.read_bytes() for path in cut.rglob("*") if path.is_file()} == files

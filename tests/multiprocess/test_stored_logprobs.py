@@ -24,6 +24,8 @@ HERE = "tests.multiprocess.stored_checks"
 TEMPERATURE = 0.8
 LENGTHS = (5, 1, 31, 12, 2, 19, 7, 9)
 K = 3
+PER_SHARD = (2, 3, 1)
+"""Prompts a shard: 4 shards, one for each rank; 3, which the ranks share; 8, two for each rank."""
 NATS_PER_TOKEN = 1e-5  # asked for: 1e-4; seen: 3e-7
 DRAWN_AT = {"alone": {"tensor": 1}, "in four": {"tensor": 2, "pipeline": 2}}
 ALIGNED_AT = {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
@@ -87,6 +89,7 @@ def outcomes(root: Path) -> dict[str, Outcome]:
         "rollouts": {name: rollout_config(root, parallel) for name, parallel in DRAWN_AT.items()},
         "output": root,
         "edited": root / "edited.jsonl",
+        "per_shard": PER_SHARD,
     }
     checks = [Check("prepare", f"{HERE}:prepare", preparing)]
     for kind, at in (("exo_rw", "tensor"), ("exo_rw", "pipeline"), ("exo_pref", "tensor")):
@@ -174,11 +177,21 @@ def test_what_score_writes_is_what_rollout_wrote(root: Path, outcomes: dict[str,
     assert 0 < difference < NATS_PER_TOKEN
 
 
+@pytest.mark.parametrize("size", PER_SHARD)
+def test_ranks_score_shards_of_any_size_alike(root: Path, outcomes: dict[str, Outcome], size: int) -> None:
+    expected = stored(root, outcomes, "alone")
+    assert read_candidates(root / f"scored-by-{size}") == expected
+    assert len(list((root / f"scored-by-{size}" / "candidates").glob("*.jsonl"))) == -(-len(LENGTHS) // size)
+    summaries = [read_json(root / name / "score.json") for name in (f"scored-by-{size}", "scored-alone")]
+    assert summaries[0] == pytest.approx(summaries[1], rel=1e-12)
+
+
 def test_mismatches_say_what_differs(root: Path, outcomes: dict[str, Outcome]) -> None:
     data, checkpoint, temperature, precision = outcomes["refusals"].values()[0]
     assert data.startswith(f"{root / 'edited.jsonl'}:2: ")
     assert "record 'prompt-1' are of other data (token ids of prompt or candidates[0]" in data
-    first = f"{root / 'scored-alone' / 'candidates.jsonl'}:1: the stored log-probs of record 'prompt-0' are of"
+    shard = root / "scored-alone" / "candidates" / "shard-00000-of-00001.jsonl"
+    first = f"{shard}:1: the stored log-probs of record 'prompt-0' are of"
     drew, starts = (read_fingerprint(root / name)[:16] for name in ("sft", "start"))
     assert f"{first} the model with fingerprint {drew}; expected the reference {root / 'start'}" in checkpoint
     assert f"with fingerprint {starts}; fix: set reference.checkpoint" in checkpoint

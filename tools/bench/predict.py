@@ -1,14 +1,14 @@
 """The formula for your own lengths and model: what each idea is worth, without running anything.
 
     python -m tools.bench predict --lengths hh --k 8 --model 7b
-    python -m tools.bench predict --lengths runs/scored/candidates.jsonl --model path/to/HF-model
+    python -m tools.bench predict --lengths runs/scored --model path/to/HF-model
 
 --lengths: hh or tldr (means of 47 + 230 and 400 + 50 tokens, drawn log-normal), or a JSONL file: one
 group a line, as lengths in tokens, {"prompt": 47, "candidates": [230, 190]}; as candidates that
-`rollout` and `score` leave; or as texts that `align` reads, for which the tokenizer is that of
---tokenizer or of the model's directory. --k: candidates a prompt; of a file, whose groups have
-their own, candidates are then repeated or left out. --model: 7b, 8b, or a directory with an HF
-config.json.
+`rollout` and `score` leave, in their output or in one file; or as texts that `align` reads, for
+which the tokenizer is that of --tokenizer or of the model's directory. --k: candidates a prompt;
+of a file, whose groups have their own, candidates are then repeated or left out. --model: 7b, 8b,
+or a directory with an HF config.json.
 
 "plain" is a trainer with one sequence per candidate and no padding: the best that an HF model can
 do. All lines count FLOPs of a step without Adam.
@@ -28,9 +28,11 @@ from typing import Any
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.dataset import load_groups
 from exo_megatron.data.group_builder import Purpose
+from exo_megatron.data.shards import find_shards
 from exo_megatron.data.tokenizer import load_tokenizer
 from exo_megatron.diagnosis.work import Lengths, ModelSize
 from exo_megatron.errors import ConfigError, DataError
+from exo_megatron.utils.files import read_lines
 from tools.bench.lengths import HH, TLDR
 from tools.bench.table import Table
 from tools.bench.work import MODELS, chunks, model_size, padded_work, waterfall
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", required=True, metavar="FILE|hh|tldr")
+    parser.add_argument("--lengths", required=True, metavar="PATH|hh|tldr")
     parser.add_argument("--k", type=int, metavar="K")
     parser.add_argument("--model", default="7b", metavar="7b|8b|DIRECTORY")
     parser.add_argument("--tokenizer", type=Path, metavar="DIRECTORY")
@@ -71,10 +73,15 @@ def read_groups(lengths: str, candidates: int | None, tokenizer: Path | None = N
     if lengths in NAMED:
         return NAMED[lengths].draw(DRAWN, 2 if candidates is None else candidates)
     path = Path(lengths)
-    if not path.is_file():
-        raise ConfigError("--lengths", f"{lengths!r} is no file", expected="hh, tldr or a JSONL file", fix="correct it")
-    numbered = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-    lines = [(f"{path}:{number}", line) for number, line in numbered if line.strip()]
+    files = find_shards(path) or ([path] if path.is_file() else [])
+    if not files:
+        raise ConfigError(
+            "--lengths",
+            f"{lengths!r} is no file and holds no candidates",
+            expected="hh, tldr, a JSONL file, or the output of rollout or score",
+            fix="correct it",
+        )
+    lines = [(f"{file}:{number}", line) for file in files for number, line in read_lines(file)]
     if not lines:
         raise DataError(str(path), "has no groups", expected="a JSON object a line", fix="give another file")
     purpose = _purpose_of_texts(lines[0][1])
@@ -123,8 +130,8 @@ def _parse(where: str, line: str) -> Lengths:
         raise DataError(
             where,
             f"no lengths of a group ({type(error).__name__}: {error})",
-            expected='{"prompt": 47, "candidates": [230, 190]}, or a record of candidates.jsonl with token ids',
-            fix="write the lengths in tokens, or give a candidates.jsonl",
+            expected='{"prompt": 47, "candidates": [230, 190]}, or a stored candidate record with token ids',
+            fix="write the lengths in tokens, or name the output of `rollout` or `score`",
         ) from None
     return Lengths(prompt, tuple(candidates))
 

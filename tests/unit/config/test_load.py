@@ -153,6 +153,7 @@ def test_unknown_stage():
         (["loss.kind=dpo_pref", "loss.label_smoothing=0.01"], ["loss.label_smoothing", "no effect"]),
         (["output=out/sft"], ["output: got 'out/sft', which is also model.checkpoint"]),
         (["data.path=out/align/"], ["which is also data.path"]),
+        (["data.path=out/align/candidates"], ["output: got 'out/align', which holds data.path"]),
     ],
 )
 def test_contradictions_of_align(file, overrides, words):

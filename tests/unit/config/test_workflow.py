@@ -40,7 +40,7 @@ stages:
     stage: align
     config:
       model: {checkpoint: "${sft}"}
-      data: {path: "${candidates}/candidates.jsonl"}
+      data: {path: "${candidates}"}
       optimizer: {lr: 1e-7}
   - name: hf
     stage: export
@@ -87,7 +87,7 @@ def test_defaults_outputs_seeds_and_substitution(file):
     assert (align.optimizer.weight_decay, align.optimizer.lr) == (0.1, 1e-7)
     assert (sft.output, export.output) == (Path("out/sft"), Path("out/hf-model"))
     assert sft.model.checkpoint == Path("out/base")
-    assert align.data.path == "out/candidates/candidates.jsonl"
+    assert align.data.path == "out/candidates"
     assert export.model.checkpoint == Path("out/exo-1.5")
 
 
@@ -99,7 +99,7 @@ def test_overrides(file):
     )
     assert found["candidates"].compute.precision == "bf16"
     assert found["exo-1.5"].optimizer.lr == 3e-6
-    assert found["exo-1.5"].data.path == "/else/candidates/candidates.jsonl"
+    assert found["exo-1.5"].data.path == "/else/candidates"
     assert found["hf"].seed == 9
 
 
@@ -233,7 +233,9 @@ def test_what_align_would_refuse_after_the_rollout_is_told_before(file, override
     stage: score
     config: {candidates: "${candidates}", reward: {function: "m:f"}}
   - name: exo-1.5"""
-        changed = RUN.replace("  - name: exo-1.5", score).replace("${candidates}/candidates.jsonl", "${scored}")
+        changed = RUN.replace("  - name: exo-1.5", score).replace(
+            'data: {path: "${candidates}"}', 'data: {path: "${scored}"}'
+        )
         file.write_text(changed, encoding="utf-8")
     load_run_config(file, [])
     error = error_of(file, override)
@@ -246,3 +248,10 @@ def test_only_stages_that_belong_together_must_agree(file):
     """Data from elsewhere are judged when they are read; so is a reference that no stage of the run makes."""
     load_run_config(file, ["stages.exo-1.5.data.path=other/candidates.jsonl", "stages.exo-1.5.loss.temperature=0.5"])
     load_run_config(file, ["stages.exo-1.5.reference.checkpoint=other/sft"])
+
+
+def test_the_single_file_of_an_earlier_version_is_refused_before_the_first_stage(file):
+    """It would be missed only once its stage has run."""
+    error = error_of(file, "stages.exo-1.5.data.path=${candidates}/candidates.jsonl")
+    assert "got out/candidates/candidates.jsonl, but the stage writes its candidates into out/candidates/cand" in error
+    assert error.endswith("fix: name out/candidates, or in a `run` file its ${NAME} alone")

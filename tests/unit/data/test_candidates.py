@@ -187,5 +187,5 @@ def test_missing_candidate_field_and_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(DataError, match="rename 'tokens_ids' to 'token_ids'"):
         read_candidates(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="does not exist"):
         read_candidates(tmp_path / "absent")

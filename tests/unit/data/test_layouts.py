@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from exo_megatron.config.losses import LOSSES
 from exo_megatron.config.sections import DataConfig
-from exo_megatron.data.completions import read_scorable
 from exo_megatron.data.dataset import load_groups, load_prompts
 from exo_megatron.data.groups import Group
 from exo_megatron.data.reading import Interpreter, Reading, Seen
 from exo_megatron.data.record_layouts import Use
+from exo_megatron.data.scorable import read_shares
 from exo_megatron.data.sources import open_source
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import ConfigError, DataError, TieError
@@ -202,10 +202,9 @@ def test_ids_are_those_of_the_whole_conversation(
 
 def test_completions_to_score(config: Callable[..., DataConfig]) -> None:
     rows = [json.loads(line) for line in EXAMPLES["Completions to score"][2].splitlines()]
-    told: list[str] = []
-    records = read_scorable(Path(config(*rows).path), tell=told.append)
-    assert [list(record.texts) for record in records] == [row["completions"] for row in rows]
-    assert "3 records: 3 as completions (completions, prompt)" in told[0]
+    (share,) = read_shares(Path(config(*rows).path), lambda number: True)
+    assert [list(record.texts) for record in share.records] == [row["completions"] for row in rows]
+    assert "3 records: 3 as completions (completions, prompt)" in share.description
 
 
 def test_what_a_file_was_taken_for_is_told(config: Callable[..., DataConfig], tokenizer: Tokenizer) -> None:

@@ -12,10 +12,9 @@ import yaml
 
 from exo_megatron.config.load import load_run_config, load_stage_config
 from exo_megatron.config.stages import STAGE_CONFIGS
-from exo_megatron.data.completions import read_scorable
 from exo_megatron.rewards.function import load_reward_function
 from exo_megatron.rewards.records import score_share
-from exo_megatron.utils.progress import Progress
+from tests.reference.candidates import read_scorable
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "examples" / "configs"
@@ -128,6 +127,5 @@ def test_the_ground_truth_reward_judges_the_records_of_its_document(tmp_path: Pa
     wrong = {"prompt": "What is 3 - 5?", "answer": -2, "completions": ["2", "3 - 5 = -2"]}
     (tmp_path / "mine.jsonl").write_text(json.dumps(right) + "\n" + json.dumps(wrong) + "\n")
     records = read_scorable(tmp_path / "mine.jsonl")
-    with Progress("", 5, "completions", enabled=False) as progress:
-        scored = score_share(records, load_reward_function(name), names=["answer"], batch_size=2, progress=progress)
+    scored = score_share(records, load_reward_function(name), names=["answer"], batch_size=2)
     assert [record.rewards for record in scored] == [(1.0, 0.0, 0.0), (0.0, 1.0)]

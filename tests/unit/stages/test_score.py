@@ -15,14 +15,16 @@ import torch
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data.candidates import Candidate, CandidateRecord, write_candidates
+from exo_megatron.data.completions import column_names
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.errors import RewardError
 from exo_megatron.rewards.function import FunctionReward
 from exo_megatron.rewards.records import score_records
 from exo_megatron.rewards.source import Completion
-from exo_megatron.stages.score import run_score, summarize_rewards
+from exo_megatron.rewards.summary import RewardSums, join_sums
+from exo_megatron.stages.score import run_score
 from exo_megatron.utils.files import read_json, write_json
-from tests.reference.candidates import read_candidates
+from tests.reference.candidates import read_candidates, stored_lines
 
 
 @dataclass
@@ -40,6 +42,9 @@ class FakeRuntime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value  # only rank 0, alone
 
     def gather_items(self, items: Sequence[Any]) -> list[Any] | None:
         self.inbox[self.rank] = items
@@ -81,7 +86,7 @@ def test_every_candidate_gets_its_own_reward(world_size: int, batch_size: int) -
     source = Lengths()
     for rank in reversed(range(world_size)):
         runtime: Any = FakeRuntime(rank, world_size, inbox)
-        scored = score_records(given, source, runtime, batch_size=batch_size)
+        scored = score_records(given, source, runtime, names=[], batch_size=batch_size)
         assert (scored is None) == (rank > 0)
     assert scored == [
         replace(r, rewards=tuple(100.0 * len(r.prompt) + len(c.text) for c in r.candidates)) for r in given
@@ -98,7 +103,7 @@ def test_a_reward_that_is_not_finite_is_named(value: float) -> None:
 
     runtime: Any = FakeRuntime(0, 1, {})
     with pytest.raises(RewardError) as caught:
-        score_records(records(3), Broken(), runtime, batch_size=2)
+        score_records(records(3), Broken(), runtime, names=[], batch_size=2)
     assert caught.value.where == "record 'r2', candidate 2"
     assert str(value) in caught.value.problem
 
@@ -124,7 +129,13 @@ def test_stage_writes_rewards_rollout_and_summary(tmp_path: Path, capsys: pytest
     assert [r.rewards for r in scored] == [(2.0,), (3.0, 3.0), (3.0, 3.0, 3.0)]
     assert [replace(r, rewards=None) for r in scored] == given
     assert read_json(tmp_path / "scored" / "rollout.json") == {"temperature": 0.8}
-    assert read_json(tmp_path / "scored" / "score.json") == summarize_rewards(scored)
+    assert read_json(tmp_path / "scored" / "score.json") == {
+        "prompts": 3,
+        "candidates": 6,
+        "reward_mean": 17 / 6,
+        "reward_std": pytest.approx(math.sqrt(5 / 36)),
+        "equal_share": 1.0,
+    }
     assert "6 candidates of 3 prompts: mean 2.8333" in capsys.readouterr().out
 
 
@@ -132,21 +143,22 @@ def test_candidates_of_ones_own_making_have_no_rollout_file(tmp_path: Path) -> N
     write_candidates(tmp_path / "mine.jsonl", records(2))
     runtime: Any = FakeRuntime(0, 1, {})
     run_score(score_config(tmp_path, tmp_path / "mine.jsonl"), runtime)
-    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == ["candidates.jsonl", "score.json"]
+    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == ["candidates", "score.json"]
 
 
-def test_summary_by_hand() -> None:
+def test_summary_by_hand_and_by_shares() -> None:
     groups = [(1.0, 3.0), (2.0, 2.0), (0.0, 0.0), (5.0, 3.0)]
-    scored = [replace(records(2)[1], rewards=group) for group in groups]
-    summary = summarize_rewards(scored)
     # Mean 16 / 8; squared deviations 1 + 1 + 0 + 0 + 4 + 4 + 9 + 1 = 20.
-    assert summary == {
-        "prompts": 4,
-        "candidates": 8,
-        "reward_mean": 2.0,
-        "reward_std": pytest.approx(math.sqrt(20 / 8)),
-        "equal_share": 0.5,
-    }
+    expected = {"prompts": 4, "candidates": 8, "reward_mean": 2.0, "reward_std": math.sqrt(20 / 8), "equal_share": 0.5}
+    for shares in ([groups], [groups[:1], groups[1:]], [[group] for group in groups]):
+        assert join_sums(map(RewardSums.of, shares)).summary() == pytest.approx(expected, rel=1e-14)
+
+
+def test_the_spread_of_rewards_far_from_zero() -> None:
+    """Where a difference of two sums of squares has no correct digit."""
+    rewards = [1e9 + value for value in (0.0, 1.0, 2.0, 3.0)]
+    summary = join_sums(RewardSums.of([[reward]]) for reward in rewards).summary()
+    assert summary["reward_std"] == pytest.approx(math.sqrt(5 / 4), rel=1e-6)
 
 
 def test_written_completions_are_scored_and_ready_for_align(tmp_path: Path) -> None:
@@ -156,8 +168,7 @@ def test_written_completions_are_scored_and_ready_for_align(tmp_path: Path) -> N
     reward = RewardConfig(kind="function", function=f"{__name__}:word_count")
     runtime: Any = FakeRuntime(0, 1, {})
     run_score(ScoreConfig(output=tmp_path / "out", candidates=tmp_path / "mine.jsonl", reward=reward), runtime)
-    stored = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
-    assert stored == [
+    assert stored_lines(tmp_path / "out") == [
         {"id": "line-1", "prompt": "a b", "completions": [" c d e", " f"], "rewards": [5.0, 3.0]},
         {"id": "x", "prompt": "g", "completions": [" h i"], "rewards": [3.0]},
     ]
@@ -184,8 +195,7 @@ def test_completions_of_messages_keep_their_form_and_columns(tmp_path: Path) -> 
     SEEN.clear()
     for source, output in (("chat.jsonl", "first"), ("first", "second")):  # what is written can be scored again
         run_score(ScoreConfig(output=tmp_path / output, candidates=tmp_path / source, reward=reward), runtime)
-        stored = [json.loads(line) for line in (tmp_path / output / "candidates.jsonl").read_text().splitlines()]
-        assert stored == [chat | {"rewards": [4.0, 4.0]}, text | {"rewards": [5.0]}]
+        assert stored_lines(tmp_path / output) == [chat | {"rewards": [4.0, 4.0]}, text | {"rewards": [5.0]}]
     expected = [
         ("system: s\n\nuser: a\n\nassistant: ", "b", [*prompt, *answers[0]], 4),
         ("system: s\n\nuser: a\n\nassistant: ", "c", [*prompt, *answers[1]], 4),
@@ -207,9 +217,9 @@ def test_every_rank_gives_a_function_the_same_columns(tmp_path: Path) -> None:
     for rank, problem in ((1, None), (0, "has no column 'answer' (columns: none)")):
         runtime: Any = FakeRuntime(rank, 2, {})
         if problem is None:
-            score_records(given, source, runtime, batch_size=8)
+            score_records(given, source, runtime, names=column_names(given), batch_size=8)
             continue
         with pytest.raises(RewardError) as caught:
-            score_records(given, source, runtime, batch_size=8)
+            score_records(given, source, runtime, names=column_names(given), batch_size=8)
         assert (caught.value.where, caught.value.problem) == ("record 'r0', candidate 0", problem)
     assert seen == [[1, 1]]
