@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exo_megatron.data import shards
-from exo_megatron.data.shards import RunShards, count_shards, find_shards, output_of, records_of
+from exo_megatron.data.shards import RunShards, content_digest, count_shards, find_shards, output_of, records_of
 from exo_megatron.data.sources import open_source
 from exo_megatron.errors import DataError
 
@@ -114,12 +114,18 @@ DAMAGES: dict[str, tuple[Callable[[RunShards], object], str]] = {
 }
 
 
+def opened(path: Path) -> None:
+    """What precedes the reading of a record."""
+    for file in open_source(str(path)).files:
+        content_digest(file)
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named(tmp_path: Path, name: str) -> None:
     change, words = DAMAGES[name]
     change(write(tmp_path / "candidates"))
     with pytest.raises(DataError) as caught:
-        open_source(str(tmp_path))
+        opened(tmp_path)
     assert words in str(caught.value), str(caught.value)
     assert caught.value.fix
 
@@ -128,7 +134,7 @@ def test_a_lone_shard_needs_its_checksum(tmp_path: Path) -> None:
     writer = write(tmp_path)
     Path(f"{writer.path(1)}.sha256").unlink()
     with pytest.raises(DataError, match=re.escape("has no checksum in shard-00001-of-00003.jsonl.sha256")):
-        open_source(str(writer.path(1)))
+        opened(writer.path(1))
 
 
 def test_the_single_file_that_a_stage_no_longer_writes(tmp_path: Path) -> None:

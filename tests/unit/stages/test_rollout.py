@@ -16,13 +16,15 @@ from exo_megatron.config.sections import SamplingConfig
 from exo_megatron.config.stages import RolloutConfig
 from exo_megatron.data import shards
 from exo_megatron.data.candidates import Candidate, CandidateRecord
-from exo_megatron.data.dataset import Prompt
+from exo_megatron.data.prepared import Prepared
+from exo_megatron.data.prompts import Prompt
 from exo_megatron.errors import DataError
 from exo_megatron.rollout import units
 from exo_megatron.rollout.draw import DrawnCandidates
 from exo_megatron.stages import rollout
 from exo_megatron.utils.files import read_json
 from tests.reference.candidates import read_candidates
+from tests.reference.prepared import prepared_prompts
 from tests.unit.conftest import LoneRuntime
 
 K = 2
@@ -74,8 +76,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return engine
 
 
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt(str(n), f"text {n}", (1, 5)) for n in range(count)]
+def prompts(count: int) -> Prepared[Prompt]:
+    return prepared_prompts([Prompt(str(n), f"text {n}", (1, 5)) for n in range(count)])
 
 
 def config(output: Path, count: int, **named: Any) -> RolloutConfig:
