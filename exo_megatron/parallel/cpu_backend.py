@@ -204,6 +204,7 @@ def install() -> None:
     """
     if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Installed):
         return
+    _import_uncompiled()
     _patch_torch_cuda()
     _patch_tensor()
     view = _TorchOnCpu()
@@ -212,6 +213,23 @@ def install() -> None:
             vars(_megatron(name))["torch"] = view
     _patch_kernels()
     keep_memory()
+
+
+def _import_uncompiled() -> None:
+    """Import megatron-core, its functions as they are written.
+
+    It decorates some with `torch.compile`. That imports a compiler, which takes half of the time
+    until a process can start, for functions that hardly any model of ours calls.
+    """
+    compile_, vars(torch)["compile"] = torch.compile, _as_written
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        vars(torch)["compile"] = compile_
+
+
+def _as_written(function: Callable[..., object] | None = None, **kwargs: object) -> Callable[..., object]:
+    return _as_written if function is None else function
 
 
 def _megatron(name: str) -> ModuleType:

@@ -43,7 +43,7 @@ def with_engine(worker: Worker, folder: Path) -> Worker:
 
 
 def build_worker(folder: Path) -> Worker:
-    """Compile the libraries into `folder`; the worker loads them."""
+    """Compile the libraries into `folder`, that of the run; the worker loads them."""
     built = libraries.build(folder, exo_emulated_cuda_memory=Path(__file__).with_name("memory.cpp"))
     paths = [str(REPOSITORY), str(built.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.emulated_cuda.libraries import build_worker, fetch_engine, with_engine
-from tests.fake_cuda.libraries import reason_without_device
+from tests.fake_cuda.libraries import folder_of_run, reason_without_device
 from tests.multiprocess import test_align_parity as parity
 from tests.multiprocess.align_case import CASES, FEWEST_TOKENS, ROUGH_CASES, Case
 from tests.multiprocess.harness import Check, Outcome, run_checks
@@ -78,10 +78,10 @@ REFUSED = {
 class Worlds:
     """Starts the world of each size when the first test asks for it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, libraries: Path) -> None:
         self.folder = folder
         with ThreadPoolExecutor() as beside:
-            worker = beside.submit(build_worker, folder)
+            worker = beside.submit(build_worker, libraries)
             parity.write_inputs(folder)
             self.worker = worker.result()
         self.outcomes: dict[int, dict[str, Outcome]] = {}
@@ -144,7 +144,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     reason = reason_without_device()
     if reason is not None:
         pytest.skip(reason)
-    return Worlds(tmp_path_factory.mktemp("emulated"))
+    return Worlds(tmp_path_factory.mktemp("emulated"), folder_of_run(tmp_path_factory))
 
 
 def by_name(case: Case) -> str:

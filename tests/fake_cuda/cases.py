@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
-from tests.fake_cuda.models import DIFFERENCES
+from tests.fake_cuda.models import DIFFERENCES, WINDOWED
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Case:
 
     @property
     def layers(self) -> tuple[int, int]:
-        """Sizes of the two models whose difference is that of two layers on a pipeline stage."""
-        return 2 * self.pipeline, 4 * self.pipeline
+        """Sizes of the two models, whose difference is one layer on a pipeline stage; two where windows alternate."""
+        step = (2 if self.family in WINDOWED else 1) * self.pipeline
+        return step, 2 * step
 
 
 PLAIN = Case("train")
@@ -76,3 +78,9 @@ CASES = (
     *(replace(PP2, work=work, rank=rank) for work in ("train_oversized", "decode", "score") for rank in range(2)),
     *(replace(cut, work="score", in_ci=cut is TP2) for cut in (PLAIN, TP2)),
 )
+
+
+def chosen(*works: str) -> list[Case]:
+    """The cases of this work that are to be run: those of CI, or all where EXO_FAKE_CUDA=all."""
+    everything = os.environ.get("EXO_FAKE_CUDA") == "all"
+    return [case for case in CASES if case.work in works and (everything or case.in_ci)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fake_cuda.libraries import build, reason_to_skip
+from tests.fake_cuda.libraries import build, folder_of_run, reason_to_skip
 from tests.fake_cuda.server import Server
 
 
@@ -15,6 +15,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     reason = reason_to_skip()
     if reason is not None:
         pytest.skip(reason)
-    server = Server(build(tmp_path_factory.mktemp("libraries")), tmp_path_factory.mktemp("cases"))
+    server = Server(build(folder_of_run(tmp_path_factory)), tmp_path_factory.mktemp("cases"))
     yield server
     server.close()

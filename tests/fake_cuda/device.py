@@ -76,6 +76,7 @@ def install() -> None:
     importlib.import_module("exo_fake_cuda_device")
     for name in FUSED:
         LIBRARY.impl(name, _no_data, "CUDA")
+    vars(torch)["compile"] = _not_compiled
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU and moved
     vars(fake_tensor)["init_gpu_context"] = lambda device: None
     generator = torch.Generator()
@@ -119,6 +120,11 @@ def install() -> None:
 
 def _no_data(*args: object) -> NoReturn:
     raise NotImplementedError("tensors of the fake device have no data")
+
+
+def _not_compiled(function: Callable[..., Any] | None = None, **kwargs: object) -> Callable[..., Any]:
+    """`torch.compile`, which megatron-core decorates functions with: it imports a compiler, and the device has none."""
+    return function if function is not None else _not_compiled
 
 
 def _returns(value: object) -> Callable[..., object]:

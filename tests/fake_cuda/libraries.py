@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -45,8 +49,25 @@ def reason_without_device() -> str | None:
     return None
 
 
+def folder_of_run(temporary: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a test run share."""
+    base = temporary.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libraries"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def build(folder: Path, **modules: Path) -> Libraries:
-    """Compile both, and the C++ files of further Python modules by their names, into `folder`, side by side."""
+    """Compile both, and the C++ files of further Python modules by their names, unless another worker has.
+
+    folder: that of the run.
+    """
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder, modules)
+
+
+def _build(folder: Path, modules: Mapping[str, Path]) -> Libraries:
     root = Path(torch.__file__).parent
     libraries = Libraries(folder / "libexo_fake_cuda_accelerator.so", folder)
     common = [
@@ -55,10 +76,11 @@ def build(folder: Path, **modules: Path) -> Libraries:
         *(f"-I{path}" for path in (root / "include", sysconfig.get_paths()["include"])),
     ]
     linked = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-    commands = [[*common, str(HERE / "accelerator.cpp"), "-o", str(libraries.accelerator), "-ldl"]]
+    commands = {libraries.accelerator: [*common, str(HERE / "accelerator.cpp"), "-ldl"]}
     for name, source in {"exo_fake_cuda_device": HERE / "device.cpp", **modules}.items():
-        commands.append([*common, str(source), "-o", str(folder / f"{name}.so"), *linked])
-    compilers = [(command, subprocess.Popen(command)) for command in commands]
+        commands[folder / f"{name}.so"] = [*common, str(source), *linked]
+    missing = [[*command, "-o", str(library)] for library, command in commands.items() if not library.exists()]
+    compilers = [(command, subprocess.Popen(command)) for command in missing]
     for command, code in [(command, compiler.wait()) for command, compiler in compilers]:
         if code:
             raise subprocess.CalledProcessError(code, command)

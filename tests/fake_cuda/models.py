@@ -47,9 +47,10 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True, "tied_embeddings": True},
     "moe": {"experts": Experts(count=4, per_token=2, ffn_hidden_size=32, normalized=True), "ffn_hidden_size": 32},
 }
+WINDOWED = ("gemma2", "gemma3")
 
 
 def model_spec(family: str, layers: int) -> ModelSpec:
     """A model of `layers` layers; where the family has windows, every second layer has one."""
-    windows = (WINDOW, None) * (layers // 2) if family.startswith("gemma") else ()
+    windows = (WINDOW, None) * (layers // 2) if family in WINDOWED else ()
     return ModelSpec(family=family, layers=layers, windows=windows, **LLAMA | DIFFERENCES[family])

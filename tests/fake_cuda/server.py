@@ -6,6 +6,7 @@ has the libraries of this folder, and with them a CUDA device.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -77,6 +78,7 @@ def _serve() -> None:
     for module in ("device", "collectives"):
         importlib.import_module(f"tests.fake_cuda.{module}").install()
     importlib.import_module("tests.fake_cuda.work")
+    gc.freeze()  # the processes of the cases collect nothing of what is imported, and so copy none of it
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
@@ -115,3 +117,4 @@ def _work(case: Case, sabotage: str | None, result: Path) -> int:
 
 if __name__ == "__main__":
     _serve()
+    os._exit(0)  # nothing is left to do, and the interpreter's own end takes seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -27,16 +28,23 @@ def fails_on_rank_one(runtime: Runtime) -> None:
     runtime.barrier()
 
 
+def compilers(runtime: Runtime) -> tuple[bool, bool]:
+    """Whether torch's compiler has been imported, and whether `torch.compile` is torch's own."""
+    return "torch._inductor.compile_fx" in sys.modules, torch.compile.__module__ == "torch"
+
+
 def test_values_failures_and_the_checks_after_them(tmp_path: Path) -> None:
     checks = [
         Check("first", f"{HERE}:sum_of_ranks", {"add": 1}),
         Check("broken", f"{HERE}:fails_on_rank_one", {}),
+        Check("compilers", f"{HERE}:compilers", {}),
         Check("last", f"{HERE}:sum_of_ranks", {"add": 2}),
     ]
     started = time.monotonic()
     outcomes = run_checks(2, checks, tmp_path)
     assert outcomes["first"].values() == (3.0, 3.0)
     assert outcomes["last"].values() == (5.0, 5.0)
+    assert outcomes["compilers"].values() == ((False, True), (False, True))
     with pytest.raises(WorldFailure, match="rank one refuses"):
         outcomes["broken"].values()
     assert time.monotonic() - started < 120.0

@@ -18,6 +18,7 @@ from exo_megatron.diagnosis.likelihood import unshared
 from exo_megatron.diagnosis.work import Lengths
 from exo_megatron.execution import forward
 from exo_megatron.training import step
+from tools.bench import rollout
 from tools.bench.compare import Finding, compare, read_committed
 from tools.bench.lengths import HH, TLDR
 from tools.bench.models import Shape, matched_models, random_groups, world
@@ -67,6 +68,9 @@ def test_small_versions_run_and_are_as_good_as_the_committed_figures(tmp_path: P
     assert list(tables) == names
     assert [len(table["rows"]) for table in tables.values()] == [9 + 7, 2, 2, 2]
     assert all(0 < float(row["gradient difference"]) < 1e-4 for row in tables["sharing"]["rows"])
+    rollouts = tables["rollout"]["rows"]
+    assert [(row["P, R, K"], row["prompts"]) for row in rollouts] == [("12, 6, 4", "6"), ("5, 9, 2", "8")]
+    assert all(0 < float(row["log-prob difference"]) < rollout.TOLERANCE for row in rollouts)
     assert (tmp_path / "quick-steps.png").read_bytes().startswith(b"\x89PNG")
     assert tables["steps"]["records"].keys() == {"HH-like, K=2", "TL;DR-like, K=8"}
 
