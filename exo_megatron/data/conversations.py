@@ -14,8 +14,12 @@ Messages = list[dict[str, Any]]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Roles by the names that ShareGPT's "from" has for them."""
 
-_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
-"""The beginning of a turn in a transcript such as those of Anthropic's HH-RLHF."""
+_FIRST_TURN = re.compile(r"(?:\n\n)?(Human|Assistant):")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+"""The beginning of a turn in a transcript such as those of Anthropic's HH-RLHF; the first needs no blank line.
+
+Two expressions, because one that begins with a literal is found ten times as fast.
+"""
 
 
 def separate(
@@ -83,9 +87,9 @@ def as_messages(where: str, name: str, value: object) -> Messages | None:
 def _separate_texts(where: str, prompt: object, texts: Mapping[str, str]) -> tuple[Any, list[str]]:
     if prompt is None:
         return _split_transcripts(where, texts)
-    if isinstance(prompt, str) and _TURN.search(prompt) and all(text.startswith(prompt) for text in texts.values()):
+    if isinstance(prompt, str) and _find_turns(prompt) and all(text.startswith(prompt) for text in texts.values()):
         rests = [text[len(prompt) :] for text in texts.values()]
-        marker = _TURN.match(rests[0])
+        marker = _FIRST_TURN.match(rests[0])
         if marker is not None and all(rest.startswith(marker.group()) for rest in rests):
             return prompt + marker.group(), [rest[marker.end() :] for rest in rests]
         return prompt, rests
@@ -158,9 +162,14 @@ def _split_messages(where: str, lists: Mapping[str, Messages]) -> tuple[Messages
     return conversations[0][:count], [each[count:] for each in conversations]
 
 
+def _find_turns(text: str) -> list[re.Match[str]]:
+    first = _FIRST_TURN.match(text)
+    return list(_TURN.finditer(text)) if first is None else [first, *_TURN.finditer(text, first.end())]
+
+
 def _turns(text: str) -> tuple[str, list[tuple[str, str, str]]]:
     """Return what stands before the first turn, and of each turn the marker, the role and the text."""
-    found = list(_TURN.finditer(text))
+    found = _find_turns(text)
     ends = [*(each.start() for each in found[1:]), len(text)][: len(found)]
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [(m.group(), roles[m.group(1)], text[m.end() : end]) for m, end in zip(found, ends, strict=True)]
@@ -198,7 +207,7 @@ def _as_chat(where: str, prompt: str, answers: Sequence[str]) -> tuple[Messages,
     if not turns:
         return [{"role": "user", "content": prompt}], [[{"role": "assistant", "content": each}] for each in answers]
     for answer in answers:
-        if _TURN.search(answer):
+        if _find_turns(answer):
             raise DataError(
                 where,
                 "has an answer that goes on with another turn of its transcript",

@@ -18,11 +18,12 @@ from exo_megatron.data.entries import SourceEntry
 from exo_megatron.data.group_builder import GroupBuilder, Purpose
 from exo_megatron.data.groups import data_digest
 from exo_megatron.data.prepared import (
+    GroupTable,
     Prepared,
     PreparedGroups,
+    PromptTable,
+    Table,
     groups_table,
-    open_groups,
-    open_prompts,
     prompts_digest,
     prompts_table,
 )
@@ -67,10 +68,10 @@ def load_prompts(
         ConfigError: settings that do not fit the data, or a cache that cannot be written.
     """
     work = _Work(
-        config, "prompts", PromptBuilder(Limits(tokenizer, config)), prompts_table, open_prompts, prompts_digest
+        config, "prompts", PromptBuilder(Limits(tokenizer, config)), prompts_table, PromptTable, prompts_digest
     )
     shelf = work.prepare({}, Verdicts(config.on_invalid, config.on_overlong), report, team)
-    prompts = Prepared(shelf.tables, open_prompts, shelf.digest)
+    prompts = Prepared(shelf.tables, PromptTable, shelf.digest)
     if tell is not None:
         example = f"the first is {shortened(tokenizer.show(prompts[0].ids))}"
         for line in work.describe(shelf.tally, example, first=None, temperature=None):
@@ -135,9 +136,9 @@ def load_groups(
         "logprobs": None if logprobs is None else {**asdict(logprobs.source), "checkpoint": str(logprobs.checkpoint)},
         "loss": None if loss is None else [loss.several_rejected, loss.log_weights, loss.token_logps],
     }
-    work = _Work(config, purpose, builder, groups_table, open_groups, data_digest)
+    work = _Work(config, purpose, builder, groups_table, GroupTable, data_digest)
     shelf = work.prepare(settings, Verdicts(config.on_invalid, config.on_overlong, ties), report, team)
-    groups = PreparedGroups(Prepared(shelf.tables, open_groups, shelf.digest))
+    groups = PreparedGroups(Prepared(shelf.tables, GroupTable, shelf.digest))
     if tell is not None:
         example = describe_group(groups[0], tokenizer)
         for line in work.describe(shelf.tally, example, first=builder.first, temperature=temperature):
@@ -158,7 +159,7 @@ class _Work(Generic[Item]):
         use: Use,
         builder: Builder[Item],
         store: Callable[[Sequence[tuple[str, Item]]], pa.RecordBatch],
-        open_table: Callable[[pa.RecordBatch], Callable[[int], Item]],
+        open_table: Callable[[pa.RecordBatch], Table[Item]],
         digest: Callable[[Sequence[Item]], str],
     ) -> None:
         self._config = config

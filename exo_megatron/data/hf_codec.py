@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,13 +127,17 @@ class HfCodec:
         return self._continuation if continuation else self._start
 
 
+# The library would start a thread per core in every process of the node, each of which encodes texts of its own.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 class _Backend:
     """A tokenizer of the tokenizers library, with a memo of words where texts may be cut into words."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         self.tokenizer = BackendTokenizer.from_str(json.dumps(description))
         word = word_pattern(description)
-        self._memo = None if word is None else WordMemo(word, self.encode)
+        self._memo = None if word is None else WordMemo(word, self._encode_all)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
@@ -140,12 +145,11 @@ class _Backend:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text.
+        """Return the ids of each text."""
+        return self._encode_all(texts) if self._memo is None else self._memo.encode(texts)
 
-        The library's `encode_batch` would start a thread per core in every process of the node.
-        """
-        encode = self.encode if self._memo is None else self._memo.encode
-        return [encode(text) for text in texts]
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def load_hf_codec(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any, TypeVar, overload
+from itertools import chain, pairwise
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from exo_megatron.data.text import Chat
 from exo_megatron.errors import DataError
 
 Item = TypeVar("Item")
+Item_co = TypeVar("Item_co", covariant=True)
 
 VALUES = ("rewards", "reference_logprobs", "log_weights")
 """Fields of a group with a number per candidate."""
@@ -97,6 +98,11 @@ class _Lists:
         start, stop = self.offsets[number : number + 2]
         return tuple(self._values[start:stop].tolist())
 
+    def all(self) -> list[tuple[Any, ...]]:
+        """Return all lists, in less time than one by one."""
+        values = self._values.tolist()
+        return [tuple(values[start:stop]) for start, stop in pairwise(self.offsets.tolist())]
+
 
 class _Nested:
     """A column of lists of lists."""
@@ -109,28 +115,43 @@ class _Nested:
         start, stop = self.offsets[number : number + 2]
         return tuple(self.inner.at(k) for k in range(start, stop))
 
+    def all(self) -> list[tuple[tuple[Any, ...], ...]]:
+        """Return all lists of lists, in less time than one by one."""
+        inner = self.inner.all()
+        return [tuple(inner[start:stop]) for start, stop in pairwise(self.offsets.tolist())]
+
+
+class Table(Protocol[Item_co]):
+    """Items that stand in one table. An item is made each time that it is asked for."""
+
+    def at(self, number: int) -> Item_co:
+        """Return the item with this number."""
+
+    def all(self) -> Iterator[Item_co]:
+        """Yield all items, in less time than one by one."""
+
 
 class Prepared(Sequence[Item]):
-    """Items in tables, one table after another. An item is made each time that it is asked for.
+    """Items in tables, one table after another.
 
     Attributes:
         digest: SHA-256 of all items, in order.
     """
 
     def __init__(
-        self,
-        tables: Sequence[pa.RecordBatch],
-        open_table: Callable[[pa.RecordBatch], Callable[[int], Item]],
-        digest: str,
+        self, tables: Sequence[pa.RecordBatch], open_table: Callable[[pa.RecordBatch], Table[Item]], digest: str
     ) -> None:
-        """Take tables, of which `open_table` returns the function that makes an item by its number."""
+        """Take tables as they are stored, and what reads items of them."""
         self.tables = tables
         self.digest = digest
-        self._readers = [open_table(table) for table in tables]
+        self._open = [open_table(table) for table in tables]
         self._starts = np.cumsum([0, *(len(table) for table in tables)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(table.all() for table in self._open)
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -143,7 +164,7 @@ class Prepared(Sequence[Item]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         table = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._readers[table](number - int(self._starts[table]))
+        return self._open[table].at(number - int(self._starts[table]))
 
 
 class PreparedGroups(Sequence[Group]):
@@ -194,28 +215,48 @@ class PreparedGroups(Sequence[Group]):
         return PreparedGroups(self._stored, values)
 
 
-def open_groups(table: pa.RecordBatch) -> Callable[[int], Group]:
-    """Return the function that makes the group of one number in `groups_table`."""
-    ids, prompts, candidates = table.column("id"), _Lists(table.column("prompt")), _Nested(table.column("candidates"))
-    values: dict[str, _Lists | _Nested] = {name: _Lists(table.column(name)) for name in VALUES}
-    values |= {name: _Nested(table.column(name)) for name in TOKEN_VALUES}
+class GroupTable:
+    """Groups in one table of `groups_table`."""
 
-    def read(number: int) -> Group:
-        further: dict[str, Any] = {name: column.at(number) or None for name, column in values.items()}
-        return Group(ids[number].as_py(), prompts.at(number), candidates.at(number), **further)
+    def __init__(self, table: pa.RecordBatch) -> None:
+        """Open the table; nothing is copied."""
+        self._ids = table.column("id")
+        self._prompts, self._candidates = _Lists(table.column("prompt")), _Nested(table.column("candidates"))
+        self._further: dict[str, _Lists | _Nested] = {name: _Lists(table.column(name)) for name in VALUES}
+        self._further |= {name: _Nested(table.column(name)) for name in TOKEN_VALUES}
 
-    return read
+    def at(self, number: int) -> Group:
+        """Return the group with this number."""
+        further: dict[str, Any] = {name: column.at(number) or None for name, column in self._further.items()}
+        return Group(self._ids[number].as_py(), self._prompts.at(number), self._candidates.at(number), **further)
+
+    def all(self) -> Iterator[Group]:
+        """Yield all groups."""
+        names, columns = list(self._further), [column.all() for column in self._further.values()]
+        texts = zip(self._ids.to_pylist(), self._prompts.all(), self._candidates.all(), strict=True)
+        for (id, prompt, candidates), *values in zip(texts, *columns, strict=True):
+            further: dict[str, Any] = {name: value for name, value in zip(names, values, strict=True) if value}
+            yield Group(id, prompt, candidates, **further)
 
 
-def open_prompts(table: pa.RecordBatch) -> Callable[[int], Prompt]:
-    """Return the function that makes the prompt of one number in `prompts_table`."""
-    lists = _Lists(table.column("ids"))
+class PromptTable:
+    """Prompts in one table of `prompts_table`."""
 
-    def read(number: int) -> Prompt:
-        id, text, chat, columns = (table.column(name)[number].as_py() for name in ("id", "text", "chat", "columns"))
-        return Prompt(id, text, lists.at(number), _chat(chat), json.loads(columns))
+    def __init__(self, table: pa.RecordBatch) -> None:
+        """Open the table; nothing is copied."""
+        self._table = table
+        self._token_ids = _Lists(table.column("ids"))
 
-    return read
+    def at(self, number: int) -> Prompt:
+        """Return the prompt with this number."""
+        id, text, chat, columns = (
+            self._table.column(name)[number].as_py() for name in ("id", "text", "chat", "columns")
+        )
+        return Prompt(id, text, self._token_ids.at(number), _chat(chat), json.loads(columns))
+
+    def all(self) -> Iterator[Prompt]:
+        """Yield all prompts."""
+        return map(self.at, range(len(self._table)))
 
 
 def _chat(stored: str | None) -> Chat | None:

@@ -72,12 +72,9 @@ class Tokenizer:
         self._codec = codec
         self._embedding_rows = embedding_rows
         self.stop_ids = codec.ids.intersection((self.eos_id, *stops))
-
-    @property
-    def vocab_size(self) -> int:
+        entries = max(codec.ids) + 1
+        self.vocab_size = entries if embedding_rows is None else min(entries, embedding_rows)
         """The number above all ids that both the tokenizer and, if it is known, its model have."""
-        entries = max(self._codec.ids) + 1
-        return entries if self._embedding_rows is None else min(entries, self._embedding_rows)
 
     @property
     def absent_ids(self) -> list[int]:

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 _GPT2_WORD = re.compile(r"(?s:.)[^ \n]*+(?:(?<![!-~\w])[ \n][^ \n]*+)*+")
@@ -101,31 +102,25 @@ class WordMemo:
 
     Args:
         word: an expression that matches one word after the other of any text, all of it.
-        encode: gives the ids of a word. Those of a text are those of its words, one after another.
+        encode: gives the ids of each of several words. Those of a text are those of its words, one
+            after another.
     """
 
-    def __init__(self, word: re.Pattern[str], encode: Callable[[str], list[int]]) -> None:
+    def __init__(self, word: re.Pattern[str], encode: Callable[[list[str]], list[list[int]]]) -> None:
         self._split = word.findall
         self._encode = encode
         self._known: dict[str, bytes] = {}
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of the text."""
-        words = self._split(text)
-        try:
-            ids = b"".join(map(self._known.__getitem__, words))
-        except KeyError:
-            ids = b"".join([self._ids(word) for word in words])
-        return memoryview(ids).cast("i").tolist()
-
-    def _ids(self, word: str) -> bytes:
-        """Return the ids of a word, four bytes each, and keep them if it is short."""
-        ids = self._known.get(word)
-        if ids is None:
-            ids = array("i", self._encode(word)).tobytes()
-            if len(word) <= LONGEST_WORD:
-                # Frequent words are soon here again.
-                if len(self._known) == MOST_WORDS:
-                    self._known.clear()
-                self._known[word] = ids
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text. Words that are new are encoded together."""
+        split = [self._split(text) for text in texts]
+        new = list(set(chain.from_iterable(split)).difference(self._known))
+        known = self._known
+        known.update((word, array("i", ids).tobytes()) for word, ids in zip(new, self._encode(new), strict=True))
+        ids = [memoryview(b"".join(map(known.__getitem__, words))).cast("i").tolist() for words in split]
+        for word in new:
+            if len(word) > LONGEST_WORD:
+                del known[word]
+        if len(known) > MOST_WORDS:
+            known.clear()  # frequent words are soon here again
         return ids

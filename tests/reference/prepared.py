@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from exo_megatron.data.groups import Group, data_digest
 from exo_megatron.data.prepared import (
+    GroupTable,
     Prepared,
     PreparedGroups,
+    PromptTable,
     groups_table,
-    open_groups,
-    open_prompts,
     prompts_digest,
     prompts_table,
 )
@@ -19,9 +19,9 @@ from exo_megatron.data.prompts import Prompt
 
 def prepared(groups: Sequence[Group]) -> PreparedGroups:
     """Put groups into one table."""
-    return PreparedGroups(Prepared([groups_table([("", group) for group in groups])], open_groups, data_digest(groups)))
+    return PreparedGroups(Prepared([groups_table([("", group) for group in groups])], GroupTable, data_digest(groups)))
 
 
 def prepared_prompts(prompts: Sequence[Prompt]) -> Prepared[Prompt]:
     """Put prompts into one table."""
-    return Prepared([prompts_table([("", prompt) for prompt in prompts])], open_prompts, prompts_digest(prompts))
+    return Prepared([prompts_table([("", prompt) for prompt in prompts])], PromptTable, prompts_digest(prompts))

@@ -196,18 +196,18 @@ def test_sentencepiece_in_batches(spm_file: Path) -> None:
 
 
 def test_the_memo_asks_once_for_a_word_and_forgets_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    asked: list[list[str]] = []
 
-    def encode(word: str) -> list[int]:
-        asked.append(word)
-        return [len(word), 2**31 - 1]
+    def encode(words: list[str]) -> list[list[int]]:
+        asked.append(sorted(words))
+        return [[len(word), 2**31 - 1] for word in words]
 
     monkeypatch.setattr(word_memo, "MOST_WORDS", 2)
     memo = WordMemo(re.compile("[^,]+"), encode)
     long = "x" * (word_memo.LONGEST_WORD + 1)
-    assert memo.encode(f"a,bb,a,{long}") == [1, 2**31 - 1, 2, 2**31 - 1, 1, 2**31 - 1, len(long), 2**31 - 1]
-    assert asked == ["a", "bb", long]
-    memo.encode(f"{long},bb")
-    assert asked[3:] == [long]
-    memo.encode("ccc,bb,ccc")  # takes the place of both words
-    assert asked[4:] == ["ccc", "bb"]
+    ids = [1, 2**31 - 1, 2, 2**31 - 1, 1, 2**31 - 1, len(long), 2**31 - 1]
+    assert memo.encode([f"a,bb,a,{long}", "a"]) == [ids, ids[:2]]
+    memo.encode([f"{long},bb"])
+    memo.encode(["ccc,bb", "ccc"])  # more than two words: all are forgotten
+    memo.encode(["bb"])
+    assert asked == [["a", "bb", long], [long], ["ccc"], ["bb"]]
