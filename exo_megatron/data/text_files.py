@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from exo_megatron.data.entries import SourceEntry
 from exo_megatron.errors import DataError, reason
-from exo_megatron.utils.files import BYTE_ORDER_MARK, decode_line, parse_json_object, read_lines
+from exo_megatron.utils.files import BYTE_ORDER_MARK, decode_line, parse_json_object
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Compressions of text files by the end of the name."""
@@ -27,18 +27,22 @@ WRAPPERS = ("data", "train", "rows", "records", "examples", "instances")
 
 def read_json_text(path: Path) -> Iterator[SourceEntry]:
     """Read JSON lines, or the objects of one JSON array. Raises DataError for a malformed file."""
-    lines = _lines(path)
+    lines = _raw_lines(path)
     first = next(lines, None)
     if first is None:
         return
-    if first[1].lstrip().startswith("["):
+    beginning = _text(path, *first)
+    if beginning.lstrip().startswith("["):
         yield from _read_array(path)
         return
     second = next(lines, None)
-    _refuse_one_object(path, first[1], alone=second is None)
+    _refuse_one_object(path, beginning, alone=second is None)
     for number, line in chain([first], [] if second is None else [second], lines):
-        where = f"{path}:{number}"
-        yield SourceEntry(where, f"line-{number}", partial(parse_json_object, line, where))
+        yield SourceEntry(f"{path}:{number}", f"line-{number}", partial(_parse_line, path, number, line))
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
+    return parse_json_object(_text(path, number, line), f"{path}:{number}")
 
 
 def _read_array(path: Path) -> Iterator[SourceEntry]:
@@ -139,14 +143,22 @@ def _columns(header: Sequence[str], row: Sequence[str], where: str) -> Mapping[s
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Read the non-empty lines of a text file, as `read_lines` does, of a compressed file, too."""
-    if path.suffix not in COMPRESSIONS:
-        yield from read_lines(path)
-        return
+    """Read the non-empty lines of a text file, compressed or not, each with its number from 1."""
+    for number, line in _raw_lines(path):
+        yield number, _text(path, number, line)
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with _decompressed(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, decode_line(line, f"{path}:{number}").removeprefix(BYTE_ORDER_MARK).rstrip("\r\n")
+            if not line.isspace():
+                yield number, line
+
+
+def _text(path: Path, number: int, line: bytes) -> str:
+    """Return a line without its end, and the first without a byte order mark. Raises DataError for invalid UTF-8."""
+    text = decode_line(line, f"{path}:{number}").rstrip("\r\n")
+    return text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
 
 
 @contextmanager
