@@ -13,8 +13,12 @@ from exo_megatron.config.stages import COMMAND_CONFIGS, STAGE_CONFIGS, RunConfig
 
 OTHER_COMMANDS = {
     "run": "A YAML file of stages in order; stages that are complete are skipped.",
+    "prepare": "Tokenise the data of a stage ahead of time, and say what their lengths mean for it.",
     "doctor": "What this machine has, which optional parts are active, and whether two processes can talk.",
 }
+PREPARED = ("sft", "align", "rollout", "evaluate")
+"""Stages whose data `prepare` tokenises."""
+
 COMMANDS = (*STAGE_CONFIGS, *COMMAND_CONFIGS, *OTHER_COMMANDS)
 
 
@@ -33,6 +37,7 @@ def general_help() -> str:
         [
             "usage: exo-megatron STAGE [--config FILE] [key=value ...]",
             "       exo-megatron run [--config FILE] [key=value ...]",
+            f"       exo-megatron prepare {'|'.join(PREPARED)} [--config FILE] [key=value ...]",
             f"       exo-megatron {USAGE}",
             "",
             "Alignment of language models by efficient exact optimization (EXO) on megatron-core.",
@@ -53,6 +58,8 @@ def command_help(command: str) -> str:
     """Write the answer to `exo-megatron COMMAND --help`: all keys with type, default, meaning."""
     if command == "doctor":
         return _DOCTOR_HELP
+    if command == "prepare":
+        return _PREPARE_HELP
     if command == "run":
         return _settings_help(command, RunConfig, [*textwrap.wrap(_RUN_NOTES, _columns()), ""])
     return _settings_help(command, {**STAGE_CONFIGS, **COMMAND_CONFIGS}[command], [])
@@ -69,6 +76,16 @@ Exit code 0 if the essentials work, else 1.
   --cpu          a small version of the same checks on the CPU, whose speed says nothing
   --json FILE    write the results there, with versions and device
   --minutes N    for all checks together (default {DEFAULT_MINUTES:g}); one that does not fit is named and not run
+"""
+
+_PREPARE_HELP = f"""usage: exo-megatron prepare {"|".join(PREPARED)} [--config FILE] [key=value ...]
+
+{summary("prepare")}
+
+Takes the configuration of the stage, whose start then maps what lies in the cache (data.cache). All processes
+of torchrun, srun or mpirun work together; no model is loaded and no GPU used. Prints what was read and left
+out, the lengths of prompts, candidates and groups, and how full micro-batches get, and writes data_report.json
+and lengths.png to the output of the stage. The same as `python tools/prepare_data.py`.
 """
 
 _RUN_NOTES = (

@@ -81,6 +81,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] == "doctor":
         return _doctor(parse_doctor_options(words[1:]))
+    if words[0] == "prepare":
+        return _prepare(words[1:])
     command, arguments = words[0], parse_arguments(words[1:])
     if command not in texts.COMMANDS:
         near = nearest(command, texts.COMMANDS)
@@ -112,6 +114,27 @@ def _run(command: str, arguments: Arguments) -> int:
         run_workflow(workflow)
         return 0
     return run_command(load_command_config(command, file, overrides))
+
+
+def _prepare(words: Sequence[str]) -> int:
+    stage, arguments = words[0] if words else "", parse_arguments(words[1:])
+    if stage in ("-h", "--help"):
+        print(texts.command_help("prepare"), end="")
+        return 0
+    if stage not in texts.PREPARED:
+        raise ConfigError(
+            "command line",
+            f"prepare got {stage!r}" if stage else "prepare names no stage",
+            expected=f"prepare {'|'.join(texts.PREPARED)} [--config FILE] [key=value ...]",
+            fix="name the stage whose data are to be tokenised",
+        )
+    if arguments.help:
+        print(texts.command_help(stage), end="")
+        return 0
+    config = load_stage_config(stage, arguments.config, arguments.overrides)
+    from exo_megatron.stages.run import run_prepare
+
+    return run_prepare(config)
 
 
 def _doctor(options: DoctorOptions) -> int:

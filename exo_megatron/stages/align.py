@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from exo_megatron.config.losses import LossSpec
 from exo_megatron.config.stages import AlignConfig
 from exo_megatron.data.dataset import load_groups
-from exo_megatron.data.groups import Group
+from exo_megatron.data.groups import Group, GroupLengths
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.data.packing import check_groups, check_whole
+from exo_megatron.data.prepared import PreparedGroups
 from exo_megatron.data.stored_logprobs import WantedLogprobs
-from exo_megatron.execution.policy import find_policy_and_reference, find_tokenizer, load_policy
+from exo_megatron.execution.policy import PolicyCheckpoint, find_policy_and_reference, find_tokenizer, load_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.stages.run import say
@@ -31,20 +33,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     objective = AlignObjective.of(config.loss)
     source, reference = find_policy_and_reference(config.model, config.reference, config.parallel)
     logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
-    groups = load_groups(
-        config.data,
-        find_tokenizer(source, config.data),
-        purpose=objective.loss.spec.compares,
-        candidates=config.candidates,
-        pairs=config.pairs,
-        ties=config.ties,
-        logprobs=WantedLogprobs(logprobs, reference.path) if config.reference_logprobs == "stored" else None,
-        loss=objective.loss.spec,
-        temperature=config.loss.temperature,
-        tell=partial(say, runtime),
-        report=config.output,
-        team=runtime.team(),
-    )
+    groups = read_groups(config, source, WantedLogprobs(logprobs, reference.path), objective.loss.spec, runtime)
     check_groups(groups, source.spec, config.compute, config.parallel)
     if objective.loss.spec.token_logps:
         check_whole(groups, config.compute, config.parallel)
@@ -87,6 +76,37 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
             label="align",
             complete_groups=complete_step,
         ).run()
+
+
+def read_groups(
+    config: AlignConfig, source: PolicyCheckpoint, wanted: WantedLogprobs, loss: LossSpec, runtime: Runtime
+) -> PreparedGroups:
+    """Read the groups of a run, with the `wanted` reference log-probs where they are to be stored ones.
+
+    Collective over the world. `source` is the checkpoint that is trained.
+    """
+    return load_groups(
+        config.data,
+        find_tokenizer(source, config.data),
+        purpose=loss.compares,
+        candidates=config.candidates,
+        pairs=config.pairs,
+        ties=config.ties,
+        logprobs=wanted if config.reference_logprobs == "stored" else None,
+        loss=loss,
+        temperature=config.loss.temperature,
+        tell=partial(say, runtime),
+        report=config.output,
+        team=runtime.team(),
+    )
+
+
+def prepare_align(config: AlignConfig, runtime: Runtime) -> GroupLengths:
+    """Tokenise the data of a run, and return its lengths. Collective over the world."""
+    source, reference = find_policy_and_reference(config.model, config.reference, config.parallel)
+    logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
+    loss = AlignObjective.of(config.loss).loss.spec
+    return read_groups(config, source, WantedLogprobs(logprobs, reference.path), loss, runtime).lengths
 
 
 def _unchanged(groups: Sequence[Group]) -> Sequence[Group]:

@@ -102,6 +102,14 @@ def run_conversion(config: ImportConfig | ExportConfig) -> int:
     return 0
 
 
+def run_prepare(config: StageConfig) -> int:
+    """Join the world of the launcher, tokenise the data of a stage and return the exit code."""
+    with distributed_runtime(models=False) as runtime, leaving_together(runtime):
+        check_agreement(config_digest(config), runtime)
+        load_function("exo_megatron.stages.prepare:prepare_data")(config, runtime)
+    return 0
+
+
 def run_verify(config: VerifyConfig) -> int:
     """Join the world of the launcher, verify a conversion and return the exit code."""
     with distributed_runtime(models=not config.tensors_only) as runtime, leaving_together(runtime):

@@ -6,8 +6,10 @@ from functools import partial
 
 from exo_megatron.config.stages import SftConfig
 from exo_megatron.data.dataset import load_groups
+from exo_megatron.data.groups import GroupLengths
 from exo_megatron.data.packing import check_groups
-from exo_megatron.execution.policy import find_policy, find_tokenizer, load_policy
+from exo_megatron.data.prepared import PreparedGroups
+from exo_megatron.execution.policy import PolicyCheckpoint, find_policy, find_tokenizer, load_policy
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.stages.run import say
@@ -23,10 +25,7 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     world.
     """
     source = find_policy(config.model.checkpoint, config.parallel)
-    tokenizer = find_tokenizer(source, config.data)
-    groups = load_groups(
-        config.data, tokenizer, purpose="sft", tell=partial(say, runtime), report=config.output, team=runtime.team()
-    )
+    groups = _read_groups(config, source, runtime)
     check_groups(groups, source.spec, config.compute, config.parallel)
     identity = run_identity(
         groups.digest,
@@ -49,3 +48,19 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
             label="sft",
             complete_groups=lambda step_groups: step_groups,
         ).run()
+
+
+def prepare_sft(config: SftConfig, runtime: Runtime) -> GroupLengths:
+    """Tokenise the data of a run, and return its lengths. Collective over the world."""
+    return _read_groups(config, find_policy(config.model.checkpoint, config.parallel), runtime).lengths
+
+
+def _read_groups(config: SftConfig, source: PolicyCheckpoint, runtime: Runtime) -> PreparedGroups:
+    return load_groups(
+        config.data,
+        find_tokenizer(source, config.data),
+        purpose="sft",
+        tell=partial(say, runtime),
+        report=config.output,
+        team=runtime.team(),
+    )
