@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from exo_megatron.config.sections import DataConfig
-from exo_megatron.data.entries import Source
 from exo_megatron.data.groups import Group
 from exo_megatron.data.record_layouts import KNOWN, LAYOUTS, STAGES, STORED, RecordLayout, Use
 from exo_megatron.data.records import Fields, SourceRecord, require, wrong_type
@@ -135,21 +134,6 @@ class Interpreter:
         more = f" (make {seen.made})" if seen.made != sum(seen.layouts.values()) else ""
         left = f"; other columns: {', '.join(others)}" if others else ""
         return f"{source}: {format}, {seen.read} record{'s' * (seen.read != 1)}{more}: {taken}{left}"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Records in our own fields, and a line that says what they were taken for."""
-
-    records: list[SourceRecord]
-    description: str
-
-
-def read_layouts(source: Source, records: Iterable[SourceRecord], use: Use) -> Reading:
-    """Convert the records of a source for one use. Raises DataError as `Interpreter.convert`."""
-    interpreter, seen = Interpreter(use), Seen()
-    found = [each for record in records for each in interpreter.convert(record, seen)]
-    return Reading(found, interpreter.describe(source.name, source.format, seen))
 
 
 def _visible(fields: Fields, columns: Mapping[str, str] | None) -> Fields:

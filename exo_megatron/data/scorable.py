@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,10 +10,11 @@ from pathlib import Path
 
 from exo_megatron.data import shards
 from exo_megatron.data.completions import ScorableRecord, column_names, parse_scorable
-from exo_megatron.data.entries import Source, no_record, read_record, repeated_id
-from exo_megatron.data.reading import read_layouts
+from exo_megatron.data.entries import no_record, read_record, repeated_id
+from exo_megatron.data.reading import Interpreter, Seen
 from exo_megatron.data.records import SourceRecord
 from exo_megatron.data.sources import open_source
+from exo_megatron.data.text_files import read_json_text
 from exo_megatron.errors import DataError
 
 Wanted = Callable[[int], bool]
@@ -30,14 +30,16 @@ class Share:
         records: checked and in their types.
         places: where they stand, for messages.
         digest: SHA-256 of what was read.
-        description: a line that says what the records were taken for.
+        format: of the whole input, in words.
+        seen: what the records were taken for.
     """
 
     number: int
     records: list[ScorableRecord]
     places: list[str]
     digest: str
-    description: str
+    format: str
+    seen: Seen
 
 
 def read_shares(path: Path, wanted: Wanted) -> Iterator[Share]:
@@ -49,8 +51,8 @@ def read_shares(path: Path, wanted: Wanted) -> Iterator[Share]:
         wanted: tells which shares this process wants.
 
     Raises:
-        DataError: it does not exist, or a wanted record or shard, which is named, is of no use. Ids
-            that are repeated in another share are not noticed.
+        DataError: it does not exist or has no record, or a wanted record or shard, which is named, is of
+            no use. Repeated ids are not noticed; see `join_surveys`.
     """
     if not path.exists():
         raise DataError(
@@ -60,12 +62,45 @@ def read_shares(path: Path, wanted: Wanted) -> Iterator[Share]:
     return _read_source(str(path), wanted) if found is None else _read_shards(found, wanted)
 
 
+def _read_shards(paths: Sequence[Path], wanted: Wanted) -> Iterator[Share]:
+    for number, path in enumerate(paths):
+        if wanted(number):
+            digest = shards.verify_shard(path)
+            records = [read_record(entry) for entry in read_json_text(path)]
+            yield _share(number, records, digest, f"{len(paths)} shards")
+
+
+def _read_source(path: str, wanted: Wanted) -> Iterator[Share]:
+    source = open_source(path)
+    found = False
+    for number, entries in source.shares(shards.RECORDS_PER_SHARD, wanted):
+        found = True
+        if entries:
+            records = [read_record(entry) for entry in entries]
+            yield _share(number, records, _digest(records), source.format)
+    if not found:
+        raise no_record(path)
+
+
+def _share(number: int, records: Sequence[SourceRecord], digest: str, format: str) -> Share:
+    interpreter, seen = Interpreter("score"), Seen()
+    read = [each for record in records for each in interpreter.convert(record, seen)]
+    return Share(number, [parse_scorable(each) for each in read], [each.where for each in read], digest, format, seen)
+
+
+def _digest(records: Sequence[SourceRecord]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr((record.id, record.fields)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Survey:
     """Notes on a share whose records are no longer in memory.
 
     Attributes:
-        number, digest, description: of the share.
+        number, digest, format, seen: of the share.
         places: ids of its records, and where they stand.
         names: of the columns that its records have.
         completions: number of candidates of all its records.
@@ -73,7 +108,8 @@ class Survey:
 
     number: int
     digest: str
-    description: str
+    format: str
+    seen: Seen
     places: Sequence[tuple[str, str]]
     names: Sequence[str]
     completions: int
@@ -87,13 +123,13 @@ class Contents:
         digest: of all shares, in order.
         names: of the columns that any record has, in order of appearance.
         completions: number of candidates of each share.
-        descriptions: a line for every kind of share.
+        description: a line that says what the records were taken for.
     """
 
     digest: str
     names: Sequence[str]
     completions: Sequence[int]
-    descriptions: Sequence[str]
+    description: str
 
 
 def survey(share: Share) -> Survey:
@@ -101,15 +137,16 @@ def survey(share: Share) -> Survey:
     return Survey(
         share.number,
         share.digest,
-        share.description,
+        share.format,
+        share.seen,
         [(record.id, where) for record, where in zip(share.records, share.places, strict=True)],
         column_names(share.records),
         sum(len(record.texts) for record in share.records),
     )
 
 
-def join_surveys(surveys: Iterable[Survey]) -> Contents:
-    """Put the surveys of all shares together, which may come in any order.
+def join_surveys(path: Path, surveys: Iterable[Survey]) -> Contents:
+    """Put the surveys of all shares of the input `path` together, which may come in any order.
 
     Raises DataError for an id that two records have.
     """
@@ -119,48 +156,12 @@ def join_surveys(surveys: Iterable[Survey]) -> Contents:
         if id in places:
             raise repeated_id(id, where, places[id])
         places[id] = where
+    seen = Seen()
+    for each in ordered:
+        seen.add(each.seen)
     return Contents(
         hashlib.sha256("".join(each.digest for each in ordered).encode()).hexdigest(),
         list(dict.fromkeys(chain.from_iterable(each.names for each in ordered))),
         [each.completions for each in ordered],
-        _describe([each.description for each in ordered]),
+        Interpreter("score").describe(str(path), ordered[0].format, seen),
     )
-
-
-def _describe(descriptions: Sequence[str]) -> list[str]:
-    """Return the first description of each kind: those that differ in numbers only are of one kind."""
-    kinds: dict[str, list[str]] = {}
-    for each in descriptions:
-        kinds.setdefault(re.sub(r"\d+", "", each).replace(" records", " record"), []).append(each)
-    return [kind[0] + (f"; {len(kind) - 1} more shards like it" if len(kind) > 1 else "") for kind in kinds.values()]
-
-
-def _read_shards(paths: list[Path], wanted: Wanted) -> Iterator[Share]:
-    for number, path in enumerate(paths):
-        if wanted(number):
-            source = open_source(str(path))
-            yield _share(number, source, source.read(), shards.verify_shard(path))
-
-
-def _read_source(path: str, wanted: Wanted) -> Iterator[Share]:
-    source = open_source(path)
-    number = -1
-    for number, share in source.shares(shards.RECORDS_PER_SHARD, wanted):
-        if share:
-            records = [read_record(entry) for entry in share]
-            yield _share(number, source, records, _digest(records))
-    if number < 0:
-        raise no_record(path)
-
-
-def _share(number: int, source: Source, records: list[SourceRecord], digest: str) -> Share:
-    reading = read_layouts(source, records, "score")
-    parsed = [parse_scorable(record) for record in reading.records]
-    return Share(number, parsed, [record.where for record in reading.records], digest, reading.description)
-
-
-def _digest(records: list[SourceRecord]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr((record.id, record.fields)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

@@ -38,9 +38,8 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
     rank, world = runtime.rank, runtime.world_size
     surveys = [survey(share) for share in read_shares(config.candidates, lambda number: number % world == rank)]
     gathered = runtime.gather_items(surveys)
-    contents = on_main(runtime, lambda: join_surveys(gathered or []))
-    for description in contents.descriptions:
-        say(runtime, f"data: {description}")
+    contents = on_main(runtime, lambda: join_surveys(config.candidates, gathered or []))
+    say(runtime, f"data: {contents.description}")
     source = build_reward(config.reward, runtime.device, partial(say, runtime))
     work = on_main(runtime, lambda: writing(config.output, lambda: _plan(config, contents, world)))
     sums = runtime.gather_items(list(_score_shares(config, runtime, source, work)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +17,10 @@ from exo_megatron.config.losses import LOSSES
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.data.dataset import load_groups, load_prompts
 from exo_megatron.data.groups import Group
-from exo_megatron.data.reading import Interpreter, Reading, Seen
+from exo_megatron.data.reading import Interpreter, Seen
 from exo_megatron.data.record_layouts import Use
-from exo_megatron.data.scorable import read_shares
+from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.scorable import join_surveys, read_shares, survey
 from exo_megatron.data.sources import open_source
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from exo_megatron.errors import ConfigError, DataError, TieError
@@ -30,6 +32,14 @@ EXAMPLE = re.compile(
 )
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Records in our own fields, and a line that says what they were taken for."""
+
+    records: list[SourceRecord]
+    description: str
 
 
 def read_source(config: DataConfig, use: Use) -> Reading:
@@ -204,7 +214,8 @@ def test_completions_to_score(config: Callable[..., DataConfig]) -> None:
     rows = [json.loads(line) for line in EXAMPLES["Completions to score"][2].splitlines()]
     (share,) = read_shares(Path(config(*rows).path), lambda number: True)
     assert [list(record.texts) for record in share.records] == [row["completions"] for row in rows]
-    assert "3 records: 3 as completions (completions, prompt)" in share.description
+    description = join_surveys(Path("mine.jsonl"), [survey(share)]).description
+    assert description == "mine.jsonl: JSON, 3 records: 3 as completions (completions, prompt)"
 
 
 def test_what_a_file_was_taken_for_is_told(config: Callable[..., DataConfig], tokenizer: Tokenizer) -> None:

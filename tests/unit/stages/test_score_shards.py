@@ -103,8 +103,8 @@ def test_shards_and_a_single_file_are_scored_alike(tmp_path: Path, capsys: pytes
         assert (tmp_path / name / "rollout.json").exists() == (name != "file")
         assert (tmp_path / name / "score.json").read_bytes() == (tmp_path / "file" / "score.json").read_bytes()
     told = capsys.readouterr().out
-    assert "shard-00000-of-00003.jsonl: JSON, 4 records: 4 as stored candidates" in told
-    assert "; 1 more shards like it" in told, "the first and the last have a column more"
+    assert f"data: {tmp_path}/rollout: 3 shards, 10 records: 10 as stored candidates" in told
+    assert f"data: {tmp_path}/mine.jsonl: JSON, 10 records: 10 as stored candidates" in told
 
 
 @pytest.mark.parametrize("damage", [False, True])
@@ -156,7 +156,7 @@ def test_ranks_share_all_shards_that_are_not_finished(tmp_path: Path) -> None:
     drawn = write_shards(tmp_path / "rollout", records(4 * 11))
     settings = config(tmp_path / "out", drawn)
     surveys = [survey(share) for share in read_shares(drawn, lambda number: True)]
-    contents = join_surveys(reversed(surveys))
+    contents = join_surveys(drawn, reversed(surveys))
     assert contents.names == ["first", "later"]
     assert contents.completions == [sum(len(r.candidates) for r in records(44)[4 * n : 4 * n + 4]) for n in range(11)]
     work = score._plan(settings, contents, 4)
