@@ -19,10 +19,10 @@ from exo_megatron.data.group_builder import GroupBuilder, Purpose
 from exo_megatron.data.groups import data_digest
 from exo_megatron.data.prepared import (
     GroupTable,
+    ItemTable,
     Prepared,
     PreparedGroups,
     PromptTable,
-    Table,
     groups_table,
     prompts_digest,
     prompts_table,
@@ -159,7 +159,7 @@ class _Work(Generic[Item]):
         use: Use,
         builder: Builder[Item],
         store: Callable[[Sequence[tuple[str, Item]]], pa.RecordBatch],
-        open_table: Callable[[pa.RecordBatch], Table[Item]],
+        open_table: Callable[[pa.RecordBatch], ItemTable[Item]],
         digest: Callable[[Sequence[Item]], str],
     ) -> None:
         self._config = config

@@ -121,7 +121,7 @@ class _Nested:
         return [tuple(inner[start:stop]) for start, stop in pairwise(self.offsets.tolist())]
 
 
-class Table(Protocol[Item_co]):
+class ItemTable(Protocol[Item_co]):
     """Items that stand in one table. An item is made each time that it is asked for."""
 
     def at(self, number: int) -> Item_co:
@@ -139,7 +139,7 @@ class Prepared(Sequence[Item]):
     """
 
     def __init__(
-        self, tables: Sequence[pa.RecordBatch], open_table: Callable[[pa.RecordBatch], Table[Item]], digest: str
+        self, tables: Sequence[pa.RecordBatch], open_table: Callable[[pa.RecordBatch], ItemTable[Item]], digest: str
     ) -> None:
         """Take tables as they are stored, and what reads items of them."""
         self.tables = tables

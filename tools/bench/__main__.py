@@ -5,6 +5,7 @@
     python -m tools.bench steps --quick        a small version of it, as CI runs it
     python -m tools.bench steps --quick --compare docs/benchmarks/cpu-2-cores-quick.json
     python -m tools.bench predict --lengths hh --k 8 --model 7b    the formula for your own data and model
+    python -m tools.bench start --help         what the size of the data costs the start of `align`
 
 The sides of a comparison run in turn in one process; the ratios are the result. Both sides' results
 (gradients if there are any) are compared first: if they differ, no times are printed and the exit
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tools.bench import predict  # it loads large packages, as benchmarks do
 
             return predict.main(given[1:])
+        if given[:1] == ["start"]:
+            from tools.bench import start
+
+            return start.main(given[1:])
         return _benchmark(given)
     except ExoError as error:
         print(f"error: {error}", file=sys.stderr)
