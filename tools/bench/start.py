@@ -97,9 +97,14 @@ class Site:
         backend = Tokenizer(BPE.from_file(str(tokenizer / "vocab.json"), str(tokenizer / "merges.txt")))
         backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
         fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
-        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = LlamaConfig(
-            vocab_size=len(fast), max_position_embeddings=4096, eos_token_id=fast.eos_token_id, **sizes
+            vocab_size=len(fast),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=4096,
+            eos_token_id=fast.eos_token_id,
         )
         LlamaForCausalLM(config).save_pretrained(self.folder / "hf")
         fast.save_pretrained(self.folder / "hf")
