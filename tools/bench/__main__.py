@@ -5,7 +5,8 @@
     python -m tools.bench steps --quick        a small version of it, as CI runs it
     python -m tools.bench steps --quick --compare docs/benchmarks/cpu-2-cores-quick.json
     python -m tools.bench predict --lengths hh --k 8 --model 7b    the formula for your own data and model
-    python -m tools.bench start --help         what the size of the data costs the start of `align`
+    python -m tools.bench start pairs --hh FILE --tokenizer DIRECTORY     what the size of the data costs a start
+    python -m tools.bench start candidates --tokenizer DIRECTORY
 
 The sides of a comparison run in turn in one process; the ratios are the result. Both sides' results
 (gradients if there are any) are compared first: if they differ, no times are printed and the exit
