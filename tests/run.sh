@@ -18,6 +18,7 @@ done
 . tools/environment.sh
 prepare_environment dev,mpi,bench || exit 1
 export OMP_NUM_THREADS=1 # several processes on few cores
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files; none need compile them again
 LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT
 SUMMARY=()
