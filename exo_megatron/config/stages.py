@@ -176,7 +176,7 @@ CANDIDATES_DIRECTORY = "candidates"
 """Directory of the shards in the output of `rollout` and `score`."""
 
 CANDIDATES_FILE = "candidates.jsonl"
-"""A single file of candidates. The stages wrote one before there were shards, and they still read it."""
+"""A single file of candidates. In the output of a stage the name stands for its shards; a link, if there is one."""
 
 
 def status_directory(config: StageConfig) -> Path:

@@ -36,6 +36,7 @@ from exo_megatron.config.sections import (
 )
 from exo_megatron.config.stages import (
     CANDIDATES_DIRECTORY,
+    CANDIDATES_FILE,
     AlignConfig,
     EvaluateConfig,
     RolloutConfig,
@@ -111,7 +112,7 @@ def _check_output(config: StageConfig) -> Iterator[Problem]:
         )
     for key, path in paths(config):
         same = os.path.abspath(path) == os.path.abspath(config.output)
-        if same or within(path, config.output / CANDIDATES_DIRECTORY):
+        if same or any(within(path, config.output / name) for name in (CANDIDATES_DIRECTORY, CANDIDATES_FILE)):
             yield Problem(
                 ("output",),
                 f"got {show(str(config.output))}, which {'is also' if same else 'holds'} {dotted(key)}",

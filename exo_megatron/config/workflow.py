@@ -24,8 +24,6 @@ from exo_megatron.config.document import (
 )
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import (
-    CANDIDATES_DIRECTORY,
-    CANDIDATES_FILE,
     STAGE_CONFIGS,
     AlignConfig,
     RolloutConfig,
@@ -71,19 +69,6 @@ def find_disagreements(config: StageConfig, earlier: Sequence[StageConfig]) -> I
             "the policy that drew the candidates as the reference",
             f"set reference.checkpoint to it, {COMPUTE_ANEW}",
         )
-
-
-def find_former_files(config: StageConfig, earlier: Sequence[StageConfig]) -> Iterator[Problem]:
-    """List the keys that name the single file into which an earlier stage wrote its candidates once."""
-    for key, path in paths(config):
-        maker = _maker(path, earlier)
-        if isinstance(maker, RolloutConfig | ScoreConfig) and path.name == CANDIDATES_FILE:
-            yield Problem(
-                key,
-                f"got {path}, but the stage writes its candidates into {maker.output / CANDIDATES_DIRECTORY}/",
-                "the output of the stage",
-                f"name {maker.output}, or in a `run` file its ${{NAME}} alone",
-            )
 
 
 def _rollout_behind(data: Path, earlier: Sequence[StageConfig]) -> RolloutConfig | None:
@@ -178,8 +163,7 @@ def _plan_stage(entry: WorkflowStage, document: Document, run: RunConfig, earlie
     document.data = _substitute(document.data, (), document, known, later)
     config = validate_stage(STAGE_CONFIGS[entry.stage], document)
     _check_output(config, document, run, earlier)
-    before = [each.config for each in earlier]
-    for flaw in (*find_former_files(config, before), *find_disagreements(config, before)):
+    for flaw in find_disagreements(config, [each.config for each in earlier]):
         raise ConfigError(document.where(flaw.key), flaw.problem, expected=flaw.expected, fix=flaw.fix)
     upstream = {each.name: each.digest for each in earlier if _reads(config, each.config.output)}
     return PlannedStage(entry.name, entry.stage, config, tuple(upstream), config_digest(config, upstream))

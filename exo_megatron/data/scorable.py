@@ -54,11 +54,11 @@ def read_shares(path: Path, wanted: Wanted) -> Iterator[Share]:
         DataError: it does not exist or has no record, or a wanted record or shard, which is named, is of
             no use. Repeated ids are not noticed; see `join_surveys`.
     """
-    if not path.exists():
+    found = shards.find_shards(path)
+    if found is None and not path.exists():
         raise DataError(
             str(path), "does not exist", expected="output of `rollout`, or a file", fix="correct candidates"
         )
-    found = shards.find_shards(path)
     return _read_source(str(path), wanted) if found is None else _read_shards(found, wanted)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,25 +111,45 @@ def find_shards(path: Path) -> list[Path] | None:
     Their content is not read; see `verify_shard`.
 
     Args:
-        path: a directory of shards, the output of a stage with such a directory, or one shard.
+        path: a directory of shards, the output of a stage with such a directory, the name of the
+            single file that stands for them there, or one shard.
 
     Raises:
         DataError: a shard is missing or not finished, they are of several runs, or the directory
-            also has a single file of candidates.
+            also has another single file of candidates.
     """
+    if path.name == CANDIDATES_FILE and (path.is_symlink() or not path.exists()):
+        path = path.parent
     if path.is_file():
         return [path] if _NAME.fullmatch(path.name) else None
     inner = path / CANDIDATES_DIRECTORY
     if not _holds_shards(inner):
         return _complete(path) if _holds_shards(path) else None
-    if (path / CANDIDATES_FILE).exists():
+    found = _complete(inner)
+    if (path / CANDIDATES_FILE).exists() and not _is_copy(path / CANDIDATES_FILE, found):
         raise DataError(
             str(path),
             f"holds both {CANDIDATES_FILE} and shards in {CANDIDATES_DIRECTORY}/",
             expected="one of them",
             fix=f"name {inner} or {path / CANDIDATES_FILE}, or remove the older one",
         )
-    return _complete(inner)
+    return found
+
+
+def _is_copy(file: Path, shards: Sequence[Path]) -> bool:
+    """Tell whether a file is the link to the only shard, or what a copy of the directory made of it."""
+    checksum = _read_checksum(shards[0])
+    return file.is_symlink() or (len(shards) == 1 and checksum is not None and sha256_file(file) == checksum.sha256)
+
+
+def link_only_shard(output: Path, shards: RunShards) -> None:
+    """Make candidates.jsonl a link to the shard if there is one alone, for readers of a single file."""
+    link = output / CANDIDATES_FILE
+    if link.is_symlink():
+        link.unlink()
+    if shards.count == 1 and not link.exists():
+        with suppress(OSError):  # a file system without links
+            link.symlink_to(shards.path(0).relative_to(output))
 
 
 def verify_shard(path: Path) -> str:

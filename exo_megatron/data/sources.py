@@ -11,7 +11,7 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
-from exo_megatron.config.stages import CANDIDATES_DIRECTORY, CANDIDATES_FILE
+from exo_megatron.config.stages import CANDIDATES_FILE
 from exo_megatron.data.entries import Entries, Source, SourceEntry
 from exo_megatron.data.records import SourceRecord
 from exo_megatron.data.shards import find_shards
@@ -91,12 +91,11 @@ def open_source(
     if path.is_file():
         return _open_shards(source, _one_file(path), split, names)
     if not path.exists() and _means_a_path(source):
-        instead = path.name == CANDIDATES_FILE and find_shards(path.parent)
         raise DataError(
             source,
             "does not exist",
             expected="a file, a directory or the name of a data set",
-            fix=f"name {path.parent}, whose {CANDIDATES_DIRECTORY}/ has them" if instead else "correct data.path",
+            fix="correct data.path",
         )
     return _open_dataset(source, path, split, names, revision, subset)
 

@@ -13,7 +13,7 @@ from exo_megatron.data.candidates import ROLLOUT_FILE, stored_candidates
 from exo_megatron.data.dataset import load_prompts
 from exo_megatron.data.prepared import Prepared
 from exo_megatron.data.prompts import Prompt
-from exo_megatron.data.shards import RunShards, count_shards, records_of
+from exo_megatron.data.shards import RunShards, count_shards, link_only_shard, records_of
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import DataError
 from exo_megatron.execution.policy import Policy, PolicyCheckpoint, find_policy, find_tokenizer, load_policy
@@ -61,6 +61,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
             policy = load_policy(source, topology, config.compute, tokenizer)
             differences += _draw_units(config, policy, prompts, shards, units, kept, runtime)
     if runtime.is_main:
+        link_only_shard(config.output, shards)
         write_json(
             config.output / ROLLOUT_FILE,
             {

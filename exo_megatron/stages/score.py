@@ -14,7 +14,7 @@ from exo_megatron.config.stages import CANDIDATES_DIRECTORY, ScoreConfig
 from exo_megatron.data.candidates import ROLLOUT_FILE
 from exo_megatron.data.completions import ScorableRecord, stored_record
 from exo_megatron.data.scorable import Contents, join_surveys, read_shares, survey
-from exo_megatron.data.shards import Notes, RunShards, output_of
+from exo_megatron.data.shards import Notes, RunShards, link_only_shard, output_of
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.build import build_reward, identify_reward
@@ -45,6 +45,7 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
     sums = runtime.gather_items(list(_score_shares(config, runtime, source, work)))
     if sums is not None:
         kept = ((number, RewardSums(**notes)) for number, notes in work.finished.items())
+        link_only_shard(config.output, work.shards)
         _conclude(config, dict([*kept, *sums]))
 
 

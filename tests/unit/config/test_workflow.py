@@ -248,10 +248,3 @@ def test_only_stages_that_belong_together_must_agree(file):
     """Data from elsewhere are judged when they are read; so is a reference that no stage of the run makes."""
     load_run_config(file, ["stages.exo-1.5.data.path=other/candidates.jsonl", "stages.exo-1.5.loss.temperature=0.5"])
     load_run_config(file, ["stages.exo-1.5.reference.checkpoint=other/sft"])
-
-
-def test_the_single_file_of_an_earlier_version_is_refused_before_the_first_stage(file):
-    """It would be missed only once its stage has run."""
-    error = error_of(file, "stages.exo-1.5.data.path=${candidates}/candidates.jsonl")
-    assert "got out/candidates/candidates.jsonl, but the stage writes its candidates into out/candidates/cand" in error
-    assert error.endswith("fix: name out/candidates, or in a `run` file its ${NAME} alone")

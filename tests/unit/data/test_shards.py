@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from exo_megatron.data import shards
-from exo_megatron.data.shards import RunShards, content_digest, count_shards, find_shards, output_of, records_of
+from exo_megatron.data.shards import (
+    RunShards,
+    content_digest,
+    count_shards,
+    find_shards,
+    link_only_shard,
+    output_of,
+    records_of,
+)
 from exo_megatron.data.sources import open_source
 from exo_megatron.errors import DataError
 
@@ -137,10 +145,28 @@ def test_a_lone_shard_needs_its_checksum(tmp_path: Path) -> None:
         opened(writer.path(1))
 
 
-def test_the_single_file_that_a_stage_no_longer_writes(tmp_path: Path) -> None:
-    write(tmp_path / "candidates")
-    with pytest.raises(DataError, match=f"does not exist.*name {re.escape(str(tmp_path))}, whose candidates/ has them"):
-        open_source(str(tmp_path / "candidates.jsonl"))
+def test_the_name_of_the_single_file_stands_for_the_shards(tmp_path: Path) -> None:
+    """A link for readers of one file is there if one shard has everything; a copy of it is as good."""
+    link = tmp_path / "candidates.jsonl"
+    writer = write(tmp_path / "candidates")
+    link_only_shard(tmp_path, writer)
+    assert not link.exists() and find_shards(link) == [writer.path(number) for number in range(3)]
+    for path in (tmp_path / "candidates").iterdir():
+        path.unlink()
+    writer = write(tmp_path / "candidates", records=2)
+    link_only_shard(tmp_path, writer)
+    assert link.is_symlink() and link.read_bytes() == writer.path(0).read_bytes()
+    assert find_shards(link) == find_shards(tmp_path) == [writer.path(0)]
+    link.unlink()
+    link.write_bytes(writer.path(0).read_bytes())
+    assert find_shards(tmp_path) == [writer.path(0)] and find_shards(link) is None
+    link.write_text('{"id": "a"}\n')
+    with pytest.raises(DataError, match="holds both"):
+        find_shards(tmp_path)
+    link.unlink()
+    link.symlink_to("candidates/shard-00000-of-00001.jsonl")
+    link_only_shard(tmp_path, write(tmp_path / "candidates"))
+    assert not link.is_symlink(), "it belongs to an earlier run"
 
 
 def test_taking_over_keeps_what_this_run_finished_and_removes_the_rest(tmp_path: Path) -> None:

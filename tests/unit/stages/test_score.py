@@ -143,7 +143,11 @@ def test_candidates_of_ones_own_making_have_no_rollout_file(tmp_path: Path) -> N
     write_candidates(tmp_path / "mine.jsonl", records(2))
     runtime: Any = FakeRuntime(0, 1, {})
     run_score(score_config(tmp_path, tmp_path / "mine.jsonl"), runtime)
-    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == ["candidates", "score.json"]
+    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == [
+        "candidates",
+        "candidates.jsonl",
+        "score.json",
+    ]
 
 
 def test_summary_by_hand_and_by_shares() -> None:

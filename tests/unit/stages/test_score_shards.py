@@ -205,12 +205,13 @@ def test_unwanted_shares_of_a_file_are_passed_over(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
     peaks = []
-    for count in (12, 84):  # the largest shards of both have nine candidates
+    run(config(tmp_path / "before", write_shards(tmp_path / "few", records(12))))  # what is loaded only once
+    for count in (12, 204):  # the largest shards of both have nine candidates
         drawn = write_shards(tmp_path / str(count), records(count, length=300))
         gc.collect()
         tracemalloc.start()
         run(config(tmp_path / f"out-{count}", drawn))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    more = (84 - 12) * 2 * 300 * 8  # the ids alone, as 8 bytes each, of all records that are more
+    more = (204 - 12) * 2 * 300 * 8  # the ids alone, as 8 bytes each, of all records that are more
     assert peaks[1] < peaks[0] + more / 3
