@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -69,10 +70,12 @@ def build_items(
     encoded = iter(builder.tokenizer.encode_batch([(draft.prompt, list(draft.answers.values())) for draft in waiting]))
     items: list[tuple[str, Item]] = []
     for number, record, draft in drafts:
+        remarks = dict(tally.remarks)
         try:
             item = _finished(record, draft, next(encoded)) if isinstance(draft, Draft) else draft
         except DataError as error:
             tally.add_flaw(error, number)
+            tally.remarks = Counter(remarks)  # those are about items alone
         else:
             items.append((record.where, item))
             builder.note(record.where, item, tally)
