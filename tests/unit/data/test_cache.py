@@ -1,4 +1,4 @@
-"""The cache of tokenised data: what its key is made of, what is made again, and how several processes share the work."""
+"""The cache of tokenised data: what its key is made of, what is made again, how several processes share the work."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class Kitchen:
 
     def recipe(self, **changes: Any) -> Recipe:
         source = Source(str(self.file), "lines", self._entries, (self.file,))
-        return Recipe(**{"source": source, "limit": None, "settings": {}, "make": self._make, "digest": _digest, **changes})
+        return Recipe(
+            **{"source": source, "limit": None, "settings": {}, "make": self._make, "digest": _digest, **changes}
+        )
 
     def _entries(self) -> Iterator[SourceEntry]:
         for number, line in enumerate(self.file.read_text().split(), start=1):
@@ -333,7 +335,9 @@ class TestKey:
         file = tmp_path / "data.jsonl"
         file.write_text(json.dumps(PAIR) + "\n" + json.dumps(REWARDED) + "\n")
 
-        def start(*, tokenizer: Tokenizer = spm, purpose: Any = "preference", keep: Any = None, **settings: Any) -> Path:
+        def start(
+            *, tokenizer: Tokenizer = spm, purpose: Any = "preference", keep: Any = None, **settings: Any
+        ) -> Path:
             data = {"path": str(file), "cache": tmp_path / "cache", **settings.pop("data", {})}
             config, known = DataConfig(**data), set((tmp_path / "cache").glob("*"))
             if purpose == "prompts":
@@ -366,12 +370,8 @@ class TestKey:
         assert start(**settings) is None
 
     def test_loss_fields(self, start: Callable[..., Path | None], tmp_path: Path) -> None:
-        fields = {
-            name: [[-1.0] * 9] * 2 for name in ("reference_token_logprobs", "behaviour_token_logprobs")
-        }
         row = {**REWARDED, "log_weights": [0, 0]}
         (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-        del fields
         settings: list[dict[str, Any]] = [
             {},
             {"loss": LossSpec("none", "rewards", ("beta_pi",))},
@@ -412,7 +412,10 @@ class TestKey:
             spm,
             chat,
             load_tokenizer(chat.path, chat_template=template),
-            *(load_tokenizer(chat.path, chat_template=template, template_kwargs={"deep": deep}) for deep in (True, False)),
+            *(
+                load_tokenizer(chat.path, chat_template=template, template_kwargs={"deep": deep})
+                for deep in (True, False)
+            ),
             chat.stopping_at([7]),
             chat.fitted_to(500),
         ]
