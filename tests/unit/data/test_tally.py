@@ -189,6 +189,19 @@ class TestSkip:
             assert (flaw["count"], flaw["first_record"]) == (COUNTS[kind], firsts[kind] - 1)
             assert flaw["where"] == f"{loader.file}:{firsts[kind]}" and flaw["problem"] and flaw["expected"]
 
+    def test_answers_of_a_conversation_count_for_themselves(self, loader: Loader, chat: Tokenizer) -> None:
+        def turns(*answers: str) -> list[dict[str, str]]:
+            asked = {"role": "user", "content": "It"}
+            return [turn for answer in answers for turn in (asked, {"role": "assistant", "content": answer})]
+
+        loader.tokenizer = chat
+        rows: list[Row] = [{"messages": turns(GOOD, "", BAD, LONG, DULL)}, {"messages": turns(GOOD)}]
+        settings = {"train_on": "all", "on_invalid": "skip", "on_overlong": "skip", "max_completion_tokens": 12}
+        groups = loader.groups(rows, purpose="sft", **settings)
+        assert names(groups) == ["line-1#1", "line-1#3", "line-1#5", "line-2"]
+        (line,) = (line for line in loader.told if "left out: empty" in line)
+        assert line.startswith("data: 1 of 6 records left out")
+
     def test_nothing_left_is_an_error(self, loader: Loader) -> None:
         rows: list[Row] = [pair("a", chosen=""), pair("b", chosen=""), pair("c", rejected=LONG)]
         error = loader.error(loader.groups, rows, on_invalid="skip", on_overlong="skip", **LIMITS)
