@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -58,26 +59,38 @@ def build_items(
     tally = Tally()
     drafts: list[tuple[int, SourceRecord, Draft[Item] | Item]] = []
     for number, entry in enumerate(entries):
-        read = tally.seen.read
-        try:
-            for record in interpreter.convert(read_record(entry), tally.seen):
+        for record in _converted(entry, number, interpreter, tally):
+            try:
                 drafts.append((number, record, builder.draft(record, tally)))
-        except DataError as error:
-            tally.add_flaw(error, number)
-        tally.seen.read = read + 1
+            except DataError as error:
+                tally.add_flaw(error, number)
     waiting = [draft for _, _, draft in drafts if isinstance(draft, Draft)]
     encoded = iter(builder.tokenizer.encode_batch([(draft.prompt, list(draft.answers.values())) for draft in waiting]))
     items: list[tuple[str, Item]] = []
     for number, record, draft in drafts:
+        remarks = dict(tally.remarks)
         try:
             item = _finished(record, draft, next(encoded)) if isinstance(draft, Draft) else draft
         except DataError as error:
             tally.add_flaw(error, number)
+            tally.remarks = Counter(remarks)  # those are about items alone
         else:
             items.append((record.where, item))
             builder.note(record.where, item, tally)
     tally.items = len(items)
     return items, tally
+
+
+def _converted(entry: SourceEntry, number: int, interpreter: Interpreter, tally: Tally) -> list[SourceRecord]:
+    """Return the records that an entry becomes, none of one that cannot be used. Both are counted."""
+    read = tally.seen.read
+    try:
+        return interpreter.convert(read_record(entry), tally.seen)
+    except DataError as error:
+        tally.add_flaw(error, number)
+        return []
+    finally:
+        tally.seen.read = read + 1  # also one that is no record
 
 
 def _finished(record: SourceRecord, draft: Draft[Item], encoded: EncodedGroup | DataError) -> Item:

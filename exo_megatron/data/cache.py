@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +31,8 @@ from exo_megatron.errors import ConfigError, DataError
 from exo_megatron.utils.files import atomic_open, read_json, sha256_file, write_json
 from exo_megatron.utils.progress import Progress
 from exo_megatron.utils.team import Team
+
+T = TypeVar("T")
 
 SHARD_RECORDS = 2048
 """Records of a shard: few enough that their texts need little memory, many enough that few files are mapped."""
@@ -93,15 +95,17 @@ def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
             nodes have different data.
         ConfigError: the cache cannot be written; and what the recipe raises.
     """
+    # Before any process computes the key, so that what a shard is made of is what the key says.
+    states = team.together(lambda: _states(recipe.source))[team.rank]
     key = team.on_nodes(lambda: _key(recipe))
     root = cache or default_cache()
     directory = root / key[:32]
     whole = team.together(lambda: team.node_rank != 0 or _is_whole(directory))
     if not all(whole):
-        shards = _make_shards(recipe, directory, team, team.rank, team.size)
+        shards = _make_shards(recipe, directory, states, team, range(team.rank, sys.maxsize, team.size))
         there = team.share(all(_shard_file(directory, number).exists() for number in range(shards)))
         if not all(there):  # nodes do not share the directory, and each lacks what others made
-            _make_shards(recipe, directory, team, team.node_rank, team.node_size)
+            _make_shards(recipe, directory, states, team, range(team.node_rank, sys.maxsize, team.node_size))
         team.on_nodes(lambda: _finish(recipe, directory, shards))
     index = read_json(directory / CACHE_INDEX)
     tables = [_map(directory / shard["file"])[0] for shard in index["shards"]]
@@ -118,7 +122,7 @@ def _key(recipe: Recipe) -> str:
     parts = {
         "settings": recipe.settings,
         "limit": recipe.limit,
-        "files": [[str(file), _content(file)] for file in recipe.source.files],
+        "files": [[str(file), _look(file, content_digest)] for file in recipe.source.files],
         "shard_records": SHARD_RECORDS,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "code": _code_digest(),
@@ -126,9 +130,28 @@ def _key(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _content(file: Path) -> str:
+_States = list[tuple[int, int, int]]
+"""Number, size and time of change of every file of a source."""
+
+
+def _states(source: Source) -> _States:
+    found = [_look(file, Path.stat) for file in source.files]
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+
+def _check_unchanged(source: Source, states: _States) -> None:
+    if _states(source) != states:
+        raise DataError(
+            source.name,
+            "changed while it was read",
+            expected="files that nobody writes to",
+            fix="start again when the data are complete",
+        )
+
+
+def _look(file: Path, look: Callable[[Path], T]) -> T:
     try:
-        return content_digest(file)
+        return look(file)
     except OSError as error:
         raise DataError(
             str(file), f"cannot be read ({error.strerror})", expected="a readable file", fix="restore the file"
@@ -162,44 +185,36 @@ def _shard_file(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.arrow"
 
 
-def _make_shards(recipe: Recipe, directory: Path, team: Team, first: int, step: int) -> int:
-    """Make every `step`-th shard from number `first` on, unless it is there.
+def _make_shards(recipe: Recipe, directory: Path, states: _States, team: Team, mine: range) -> int:
+    """Make the shards with the numbers `mine`, as far as they are not there.
 
-    Collective over the team. Returns the number of all shards.
+    Collective over the team. Returns the number of all shards. Raises DataError if the source is no longer in
+    these states; the shards that are there are then of what it was before.
     """
 
     def work() -> int:
-        before = _states(recipe.source)
-        shards, made = 0, []
+        shards = 0
         records = sum(1 for _ in islice(recipe.source.entries(), recipe.limit)) if team.rank == 0 else 0
-        wanted = range(first, sys.maxsize, step)
         label = "tokenising" if team.size == 1 else f"tokenising (with {team.size} processes)"
         with Progress(label, records, "records", enabled=records > SHARD_RECORDS) as progress:
             for number, share in recipe.source.shares(
                 SHARD_RECORDS,
-                lambda number: number in wanted and not _shard_file(directory, number).exists(),
+                lambda number: number in mine and not _shard_file(directory, number).exists(),
                 recipe.limit,
             ):
                 shards = number + 1
                 if share:
-                    made.append(_shard_file(directory, number))
                     with _cycles_kept():
-                        _write(made[-1], *recipe.make(share))
+                        made = recipe.make(share)
+                    _check_unchanged(recipe.source, states)
+                    with _writing(directory):
+                        _write(_shard_file(directory, number), *made)
                 # The others have come about as far.
                 progress.advance(min(SHARD_RECORDS, records - number * SHARD_RECORDS))
-        if _states(recipe.source) != before:
-            for file in made:
-                file.unlink()
-            raise DataError(
-                recipe.source.name,
-                "changed while it was read",
-                expected="files that nobody writes to",
-                fix="start again when the data are complete",
-            )
+        _check_unchanged(recipe.source, states)
         return shards
 
-    with _writing(directory):
-        return team.together(work)[team.rank]
+    return team.together(work)[team.rank]
 
 
 @contextmanager
@@ -212,10 +227,6 @@ def _cycles_kept() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _states(source: Source) -> list[tuple[int, int]]:
-    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in source.files)]
 
 
 def _write(file: Path, table: pa.RecordBatch, tally: Tally) -> None:

@@ -8,7 +8,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.records import SourceRecord, unicode_text
 from exo_megatron.errors import DataError
 
 
@@ -103,4 +103,4 @@ def _identifier(where: str, value: object, place: str) -> str:
         return place
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise DataError(where, f"'id' is {value!r}", expected="a non-empty string or an integer", fix="correct the id")
-    return str(value)
+    return unicode_text(where, "id", str(value))

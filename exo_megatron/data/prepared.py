@@ -16,7 +16,6 @@ import pyarrow as pa
 from exo_megatron.data.groups import Group, GroupLengths
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.text import Chat
-from exo_megatron.errors import DataError
 
 Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -43,10 +42,7 @@ def groups_table(items: Sequence[tuple[str, Group]]) -> pa.RecordBatch:
 
 
 def prompts_table(items: Sequence[tuple[str, Prompt]]) -> pa.RecordBatch:
-    """Store prompts, each with the place of its record, as a table.
-
-    Raises DataError for messages with values that are not JSON.
-    """
+    """Store prompts, each with the place of its record, as a table."""
     prompts = [prompt for _, prompt in items]
     return pa.record_batch(
         {
@@ -54,7 +50,7 @@ def prompts_table(items: Sequence[tuple[str, Prompt]]) -> pa.RecordBatch:
             "where": pa.array([where for where, _ in items], pa.string()),
             "text": pa.array([prompt.text for prompt in prompts], pa.string()),
             "ids": _lists([prompt.ids for prompt in prompts], np.dtype(np.int32)),
-            "chat": pa.array([_chat_json(where, prompt.chat) for where, prompt in items], pa.string()),
+            "chat": pa.array([_chat_json(prompt.chat) for prompt in prompts], pa.string()),
             "columns": pa.array([json.dumps(prompt.columns, ensure_ascii=False) for prompt in prompts], pa.string()),
         }
     )
@@ -73,18 +69,8 @@ def _nested(lists: Sequence[Sequence[Sequence[float]]], dtype: np.dtype[Any]) ->
     return pa.ListArray.from_arrays(pa.array(offsets), _lists(list(chain.from_iterable(lists)), dtype))
 
 
-def _chat_json(where: str, chat: Chat | None) -> str | None:
-    if chat is None:
-        return None
-    try:
-        return json.dumps({"messages": chat.messages, "tools": chat.tools}, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            where,
-            f"has a message with a value that is not JSON ({error})",
-            expected="strings, numbers, lists and objects",
-            fix="convert the value, or remove it",
-        ) from None
+def _chat_json(chat: Chat | None) -> str | None:
+    return None if chat is None else json.dumps({"messages": chat.messages, "tools": chat.tools}, ensure_ascii=False)
 
 
 class _Lists:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 from exo_megatron.data.building import Draft, Limits
-from exo_megatron.data.candidates import Columns, parse_candidate_record, prompt_context
+from exo_megatron.data.candidates import Columns, chat_prompt, parse_candidate_record, prompt_context
 from exo_megatron.data.records import SourceRecord
 from exo_megatron.data.tally import Tally
 from exo_megatron.data.text import Chat, prompt_text
 from exo_megatron.data.tokenizer import EncodedGroup, Tokenizer
+from exo_megatron.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class PromptBuilder:
         """Return the prompt of stored candidates, or a draft. Raises DataError."""
         if "candidates" in record.fields:
             stored = parse_candidate_record(record)
+            _check_storable(record.where, stored.chat)
             ids = self.limits.prompt(record, stored.prompt_ids)
             return Prompt(record.id, stored.prompt, ids, stored.chat, stored.columns)
         prompt = prompt_text(record.where, record.fields)
+        _check_storable(record.where, chat_prompt(prompt))
 
         def finish(encoded: EncodedGroup) -> Prompt:
             ids = self.limits.prompt(record, encoded.prompt, tally)
@@ -55,3 +59,18 @@ class PromptBuilder:
 
     def note(self, where: str, item: Prompt, tally: Tally) -> None:
         """Count nothing: every prompt that is within the limits is as good as another."""
+
+
+def _check_storable(where: str, chat: Chat | None) -> None:
+    """Raise DataError for messages with values that are not JSON, such as the dates of a parquet file."""
+    if chat is None:
+        return
+    try:
+        json.dumps([chat.messages, chat.tools], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            where,
+            f"has a message with a value that is not JSON ({error})",
+            expected="strings, numbers, lists and objects",
+            fix="convert the value, or remove it",
+        ) from None

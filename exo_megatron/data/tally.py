@@ -113,6 +113,11 @@ class Tally:
             before = self.fields.get(name, (None, None))
             self.fields[name] = (before[0] or having, before[1] or lacking)
 
+    @property
+    def _total(self) -> int:
+        """The number of records, used or not; of a conversation, of which each answer is one, that of its answers."""
+        return self.items + sum(flaw.count for flaw in self.flaws.values())
+
     def judge(self, source: str, verdicts: Verdicts) -> None:
         """Raise the first error that is not to be passed over, with the numbers of all; and if nothing is left.
 
@@ -139,7 +144,7 @@ class Tally:
 
     def _with_counts(self, first: DataError) -> DataError:
         """Return the first error with the numbers of all others, and the way to leave them out."""
-        total = sum(flaw.count for flaw in self.flaws.values())
+        total = self._total - self.items
         if total == 1:
             return first
         fix = first.fix
@@ -147,7 +152,7 @@ class Tally:
             fix += ", or set data.on_overlong=skip to leave out all such records"
         elif not isinstance(first, TieError | StoredLogprobsError):
             fix += ", or set data.on_invalid=skip to leave out all such records"
-        told = f"{first.problem} (of {self.seen.read} records {total} cannot be used: {self.describe_flaws()})"
+        told = f"{first.problem} (of {self._total} records {total} cannot be used: {self.describe_flaws()})"
         return type(first)(first.where, told, expected=first.expected, fix=fix)
 
     def describe_flaws(self) -> str:
@@ -171,7 +176,7 @@ class Tally:
             size = f"{most}" if least == most else f"{least} to {most}"
             yield f"the first {first} of {size} candidates in {_share(sum(larger.values()), self.seen.made)} records"
         for kind, flaw in self.flaws.items():
-            yield f"{_share(flaw.count, self.seen.read)} records left out: {kind} (the first: {_brief(flaw.first)})"
+            yield f"{_share(flaw.count, self._total)} records left out: {kind} (the first: {_brief(flaw.first)})"
         for kind, number in self.remarks.items():
             yield f"{_share(number, self.items)} {kind}"
 

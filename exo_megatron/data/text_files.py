@@ -31,7 +31,7 @@ def read_json_text(path: Path) -> Iterator[SourceEntry]:
     first = next(lines, None)
     if first is None:
         return
-    beginning = _text(path, *first)
+    beginning = _tentative(first[1])
     if beginning.lstrip().startswith("["):
         yield from _read_array(path)
         return
@@ -76,7 +76,7 @@ def _refuse_one_object(path: Path, first: str, *, alone: bool) -> None:
         if alone:
             return
         try:
-            whole, over_lines = json.loads("\n".join(line for _, line in _lines(path))), True
+            whole, over_lines = json.loads("\n".join(_tentative(line) for _, line in _raw_lines(path))), True
         except (ValueError, RecursionError):
             return
     if not isinstance(whole, dict) or not (alone or over_lines):
@@ -159,6 +159,11 @@ def _text(path: Path, number: int, line: bytes) -> str:
     """Return a line without its end, and the first without a byte order mark. Raises DataError for invalid UTF-8."""
     text = decode_line(line, f"{path}:{number}").rstrip("\r\n")
     return text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
+
+
+def _tentative(line: bytes) -> str:
+    """Decode a line to see what the file is. Bytes that are not UTF-8 are an error only where the line is parsed."""
+    return line.decode("utf-8", errors="replace").removeprefix(BYTE_ORDER_MARK)
 
 
 @contextmanager
