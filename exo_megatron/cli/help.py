@@ -85,7 +85,7 @@ _PREPARE_HELP = f"""usage: exo-megatron prepare {"|".join(PREPARED)} [--config F
 Takes the configuration of the stage, whose start then maps what lies in the cache (data.cache). All processes
 of torchrun, srun or mpirun work together; no model is loaded and no GPU used. Prints what was read and left
 out, the lengths of prompts, candidates and groups, and how full micro-batches get, and writes data_report.json
-and lengths.png to the output of the stage. The same as `python tools/prepare_data.py`.
+and lengths.png to the output of the stage.
 """
 
 _RUN_NOTES = (
