@@ -60,7 +60,7 @@ class Rank:
         return self.rank == 0
 
     def team(self) -> Team:
-        return replace(ALONE, rank=self.rank)
+        return replace(ALONE, rank=self.rank, size=self.rank + 1, share=lambda value: [value] * (self.rank + 1))
 
     def gather_objects(self, value):
         return [value, *self.others] if self.is_main else None
