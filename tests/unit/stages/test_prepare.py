@@ -36,40 +36,42 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"model.checkpoint={folder / 'model'}", f"data.path={folder / 'pairs.jsonl'}", "loss.kind=exo_pref"]
 
 
-def started(folder: Path, settings: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [*launcher, sys.executable, str(ROOT / "tools" / "prepare_data.py"), "align", *settings]
-    command += [f"output={folder / 'out'}", f"data.cache={folder / 'cache'}"]
+def words(folder: Path, settings: list[str]) -> list[str]:
+    return ["align", *settings, f"output={folder / 'out'}", f"data.cache={folder / 'cache'}"]
+
+
+def started(folder: Path, settings: list[str], *launcher: str) -> subprocess.Popen[str]:
+    command = [*launcher, sys.executable, str(ROOT / "tools" / "prepare_data.py"), *words(folder, settings)]
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file()}
+    found = {path.name: path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.startswith(".")}
 
 
 def test_the_same_bytes_whatever_the_processes_and_after_a_kill(tmp_path: Path, settings: list[str]) -> None:
-    killed = started(tmp_path / "killed", settings)
+    """Two processes go on from what a killed one has left."""
+    killed = started(tmp_path / "two", settings)
     try:
-        while not list((tmp_path / "killed").rglob("shard-00000.arrow")):
+        while not list((tmp_path / "two").rglob("shard-00000.arrow")):
             assert killed.poll() is None, killed.communicate()[0]
             time.sleep(0.005)
     finally:
         killed.kill()
         killed.communicate()
-    assert "index.json" not in files(tmp_path / "killed"), "it was killed too late to show anything"
+    left = files(tmp_path / "two")
+    assert "index.json" not in left and len(left) < 4, "it was killed too late to show anything"
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert mpirun is not None
-    launchers = {"one": (), "two": (mpirun, "--oversubscribe", "-n", "2"), "killed": ()}
-    outputs = {}
-    for name, launcher in launchers.items():
-        process = started(tmp_path / name, settings, launcher)
-        outputs[name], _ = process.communicate(timeout=240)
-        assert process.returncode == 0, outputs[name]
+    process = started(tmp_path / "two", settings, mpirun, "--oversubscribe", "-n", "2")
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert main(["prepare", *words(tmp_path / "one", settings)]) == 0
     one = files(tmp_path / "one")
     assert sorted(one) == ["index.json", *(f"shard-{n:05d}.arrow" for n in range(4))]
     assert files(tmp_path / "two") == one
-    assert {name: data for name, data in files(tmp_path / "killed").items() if not name.startswith(".")} == one
-    said = outputs["two"]
     assert said.count(f"{RECORDS:,} groups, {2 * RECORDS:,} candidates (K = 2)") == 1
     assert "compute.max_tokens_per_microbatch = 8,192" in said
     assert sorted(path.name for path in (tmp_path / "two" / "out").iterdir()) == ["data_report.json", "lengths.png"]
