@@ -158,7 +158,7 @@ def test_samples_do_not_depend_on_the_topology(outcomes: dict[str, Outcome], dir
 def test_picture_report_and_nothing_else(outcomes: dict[str, Outcome], directory: Path) -> None:
     evaluation(outcomes, directory, "data parallel")
     output = directory / "data parallel"
-    files = {"evaluation.json", "prompts.jsonl", "frontier.png", "report.html", "samples"}
+    files = {"data_report.json", "evaluation.json", "prompts.jsonl", "frontier.png", "report.html", "samples"}
     assert {path.name for path in output.iterdir()} == files
     assert (output / "frontier.png").read_bytes().startswith(b"\x89PNG")
     page = (output / "report.html").read_text()
@@ -174,4 +174,4 @@ def test_refused_before_any_model_is_loaded(outcomes: dict[str, Outcome], direct
     assert messages[2].startswith("prompt 'prompt-7': 9 tokens + sampling.max_new_tokens 12")
     assert "has no function 'no_such_function'" in messages[3]
     assert "nowhere: does not exist" in messages[4]
-    assert not (directory / "refused").exists()
+    assert {path.name for path in (directory / "refused").iterdir()} == {"data_report.json"}

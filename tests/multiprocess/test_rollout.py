@@ -298,5 +298,5 @@ def test_units_do_not_change_the_draws_nor_does_an_interruption(
             assert replace(ours, logprob=None) == replace(theirs, logprob=None)
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
     files = {path.relative_to(units): path.read_bytes() for path in units.rglob("*") if path.is_file()}
-    assert len(files) == 2 * 4 + 1
+    assert len(files) == 2 * 4 + 2  # rollout.json and data_report.json
     assert {path.relative_to(cut): path.read_bytes() for path in cut.rglob("*") if path.is_file()} == files

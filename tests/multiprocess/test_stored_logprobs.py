@@ -192,12 +192,18 @@ def test_mismatches_say_what_differs(root: Path, outcomes: dict[str, Outcome]) -
     assert "record 'prompt-1' are of other data (token ids of prompt or candidates[0]" in data
     shard = root / "scored-alone" / "candidates" / "shard-00000-of-00001.jsonl"
     first = f"{shard}:1: the stored log-probs of record 'prompt-0' are of"
+    number = len(LENGTHS)
+    all_of_them = f" (of {number} records {number} cannot be used: {number} log-probs of another source)"
     drew, starts = (read_fingerprint(root / name)[:16] for name in ("sft", "start"))
-    assert f"{first} the model with fingerprint {drew}; expected the reference {root / 'start'}" in checkpoint
+    found = f"{first} the model with fingerprint {drew}{all_of_them}"
+    assert f"{found}; expected the reference {root / 'start'}" in checkpoint
     assert f"with fingerprint {starts}; fix: set reference.checkpoint" in checkpoint
-    assert f"{first} temperature 0.8; expected temperature 1.0; fix: set loss.temperature=0.8, or" in temperature
-    assert f"{first} precision fp32; expected precision bf16; fix: set compute.precision=fp32, or" in precision
+    found = f"{first} temperature 0.8{all_of_them}"
+    assert f"{found}; expected temperature 1.0; fix: set loss.temperature=0.8, or" in temperature
+    found = f"{first} precision fp32{all_of_them}"
+    assert f"{found}; expected precision bf16; fix: set compute.precision=fp32, or" in precision
     for message in (data, checkpoint, temperature, precision):
         assert message.endswith("or set reference_logprobs=computed to compute them anew")
-    assert not (root / "refused").exists(), "told before anything is written"
+    names = [path.name for path in (root / "refused").iterdir()]
+    assert names == ["data_report.json"], "told before anything else is written"
     assert {trained.scored for trained in outcomes["edited computed"].values()} == {len(LENGTHS)}
