@@ -168,11 +168,13 @@ def _code_digest() -> str:
 
 def _is_whole(directory: Path) -> bool:
     """Tell whether the index is there and all shards are as it says. Damaged shards are removed."""
-    if not (directory / CACHE_INDEX).is_file():
+    try:
+        shards = read_json(directory / CACHE_INDEX)["shards"]
+    except DataError:  # not there, or damaged
         return False
     damaged = [
         file
-        for shard in read_json(directory / CACHE_INDEX)["shards"]
+        for shard in shards
         if not (file := directory / shard["file"]).is_file() or sha256_file(file) != shard["sha256"]
     ]
     for file in damaged:

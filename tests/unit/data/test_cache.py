@@ -155,6 +155,14 @@ class TestOneProcess:
         assert content(directory) == before
         assert f"{victim} is damaged or missing, and is made again" in capsys.readouterr().out
 
+    def test_a_damaged_index_is_written_again(self, kitchen: Kitchen, tmp_path: Path) -> None:
+        directory = prepare(kitchen.recipe(), tmp_path / "cache", ALONE).directory
+        before = content(directory)
+        (directory / "index.json").write_text('{"shards": [')
+        kitchen.made.clear()
+        assert (ids(prepare(kitchen.recipe(), tmp_path / "cache", ALONE)), kitchen.made) == (LETTERS, [])
+        assert content(directory) == before
+
     def test_a_crash_goes_on_from_finished_shards(self, kitchen: Kitchen, tmp_path: Path) -> None:
         whole = prepare(kitchen.recipe(), tmp_path / "whole", ALONE).directory
 
