@@ -119,18 +119,23 @@ class Limits:
         if len(ids) > limit and tally is not None and self.config.on_overlong == "truncate_prompt_left":
             ids = _cut_on_the_left(ids, self.tokenizer.prefix_ids, limit)
             tally.remarks[f"prompts cut on the left to {limit} tokens (data.max_prompt_tokens)"] += 1
-        if len(ids) > limit:
-            raise OverlongPrompt(*_too_long(record, "prompt", len(ids)), **_at_most(limit, "data.max_prompt_tokens"))
-        return self._known(record, "prompt", ids)
+        return self._checked(record, "prompt", ids, limit, "data.max_prompt_tokens", OverlongPrompt)
 
     def completion(self, record: SourceRecord, name: str, ids: Sequence[int]) -> tuple[int, ...]:
         """Return the checked ids of a completion."""
         limit = self.config.max_completion_tokens
-        if len(ids) > limit:
-            raise OverlongAnswer(*_too_long(record, name, len(ids)), **_at_most(limit, "data.max_completion_tokens"))
-        return self._known(record, name, ids)
+        return self._checked(record, name, ids, limit, "data.max_completion_tokens", OverlongAnswer)
 
-    def _known(self, record: SourceRecord, name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    def _checked(
+        self, record: SourceRecord, name: str, ids: Sequence[int], limit: int, key: str, overlong: type[DataError]
+    ) -> tuple[int, ...]:
+        if len(ids) > limit:
+            raise overlong(
+                record.where,
+                f"{name!r} of record {record.id!r} has {len(ids)} tokens",
+                expected=f"at most {limit} ({key}, special tokens included)",
+                fix=f"raise {key}, or shorten or remove the record",
+            )
         if max(ids) >= self.tokenizer.vocab_size:
             raise DataError(
                 record.where,
@@ -145,14 +150,3 @@ def _cut_on_the_left(ids: Sequence[int], prefix: Sequence[int], limit: int) -> l
     """Return the last `limit` ids, behind the prefix (BOS) if they began with it and it leaves room for others."""
     kept = list(prefix) if list(ids[: len(prefix)]) == list(prefix) and len(prefix) < limit else []
     return [*kept, *ids[len(ids) - limit + len(kept) :]]
-
-
-def _too_long(record: SourceRecord, name: str, length: int) -> tuple[str, str]:
-    return record.where, f"{name!r} of record {record.id!r} has {length} tokens"
-
-
-def _at_most(limit: int, key: str) -> dict[str, str]:
-    return {
-        "expected": f"at most {limit} ({key}, special tokens included)",
-        "fix": f"raise {key}, or shorten or remove the record",
-    }

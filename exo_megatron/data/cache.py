@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from exo_megatron.data.entries import Source, SourceEntry, no_record, repeated_id
+from exo_megatron.data.entries import Source, SourceEntry, no_record, note_id
 from exo_megatron.data.shards import content_digest
 from exo_megatron.data.tally import Tally
 from exo_megatron.errors import ConfigError, DataError
@@ -277,9 +277,7 @@ def _check_ids(tables: Sequence[pa.RecordBatch]) -> None:
     places: dict[str, str] = {}
     for table in tables:
         for id, where in zip(table.column("id").to_pylist(), table.column("where").to_pylist(), strict=True):
-            if id in places:
-                raise repeated_id(id, where, places[id])
-            places[id] = where
+            note_id(places, id, where)
 
 
 @contextmanager

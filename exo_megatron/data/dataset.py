@@ -13,7 +13,7 @@ from exo_megatron.config.losses import LossSpec
 from exo_megatron.config.sections import DataConfig
 from exo_megatron.config.stages import PairRule, TieRule
 from exo_megatron.data.building import Builder, Limits, build_items
-from exo_megatron.data.cache import Recipe, Shelf, prepare
+from exo_megatron.data.cache import Recipe, prepare
 from exo_megatron.data.entries import SourceEntry
 from exo_megatron.data.group_builder import GroupBuilder, Purpose
 from exo_megatron.data.groups import data_digest
@@ -70,11 +70,10 @@ def load_prompts(
     work = _Work(
         config, "prompts", PromptBuilder(Limits(tokenizer, config)), prompts_table, PromptTable, prompts_digest
     )
-    shelf = work.prepare({}, Verdicts(config.on_invalid, config.on_overlong), report, team)
-    prompts = Prepared(shelf.tables, PromptTable, shelf.digest)
+    prompts, tally = work.prepare({}, Verdicts(config.on_invalid, config.on_overlong), report, team)
     if tell is not None:
         example = f"the first is {shortened(tokenizer.show(prompts[0].ids))}"
-        for line in work.describe(shelf.tally, example, first=None, temperature=None):
+        for line in work.describe(tally, example, first=None, temperature=None):
             tell(f"data: {line}")
     return prompts
 
@@ -137,11 +136,11 @@ def load_groups(
         "loss": None if loss is None else [loss.several_rejected, loss.log_weights, loss.token_logps],
     }
     work = _Work(config, purpose, builder, groups_table, GroupTable, data_digest)
-    shelf = work.prepare(settings, Verdicts(config.on_invalid, config.on_overlong, ties), report, team)
-    groups = PreparedGroups(Prepared(shelf.tables, GroupTable, shelf.digest))
+    stored, tally = work.prepare(settings, Verdicts(config.on_invalid, config.on_overlong, ties), report, team)
+    groups = PreparedGroups(stored)
     if tell is not None:
         example = describe_group(groups[0], tokenizer)
-        for line in work.describe(shelf.tally, example, first=builder.first, temperature=temperature):
+        for line in work.describe(tally, example, first=builder.first, temperature=temperature):
             tell(f"data: {line}")
     return groups
 
@@ -170,8 +169,10 @@ class _Work(Generic[Item]):
         self._open_table = open_table
         self._digest = digest
 
-    def prepare(self, settings: Mapping[str, Any], verdicts: Verdicts, report: Path | None, team: Team) -> Shelf:
-        """Make or find the tables, and judge what was counted. Collective over the team.
+    def prepare(
+        self, settings: Mapping[str, Any], verdicts: Verdicts, report: Path | None, team: Team
+    ) -> tuple[Prepared[Item], Tally]:
+        """Make or find the items, and judge what was counted. Collective over the team.
 
         `settings` are those of the builder that decide what it makes.
         """
@@ -187,7 +188,7 @@ class _Work(Generic[Item]):
             write_json(report / DATA_REPORT, {"source": self._source.name, **shelf.tally.as_json()})
         self._interpreter.check_columns(self._source.name, shelf.tally.seen)
         shelf.tally.judge(self._source.name, verdicts)
-        return shelf
+        return Prepared(shelf.tables, self._open_table, shelf.digest), shelf.tally
 
     def describe(self, tally: Tally, example: str, *, first: int | None, temperature: float | None) -> Iterator[str]:
         """Describe what the source was taken for, the first item, and what a user should know."""

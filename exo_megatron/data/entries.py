@@ -55,9 +55,7 @@ class Source:
         places: dict[str, str] = {}
         for entry in islice(self.entries(), limit):
             record = read_record(entry)
-            if record.id in places:
-                raise repeated_id(record.id, record.where, places[record.id])
-            places[record.id] = record.where
+            note_id(places, record.id, record.where)
             records.append(record)
         if not records:
             raise no_record(self.name)
@@ -88,9 +86,11 @@ def read_record(entry: SourceEntry) -> SourceRecord:
     return SourceRecord(entry.where, _identifier(entry.where, fields.get("id"), entry.place), fields)
 
 
-def repeated_id(id: str, where: str, before: str) -> DataError:
-    """Make the error for a record whose id another one had before."""
-    return DataError(where, f"repeats id {id!r} of {before}", expected="unique ids", fix="rename one")
+def note_id(places: dict[str, str], id: str, where: str) -> None:
+    """Note the place of a record by its id. Raises DataError for an id that another one had before."""
+    if id in places:
+        raise DataError(where, f"repeats id {id!r} of {places[id]}", expected="unique ids", fix="rename one")
+    places[id] = where
 
 
 def no_record(source: str) -> DataError:

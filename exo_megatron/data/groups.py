@@ -89,16 +89,17 @@ class GroupLengths:
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
         """P + R_1 + ... + R_K of every group, [G]."""
-        return self.prompts + np.add.reduceat(self.candidates, self._firsts)
+        return self.prompts + np.add.reduceat(self.candidates, self.starts[:-1])
 
     @property
     def longest(self) -> npt.NDArray[np.int64]:
         """P + the largest R_k of every group, [G]."""
-        return self.prompts + np.maximum.reduceat(self.candidates, self._firsts)
+        return self.prompts + np.maximum.reduceat(self.candidates, self.starts[:-1])
 
     @property
-    def _firsts(self) -> npt.NDArray[np.int64]:
-        return np.cumsum(self.counts) - self.counts
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The numbers at which the candidates of every group begin in `candidates`, and the last end, [G + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
 
 
 def data_digest(groups: Iterable[Group]) -> str:

@@ -202,10 +202,10 @@ def _steps(lengths: GroupLengths, within: npt.NDArray[np.intp], groups: int) -> 
 
 def _groups(lengths: GroupLengths, numbers: npt.NDArray[np.intp]) -> list[Group]:
     """Make groups of zeros with the lengths of those with these numbers."""
-    ends = np.cumsum(lengths.counts)
+    starts = lengths.starts
     groups = []
     for number in numbers.tolist():
-        candidates = lengths.candidates[ends[number] - lengths.counts[number] : ends[number]].tolist()
+        candidates = lengths.candidates[starts[number] : starts[number + 1]].tolist()
         groups.append(
             Group(str(number), (0,) * int(lengths.prompts[number]), tuple((0,) * each for each in candidates))
         )

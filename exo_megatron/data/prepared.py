@@ -57,16 +57,20 @@ def prompts_table(items: Sequence[tuple[str, Prompt]]) -> pa.RecordBatch:
 
 
 def _lists(lists: Sequence[Sequence[float]], dtype: np.dtype[Any]) -> pa.ListArray:
-    offsets = np.zeros(len(lists) + 1, dtype=np.int32)
-    np.cumsum([len(each) for each in lists], out=offsets[1:])
+    offsets = _offsets(lists)
     values = np.fromiter(chain.from_iterable(lists), dtype, count=int(offsets[-1]))
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _nested(lists: Sequence[Sequence[Sequence[float]]], dtype: np.dtype[Any]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(_offsets(lists)), _lists(list(chain.from_iterable(lists)), dtype))
+
+
+def _offsets(lists: Sequence[Sequence[object]]) -> npt.NDArray[np.int32]:
+    """Return where each list begins in all of them together, and where the last ends."""
     offsets = np.zeros(len(lists) + 1, dtype=np.int32)
     np.cumsum([len(each) for each in lists], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), _lists(list(chain.from_iterable(lists)), dtype))
+    return offsets
 
 
 def _chat_json(chat: Chat | None) -> str | None:
@@ -167,7 +171,7 @@ class PreparedGroups(Sequence[Group]):
         self._logprobs = logprobs
         self.digest = stored.digest
         self.lengths = _stored_lengths(stored.tables)
-        self._firsts = np.cumsum([0, *self.lengths.counts])
+        self._starts = self.lengths.starts
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -185,7 +189,7 @@ class PreparedGroups(Sequence[Group]):
         group = self._stored[number]
         if self._logprobs is None or group.reference_logprobs is not None:
             return group
-        start, stop = self._firsts[number : number + 2]
+        start, stop = self._starts[number : number + 2]
         return replace(group, reference_logprobs=tuple(self._logprobs[start:stop].tolist()))
 
     def lacking_logprobs(self) -> list[int]:
@@ -197,7 +201,7 @@ class PreparedGroups(Sequence[Group]):
         """Return the groups with the K reference log-probs of those with these numbers, which lack them."""
         values = np.full(len(self.lengths.candidates), np.nan)
         for number, given in zip(numbers, logprobs, strict=True):
-            values[self._firsts[number] : self._firsts[number + 1]] = given
+            values[self._starts[number] : self._starts[number + 1]] = given
         return PreparedGroups(self._stored, values)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exo_megatron.data import shards
 from exo_megatron.data.completions import ScorableRecord, column_names, parse_scorable
-from exo_megatron.data.entries import no_record, read_record, repeated_id
+from exo_megatron.data.entries import no_record, note_id, read_record
 from exo_megatron.data.reading import Interpreter, Seen
 from exo_megatron.data.records import SourceRecord
 from exo_megatron.data.sources import open_source
@@ -153,9 +153,7 @@ def join_surveys(path: Path, surveys: Iterable[Survey]) -> Contents:
     ordered = sorted(surveys, key=lambda each: each.number)
     places: dict[str, str] = {}
     for id, where in chain.from_iterable(each.places for each in ordered):
-        if id in places:
-            raise repeated_id(id, where, places[id])
-        places[id] = where
+        note_id(places, id, where)
     seen = Seen()
     for each in ordered:
         seen.add(each.seen)

@@ -31,9 +31,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
     model is built.
     """
     objective = AlignObjective.of(config.loss)
-    source, reference = find_policy_and_reference(config.model, config.reference, config.parallel)
-    logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
-    groups = read_groups(config, source, WantedLogprobs(logprobs, reference.path), objective.loss.spec, runtime)
+    source, reference, logprobs, groups = _find_data(config, objective.loss.spec, runtime)
     check_groups(groups, source.spec, config.compute, config.parallel)
     if objective.loss.spec.token_logps:
         check_whole(groups, config.compute, config.parallel)
@@ -78,35 +76,36 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         ).run()
 
 
-def read_groups(
-    config: AlignConfig, source: PolicyCheckpoint, wanted: WantedLogprobs, loss: LossSpec, runtime: Runtime
-) -> PreparedGroups:
-    """Read the groups of a run, with the `wanted` reference log-probs where they are to be stored ones.
+def prepare_align(config: AlignConfig, runtime: Runtime) -> GroupLengths:
+    """Tokenise the data of a run, and return its lengths. Collective over the world."""
+    *_, groups = _find_data(config, AlignObjective.of(config.loss).loss.spec, runtime)
+    return groups.lengths
 
-    Collective over the world. `source` is the checkpoint that is trained.
+
+def _find_data(
+    config: AlignConfig, loss: LossSpec, runtime: Runtime
+) -> tuple[PolicyCheckpoint, PolicyCheckpoint, LogprobSource, PreparedGroups]:
+    """Find the checkpoints of policy and reference, describe the reference log-probs, and read the groups.
+
+    Collective over the world.
     """
-    return load_groups(
+    source, reference = find_policy_and_reference(config.model, config.reference, config.parallel)
+    logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
+    groups = load_groups(
         config.data,
         find_tokenizer(source, config.data),
         purpose=loss.compares,
         candidates=config.candidates,
         pairs=config.pairs,
         ties=config.ties,
-        logprobs=wanted if config.reference_logprobs == "stored" else None,
+        logprobs=WantedLogprobs(logprobs, reference.path) if config.reference_logprobs == "stored" else None,
         loss=loss,
         temperature=config.loss.temperature,
         tell=partial(say, runtime),
         report=config.output,
         team=runtime.team(),
     )
-
-
-def prepare_align(config: AlignConfig, runtime: Runtime) -> GroupLengths:
-    """Tokenise the data of a run, and return its lengths. Collective over the world."""
-    source, reference = find_policy_and_reference(config.model, config.reference, config.parallel)
-    logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
-    loss = AlignObjective.of(config.loss).loss.spec
-    return read_groups(config, source, WantedLogprobs(logprobs, reference.path), loss, runtime).lengths
+    return source, reference, logprobs, groups
 
 
 def _unchanged(groups: Sequence[Group]) -> Sequence[Group]:
