@@ -17,9 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,7 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from exo_megatron.models.attention.passes import ScoreRule
-from exo_megatron.models.experts import LocalExperts, Router
+from exo_megatron.models.experts import ExpertBlock
 from exo_megatron.models.layouts.base import Layout
 from exo_megatron.models.numerics import ACTIVATIONS, LayerNorm, RMSNorm, gated
 from exo_megatron.models.rotary import RotaryTable, RotaryTables
@@ -105,6 +103,22 @@ def backend(spec: ModelSpec, dtype: torch.dtype) -> Backend:
             column, row = transformer_engine.TEColumnParallelLinear, transformer_engine.TERowParallelLinear
             return Backend(column, row, activation)
     return Backend(ColumnLinear, RowLinear, activation)
+
+
+@dataclass(frozen=True)
+class ExpertBlockSpec:
+    """Specify the block of router and experts for both versions of megatron-core.
+
+    0.16 builds it from the attributes, as it does with a ModuleSpec, which would make it warn of a
+    block that it does not know; 0.19 calls it.
+    """
+
+    params: dict[str, ModuleSpec]
+    module: type[ExpertBlock] = ExpertBlock
+
+    def __call__(self, config: TransformerConfig, **kwargs: Any) -> ExpertBlock:
+        """Build the block."""
+        return self.module(config, **self.params, **kwargs)
 
 
 def block_spec(spec: ModelSpec, config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
@@ -330,12 +344,10 @@ def _attention(spec: ModelSpec, parts: Backend, layer: int, table: RotaryTable |
 
 
 def _feed_forward(spec: ModelSpec, parts: Backend) -> Any:
-    """Specify the feed-forward block, or router and experts, each such a block."""
+    """Specify the feed-forward block, or router and experts."""
     if spec.experts is None:
         return get_mlp_module_spec_for_backend(parts, use_te_activation_func=True)
-    block = MLPSubmodules(linear_fc1=parts.column, activation_func=parts.activation, linear_fc2=parts.row)
-    experts = ModuleSpec(module=LocalExperts, submodules=block)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+    return ExpertBlockSpec({"activation": parts.activation})
 
 
 def _norm(spec: ModelSpec) -> ModuleSpec:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.errors import ConfigError, TopologyError
 from exo_megatron.models.attention.kernels import FLASH_HEAD_MULTIPLE, FLASH_LARGEST_HEAD, may_use_flash_varlen
-from exo_megatron.models.experts import check_experts, expert_settings, mark_experts_sharded
+from exo_megatron.models.experts import check_experts, expert_settings
 from exo_megatron.models.layers import block_spec
 from exo_megatron.models.layouts.base import Layout
 from exo_megatron.models.main_grad import adapt_embedding
@@ -222,9 +222,7 @@ def build_policy(spec: ModelSpec, topology: Topology, compute: ComputeConfig) ->
         config, block, spec, is_first_stage=topology.is_first_stage, is_last_stage=topology.is_last_stage
     )
     _mark_tensor_parallel(policy)
-    if spec.experts is not None:
-        mark_experts_sharded(policy)
-    policy.to(topology.device)  # megatron-core makes routers on the CPU
+    policy.to(topology.device)
     if topology.is_first_stage and spec.rotary is None:
         policy.embedding.position_embeddings.to(dtype=config.params_dtype)  # megatron-core makes them in fp32
     return policy

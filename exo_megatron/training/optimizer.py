@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -112,6 +113,8 @@ def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
     _keep_padding_between_buckets(model)
     optimizer = get_megatron_optimizer(settings, [model])
     _fuse_torch_adam(optimizer)
+    for part in _parts(optimizer):
+        part.__class__ = _ShardedAdam
     add_gradients_in_place(module)
     # No grad_scale_func: fp32 and bf16 scale by 1, and it would make the model refer to the optimizer,
     # whose fp32 shards refer by their autograd graph to the model's hooks (see _take_accumulators).
@@ -149,6 +152,27 @@ def _keep_padding_between_buckets(model: DistributedDataParallel) -> None:
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """List the distributed optimizers of which megatron-core's chained optimizer consists."""
     return list(optimizer.chained_optimizers)
+
+
+class _ShardedAdam(DistributedOptimizer):
+    """megatron-core's, which copies all updated weights to the model in one call, not one after another."""
+
+    def _copy_main_params_to_model_params(self) -> None:
+        if self.is_stub_optimizer:  # no parameter on this rank
+            return
+        targets, sources = [], []
+        for mains, models in (
+            (self.shard_fp32_from_float16_groups, self.model_float16_groups),
+            (self.shard_fp32_groups, self.model_fp32_groups),
+        ):
+            for source, parameter in zip(chain(*mains), chain(*models), strict=True):
+                within = self._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+                buffer, _, bucket = self.model_param_gbuf_map[parameter]
+                weights = self.buffers[buffer].buckets[bucket].param_data
+                targets.append(weights.view(-1)[within.start : within.end])
+                sources.append(source)
+        if sources:
+            torch._foreach_copy_(targets, sources)
 
 
 def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:

@@ -6,15 +6,22 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional
 
+from exo_megatron.config.sections import ComputeConfig, ParallelConfig
 from exo_megatron.models.attention.passes import ScoreRule
+from exo_megatron.models.expert_exchange import ExpertShare
 from exo_megatron.models.numerics import add_product_, product
+from exo_megatron.models.policy import build_policy
+from exo_megatron.models.spec import Experts
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.parallel.topology import model_parallel
 from tests.emulated_cuda import emulation, sabotage, strictness
 from tests.emulated_cuda.engine import CALLS as ENGINE_CALLS
 from tests.emulated_cuda.engine import engine_in_fp32
 from tests.multiprocess import align_checks
 from tests.multiprocess.align_checks import RankRecord
+from tests.reference.tiny_spec import TINY_SPEC
 from tests.unit.models.attention.test_kernels import LAYOUTS, RULE, compare, make_layout, random_qkv
 
 WINDOW = ScoreRule(scale=0.37, window=3)
@@ -68,6 +75,48 @@ def products(runtime: Runtime) -> dict[str, float]:
     return {
         name: ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()
         for name, (ours, theirs) in results.items()
+    }
+
+
+def experts(runtime: Runtime) -> dict[str, float]:
+    """The largest errors of experts in bf16 with grouped products, to the largest entries.
+
+    Against fp64 on the CPU. One of the experts has no token; gradients of weights go to fp32 buffers.
+    """
+    generator = torch.Generator().manual_seed(3)
+    counts, dtype = [5, 0, 6], torch.bfloat16
+    sizes = Experts(count=3, per_token=1, ffn_hidden_size=32, normalized=False)
+    spec = TINY_SPEC.model_copy(update={"experts": sizes})
+    with model_parallel(runtime, ParallelConfig(), seed=0) as topology:
+        local = build_policy(spec, topology, ComputeConfig(precision="bf16")).decoder.layers[0].mlp.experts
+    for parameter in local.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+        vars(parameter).update(main_grad=torch.ones(parameter.shape, device="cuda"), grad_added_to_main_grad=False)
+    tokens = torch.randn(11, spec.hidden_size, generator=generator).to(dtype)
+    weights, gradient = torch.rand(11, generator=generator), torch.randn(tokens.shape, generator=generator).to(dtype)
+    there = tokens.to("cuda").requires_grad_()
+    ends = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+    emulation.CALLS.clear()
+    output = local(there, ExpertShare(counts, ends, weights.to("cuda")))
+    output.backward(gradient.to("cuda"))
+    if emulation.CALLS["_grouped_mm"] != 4:
+        raise ValueError(f"grouped products: 4 expected, called {dict(emulation.CALLS)}")
+    exact = [
+        tokens.double().requires_grad_(),
+        *(each.detach().cpu().double().requires_grad_() for each in (local.fc1, local.fc2)),
+    ]
+    parts = []
+    for part, share, first, second in zip(
+        exact[0].split(counts), weights.split(counts), exact[1], exact[2], strict=True
+    ):
+        gate, up = (part @ first.t()).chunk(2, dim=-1)
+        parts.append((functional.silu(gate) * up * share.double()[:, None]) @ second.t())
+    torch.cat(parts).backward(gradient.double())
+    found = {"output": output, "tokens": there.grad, "fc1": local.fc1.main_grad - 1, "fc2": local.fc2.main_grad - 1}
+    expected = [torch.cat(parts), *(each.grad for each in exact)]
+    return {
+        name: ((ours.detach().cpu() - theirs).abs().max() / theirs.abs().max()).item()
+        for (name, ours), theirs in zip(found.items(), expected, strict=True)
     }
 
 

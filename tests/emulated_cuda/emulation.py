@@ -26,6 +26,7 @@ OPERATORS: dict[str, Callable[..., object]] = {
     "mm.dtype_out": products.product_out,
     "bmm.dtype_out": products.product_out,
     "addmm.dtype_out": products.added,
+    "_grouped_mm": products.grouped,
 }
 CALLS: Counter[str] = Counter()
 """How often each of them was called in this process."""

@@ -37,3 +37,22 @@ def added(
     if out.shape != result.shape or out.dtype != dtype:
         raise RuntimeError(f"out is {out.dtype} {tuple(out.shape)}, the sum {dtype} {tuple(result.shape)}")
     return out.copy_(result if beta == 0 else result + beta * total.to(dtype))
+
+
+def grouped(
+    left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: object = None
+) -> Tensor:
+    """_grouped_mm of [N, I] and [groups, I, O], and what it asks for; offs: where the rows of each group end."""
+    if offs is None or offs.dtype != torch.int32 or not offs.is_cuda or len(offs) != len(right):
+        raise RuntimeError("Offsets tensor must be 1D int32 on CUDA, one for each group")
+    if not left.dtype == right.dtype == torch.bfloat16:
+        raise RuntimeError("Expected inputs of BF16 type")
+    for matrix in (left, right):
+        strides = matrix.stride()[-2:]
+        if 1 not in strides or any(stride % 8 for stride in strides if stride != 1):
+            raise RuntimeError(f"strides must be multiples of 16 bytes, are {strides}")
+    ends = offs.cpu().tolist()
+    if ends[-1] != len(left):
+        raise RuntimeError(f"the groups end at {ends[-1]} of {len(left)} rows")
+    parts = zip([0, *ends[:-1]], ends, right, strict=True)
+    return torch.cat([product(left[first:end], matrix, torch.bfloat16) for first, end, matrix in parts])

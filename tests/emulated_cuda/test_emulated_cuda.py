@@ -135,7 +135,7 @@ def _attention() -> list[Check]:
 
 
 def _others() -> list[Check]:
-    checks = [Check(name, f"{HERE}.checks:{name}", {}) for name in ("windows", "products", "refusals")]
+    checks = [Check(name, f"{HERE}.checks:{name}", {}) for name in ("windows", "products", "experts", "refusals")]
     return checks + [Check(name, f"{HERE}.checks:sabotaged", {"name": name}) for name in FOUND]
 
 
@@ -164,6 +164,12 @@ def test_products(worlds: Worlds) -> None:
     """Half-precision operands, sums in fp32: 300 products each are exact to 1e-5, and to 1e-2 if rounded to bf16."""
     for errors in worlds.values("products"):
         assert max(errors.values()) < 1e-5, errors
+
+
+def test_experts(worlds: Worlds) -> None:
+    """Activations are rounded to bf16 three times on the way."""
+    for errors in worlds.values("experts"):
+        assert max(errors.values()) < 2e-2, errors
 
 
 @pytest.mark.parametrize("what", REFUSED)

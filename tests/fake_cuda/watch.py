@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +20,8 @@ UPLOADED: list[tuple[Stream, Tensor]] = []
 """Copies on other streams since the last operator on the default one."""
 
 
-@dataclass
-class Answers:
-    """What the host reads on the device.
-
-    number: any number, converted to its type. selected: how many elements of a tensor a mask selects.
-    """
-
-    number: int = 1
-    selected: int | None = None
-
-
-ANSWERS = Answers()
+ANSWER = 1
+"""What the host reads on the device, converted to its type."""
 
 
 class Watch(TorchDispatchMode):
@@ -45,13 +34,15 @@ class Watch(TorchDispatchMode):
             if args[0].is_cuda:
                 RECORD.wait("item")
             return _number(args[0].dtype)
-        if name in SHAPES and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+        if (
+            name in SHAPES
+            and kwargs.get("output_size") is None
+            and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+        ):
             RECORD.wait(name)
         if name == "_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "cuda" and not args[0].is_cuda:
             # Not func, which would really copy a fake tensor that knows its value.
             out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=torch.device("cuda", 0))
-        elif name == "masked_select" and ANSWERS.selected is not None:
-            out = args[0].new_empty(ANSWERS.selected)
         else:
             out = func(*args, **kwargs)
         if kwargs.get("pin_memory"):
@@ -82,7 +73,7 @@ def _known(tensor: Tensor) -> bool:
 
 def _number(dtype: torch.dtype) -> bool | int | float:
     kind = bool if dtype == torch.bool else float if dtype.is_floating_point else int
-    return kind(ANSWERS.number)
+    return kind(ANSWER)
 
 
 def _note_copy(source: object, target: Tensor, *, waits: bool) -> None:

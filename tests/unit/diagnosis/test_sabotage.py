@@ -102,8 +102,13 @@ def wrong_learning_rate(patch):
 
 
 def wrong_router(patch):
-    gating = Router.gating
-    patch.setattr(Router, "gating", lambda self, hidden: gating(self, hidden).roll(1, -1))
+    route = Router.forward
+
+    def wrong(self, hidden):
+        weights, experts = route(self, hidden)
+        return weights, experts.roll(1, -1)
+
+    patch.setattr(Router, "forward", wrong)
 
 
 def shifted_positions(patch):
