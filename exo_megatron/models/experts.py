@@ -195,7 +195,7 @@ class LocalExperts(MegatronModule):
     def _sharded(
         self, key: str, weight: Tensor, axis: int, parts: int, offsets: tuple[Any, ...]
     ) -> ShardedTensorFactory:
-        """Describe the parts of [experts, O, I]: every expert, and on its `axis` each of the `parts`, is a tensor of its own."""
+        """Describe [experts, O, I]: every expert, and each of the `parts` on its `axis`, is a tensor of its own."""
         first = parallel_state.get_expert_model_parallel_rank() * self.count
         cutter, cuts = parallel_state.get_expert_tensor_parallel_rank(), self.config.expert_tensor_parallel_size
         stacked = len(offsets) + 1
