@@ -14,20 +14,12 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from exo_megatron.checkpoint.load import load_module
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig
 from exo_megatron.execution.policy import Policy
 from exo_megatron.models.main_grad import add_gradients_in_place
 from exo_megatron.models.policy import DTYPES
 from exo_megatron.training.gradients import finalize_gradients
-
-# The only optimizer-state format of megatron-core that can be loaded at another topology. Of a
-# model copy's ranks only data rank 0, which writes it, gathers it to be saved: 12 bytes per
-# parameter in the memory of the host.
-STATE_METADATA: dict[str, object] = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+from exo_megatron.training.state_shards import shards_of
 
 
 @dataclass(frozen=True)
@@ -62,33 +54,56 @@ class Trainee:
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Return weights and optimizer state as megatron-core sharded tensors.
+        """Return weights and optimizer state as megatron-core sharded tensors, views of them.
 
-        Saving gathers the optimizer state on data rank 0 in fp32: over the data group, by gloo, one
-        gather per bucket and kind of state. The state of all parts of the optimizer is in one form,
-        so that it can be loaded with other parts: with parallel.expert 1 the experts belong to the
-        part of all weights, else to one of their own.
+        Every rank of the data group has other ones, see state_shards.py. To be loaded there are no
+        weights among them: `load_state` makes them from the optimizer's fp32 copies. The state of
+        all parts of the optimizer is in one form, so that it can be loaded with other parts: with
+        parallel.expert 1 the experts belong to the part of all weights, else to one of their own.
         """
-        state: dict[str, Any] = self.policy.model.sharded_state_dict()
         parts = _parts(self.optimizer)
-        if loading and self.uses_torch_adam:
+        if loading:
             for part in parts:
-                _allocate_torch_adam(part)
-        states = [part.sharded_state_dict(state, is_loading=loading, metadata=STATE_METADATA) for part in parts]
-        gathered = {i: each["param_state"] for i, each in enumerate(states) if each["param_state"] is not None}
-        state["optimizer"] = {**states[0], "param_state": gathered}
-        return state
+                self._allocate(part)
+        shards = shards_of(parts, self.policy.model.sharded_state_dict(), weights=not loading)
+        return {"optimizer": {**parts[0].state_dict(), "param_state": shards}}
 
-    def load_state(self, state: dict[str, Any], where: str) -> None:
-        """Load the filled `sharded_state(loading=True)`; `where` names it in errors."""
-        load_module(self.policy.model, {key: value for key, value in state.items() if key != "optimizer"}, where)
-        stored = state["optimizer"]
-        for index, part in enumerate(_parts(self.optimizer)):
-            part_state = {**_with_step_of(part, stored), "param_state": stored["param_state"][index]}
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up the filled `sharded_state(loading=True)`: number of steps, and weights from the fp32 copies.
+
+        One all-gather of weights over the data group.
+        """
+        # As an integer, which fused Adams require; torch's Adam, whose checkpoint this may be,
+        # stores a float. All other values of a group are configuration, which the caller compares,
+        # and are set again before every step.
+        step = int(state["optimizer"]["optimizer"]["param_groups"][0]["step"])
+        for part in _parts(self.optimizer):
             if self.uses_torch_adam:
-                _load_torch_adam(part, part_state)
+                for moments in part.optimizer.state.values():
+                    moments["step"].fill_(step)
             else:
-                part.load_state_dict(part_state)
+                for group in part.optimizer.param_groups:
+                    group["step"] = step
+            part._copy_main_params_to_model_params()
+        self.model.start_param_sync(force_sync=True)
+
+    def _allocate(self, part: DistributedOptimizer) -> None:
+        """Make the optimizer's state, which it makes in its first step, to load into.
+
+        megatron-core does so itself for the fused Adams of Transformer Engine and apex only.
+        """
+        if not self.uses_torch_adam:
+            part.load_state_dict(part.state_dict())
+            return
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0, device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def make_trainee(policy: Policy, config: OptimizerConfig) -> Trainee:
@@ -181,49 +196,6 @@ def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
-
-
-def _with_step_of(part: DistributedOptimizer, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return a part's unsharded state: its own parameter groups, at the stored number of steps.
-
-    All other values of a group are configuration, which the caller compares, and are set again
-    before every step.
-    """
-    # As an integer, which fused Adams require; torch's Adam, whose checkpoint this may be, stores a
-    # float.
-    step = int(stored["optimizer"]["param_groups"][0]["step"])
-    unsharded: dict[str, Any] = part.state_dict()
-    groups = [{**group, "step": step} for group in unsharded["optimizer"]["param_groups"]]
-    return {**stored, "optimizer": {**unsharded["optimizer"], "param_groups": groups}}
-
-
-def _allocate_torch_adam(part: DistributedOptimizer) -> None:
-    """Give torch's Adam, which allocates its state in the first step, a state to load into.
-
-    megatron-core does so itself for the fused Adams of Transformer Engine and apex only.
-    """
-    for group in part.optimizer.param_groups:
-        for parameter in group["params"]:
-            if not part.optimizer.state[parameter]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _load_torch_adam(part: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """Load the state of torch's Adam: groups and step count first, then the moments alone.
-
-    megatron-core 0.16 looks for a step count of every parameter among the moments and fails. And it
-    gives all parameters one shared step tensor, which a step would then advance once for each of
-    them.
-    """
-    part.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
-    steps = {parameter: moments.pop("step") for parameter, moments in part.optimizer.state.items()}
-    part.load_parameter_state_from_fully_reshardable(state["param_state"])
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _megatron_config(config: OptimizerConfig, compute: ComputeConfig) -> MegatronOptimizerConfig:

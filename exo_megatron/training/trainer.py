@@ -171,7 +171,7 @@ class Trainer:
                 expected="the settings that this run was started with",
                 fix="restore them, or choose another output",
             )
-        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)), str(path))
+        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)))
         if self.runtime.is_main:
             print(f"{self.label}: goes on after step {step}, from {path}", flush=True)
         return step

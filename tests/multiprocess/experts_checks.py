@@ -6,15 +6,13 @@ the contract of the checkpoint alone, what every stored tensor of a Hugging Face
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -25,7 +23,7 @@ from exo_megatron.data.groups import Group
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy
-from exo_megatron.models.policy import PolicyModel, build_policy
+from exo_megatron.models.policy import build_policy
 from exo_megatron.models.spec import Experts, ModelSpec, Rotary
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology, model_parallel
@@ -34,10 +32,8 @@ from exo_megatron.rollout.native import NativeEngine
 from exo_megatron.training.objectives import AlignObjective
 from exo_megatron.training.optimizer import Trainee, make_trainee
 from exo_megatron.training.step import StepResult, forward_gradients, plan_step, train_step
+from tests.reference.sharded import Place, parts_of
 from tests.reference.tiny_llama import EosTokenizer
-
-Place = tuple[str, tuple[slice, ...]]
-"""A key of the checkpoint and where in that tensor a rank's part lies, stacked axes included."""
 
 
 def spec_of(config: PreTrainedConfig) -> ModelSpec:
@@ -95,25 +91,6 @@ def whole_tensors(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Ten
             key = f"decoder.layers.self_attention.{letter}_layernorm.weight"
             whole[key] = stacked(f"self_attn.{letter}_norm.weight")
     return whole
-
-
-def parts_of(model: PolicyModel, pick: Callable[[Tensor], Tensor]) -> Iterator[tuple[Place, Tensor]]:
-    """Where each part of this rank's parameters lies, and that part of `pick(parameter)` (a view of it)."""
-    for value in nested_values(model.sharded_state_dict()):
-        picked = pick(value.data)
-        factory = isinstance(value, ShardedTensorFactory)
-        own = {"data": picked} if factory else {"data": picked, "dtype": picked.dtype}
-        shards = nested_values(replace(value, **own).build()) if factory else [replace(value, **own)]
-        for shard in shards:
-            assert isinstance(shard, ShardedTensor)
-            yield _place(shard), shard.data
-
-
-def _place(shard: ShardedTensor) -> Place:
-    stack = shard.prepend_axis_num
-    slices = [slice(at, at + 1) for at in shard.global_offset[:stack]]
-    own = zip(shard.global_offset[stack:], shard.local_shape, strict=True)
-    return shard.key, (*slices, *(slice(at, at + size) for at, size in own))
 
 
 def policy_from_hf(
@@ -187,7 +164,7 @@ def train(
         first = 0
         if resume is not None:
             first, path = resume
-            trainee.load_state(load_sharded(path, trainee.sharded_state(loading=True)), str(path))
+            trainee.load_state(load_sharded(path, trainee.sharded_state(loading=True)))
         gradients: list[tuple[Place, Tensor]] = []
         results = []
         for step in range(first, len(steps)):

@@ -45,8 +45,8 @@ def error_of(runtime: Runtime, *, config: dict[str, Any], nan_step: int | None =
     raise RuntimeError("the run ended without an error")
 
 
-def gathered_bytes(runtime: Runtime, *, config: dict[str, Any]) -> set[int]:
-    """Bytes of optimizer state that this rank held whole in any of a run's saves."""
+def saved_bytes(runtime: Runtime, *, config: dict[str, Any]) -> set[int]:
+    """Bytes of weights and optimizer state that this rank gave to each of a run's saves."""
     original = Trainee.sharded_state
     seen: set[int] = set()
 

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from exo_megatron.data.groups import Group
 from tests.multiprocess.align_case import FEWEST_TOKENS, MAX_TOKENS, objective, reward_groups
-from tests.multiprocess.experts_checks import Place, Trained, spec_of, whole_tensors
+from tests.multiprocess.experts_checks import Trained, spec_of, whole_tensors
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.objective import ReferenceGroup, align_loss, candidate_logprobs
+from tests.reference.sharded import Place
 from tests.reference.tiny_llama import EOS_ID
 from tests.reference.tiny_models import LANGUAGE_MODELS, save_hf
 from tests.reference.training import Adam, StepResult, train

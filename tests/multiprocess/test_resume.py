@@ -93,7 +93,7 @@ def undisturbed(root: Path) -> dict[str, Outcome]:
         in_pieces(root, "moved", PIPELINE, [(TENSOR, 4), (SINGLE, 5)]),
         Check("diverging", f"{CHECKS}:error_of", {"config": config(root, "diverged", SINGLE), "nan_step": 5}),
         in_pieces(root, "diverged", SINGLE, []),
-        Check("memory", f"{CHECKS}:gathered_bytes", {"config": config(root, "memory", SINGLE)}),
+        Check("memory", f"{CHECKS}:saved_bytes", {"config": config(root, "memory", SINGLE)}),
         Check("other-lr", f"{CHECKS}:error_of", {"config": other_lr(root, "diverged")}),
     ]
     return outcomes | run_checks(2, checks, root / "workers")
@@ -264,12 +264,12 @@ def test_moved_to_other_topologies(root: Path, undisturbed: dict[str, Outcome]) 
     assert list_steps(root / "moved")[-1][0] == STEPS
 
 
-def test_optimizer_state_is_gathered_by_the_rank_that_writes_it(undisturbed: dict[str, Outcome]) -> None:
-    """Two copies of the model: the second holds no more than its own share of Adam's state."""
+def test_every_rank_saves_its_own_share(undisturbed: dict[str, Outcome]) -> None:
+    """Two copies of the model: weights, fp32 copies and moments are written by the two half and half, and once."""
     (first,), (second,) = undisturbed["memory"].values()
     parameters = sum(parameter.numel() for parameter in tiny_llama(MODELS["untied"], seed=0).parameters())
-    assert first >= 3 * 4 * parameters
-    assert second == 0
+    assert 4 * 4 * parameters <= first + second < 1.1 * 4 * 4 * parameters  # with rows that pad the vocabulary
+    assert 0.4 < first / (first + second) < 0.6
 
 
 def test_nan_on_one_rank_stops_all_on_the_same_step(root: Path, undisturbed: dict[str, Outcome]) -> None:

@@ -134,8 +134,8 @@ def wrong_number_of_steps(patch):
 def _change_after_loading(patch, change):
     right = Trainee.load_state
 
-    def wrong(self, state, where):
-        right(self, state, where)
+    def wrong(self, state):
+        right(self, state)
         for part in self.optimizer.chained_optimizers:
             for state_of_parameter in part.optimizer.state.values():
                 change(state_of_parameter)
@@ -154,7 +154,7 @@ def another_order_after_resume(patch):
 
 
 def weights_not_loaded(patch):
-    patch.setattr(Trainee, "load_state", lambda self, state, where: None)
+    patch.setattr(Trainee, "load_state", lambda self, state: None)
 
 
 SABOTAGE = {

@@ -17,6 +17,7 @@ from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.training.gradients import finalize_gradients, update_weights
 from exo_megatron.training.optimizer import Trainee, make_trainee
 from exo_megatron.training.schedule import _KnownShapes
+from tests.reference.sharded import joined, parts_of
 from tests.reference.tiny_spec import TINY_SPEC
 
 BETA1 = 0.9
@@ -47,11 +48,12 @@ def test_norm_and_clipping(share: float | None, tied: bool) -> None:
         found = update_weights(trainee.optimizer, None if share is None else share * expected.item())
         assert found.dtype == torch.float64 and found.item() == pytest.approx(expected.item(), rel=1e-6)
         factor = 1.0 if share is None else min(share, 1.0)
-        (stored,) = trainee.sharded_state(loading=False)["optimizer"]["param_state"].values()
-        places = {parameter: place for place, parameter in enumerate(trainee.model.buffers[0].param_index_map)}
+        stored = joined(trainee.sharded_state(loading=False)["optimizer"]["param_state"].values())
         for parameter, gradient in zip(trainee.policy.model.parameters(), gradients, strict=True):
-            moment = stored[places[parameter]]["exp_avg"].data
-            torch.testing.assert_close(moment, (1 - BETA1) * factor * gradient, rtol=1e-5, atol=1e-7)
+            vars(parameter)["expected"] = (1 - BETA1) * factor * gradient
+        for (key, place), part in parts_of(trainee.policy.model, lambda parameter: vars(parameter)["expected"]):
+            moment = stored[f"optimizer.state.exp_avg.{key}"][place].view(part.shape)
+            torch.testing.assert_close(moment, part, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("units", "divisor"), [(3, 3.0), (0, 1.0)])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from torch import Tensor
 
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig, ParallelConfig
 from exo_megatron.execution.policy import Policy
@@ -18,6 +20,7 @@ from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.training import optimizer as optimizer_module
 from exo_megatron.training.gradients import update_weights
 from exo_megatron.training.optimizer import make_trainee
+from tests.reference.sharded import joined, parts_of
 from tests.reference.tiny_spec import TINY_SPEC
 
 BETA1, BETA2 = 0.8, 0.9
@@ -48,16 +51,17 @@ def test_state_of_every_parameter(bucket_size: int | None, monkeypatch: pytest.M
         for parameter in model.parameters():
             vars(parameter)["main_grad"].normal_()
         update_weights(trainee.optimizer, trainee.clip_grad)
-        (stored,) = trainee.sharded_state(loading=False)["optimizer"]["param_state"].values()
-        # megatron-core numbers parameters in the order of its buffer.
-        for number, parameter in enumerate(buffer.param_index_map):
-            gradient = vars(parameter)["main_grad"]
-            for kind, expected in {
-                "param": parameter.detach(),
-                "exp_avg": (1 - BETA1) * gradient,
-                "exp_avg_sq": (1 - BETA2) * gradient**2,
-            }.items():
-                torch.testing.assert_close(stored[number][kind].data, expected, rtol=1e-5, atol=1e-7)
+        stored = joined(trainee.sharded_state(loading=False)["optimizer"]["param_state"].values())
+        expected: dict[str, Callable[[Tensor], Tensor]] = {
+            "": lambda parameter: parameter.detach(),
+            "optimizer.state.param.": lambda parameter: parameter.detach(),
+            "optimizer.state.exp_avg.": lambda parameter: (1 - BETA1) * vars(parameter)["main_grad"],
+            "optimizer.state.exp_avg_sq.": lambda parameter: (1 - BETA2) * vars(parameter)["main_grad"] ** 2,
+        }
+        for prefix, pick in expected.items():
+            for (key, place), part in parts_of(model, pick):
+                found = stored[prefix + key][place].view(part.shape)
+                torch.testing.assert_close(found, part, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
