@@ -21,6 +21,8 @@ from exo_megatron.utils.files import read_json, sha256_file, write_json
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_DIRECTORY = "weights"
+RECORDS_SUFFIX = ".records.json"
+"""What the name of a tensor file's list of records ends with: [offset, bytes, SHA-256] of each tensor in it."""
 STAGING_MARKER = ".exo-staging"
 """File in a directory that a run of ours makes, or was making when it was stopped."""
 

@@ -23,16 +23,23 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from exo_megatron.checkpoint.directory import FileRecord
+from exo_megatron.checkpoint.directory import FileRecord, weights_path
 from exo_megatron.checkpoint.safety import COMMON_FILE
+from exo_megatron.checkpoint.shard_reader import Records, ShardReader
 from exo_megatron.checkpoint.shard_writer import ShardWriter
 from exo_megatron.errors import ExoError
 from exo_megatron.parallel.runtime import objects_group
@@ -149,13 +156,37 @@ def planned_state(shards: Iterable[PlannedShard]) -> dict[str, Any]:
     return state
 
 
-def read_sharded(sharded_state: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Fill a template from a directory whose pickles have been checked.
+class _Load(TorchDistLoadShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
+    """Strategy that reads with our reader. Nothing in it is collective."""
 
-    Collective over the world.
+    def __init__(self, checkpoint: Path, records: Records | None) -> None:
+        super().__init__()
+        self._reader = ShardReader(checkpoint, records)
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *args: Any, **kwargs: Any) -> Any:
+        """Fill the tensors of this rank's state in place; see megatron-core's strategy."""
+        wanted = [tensor for tensor in nested_values(sharded_state_dict) if isinstance(tensor, ShardedTensor)]
+        by_key, places, names = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        state = mcore_to_pyt_state_dict(by_key, True)
+        planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=wanted)
+        load(state, storage_reader=self._reader, planner=planner, no_dist=True)
+        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+        loaded = _replace_sharded_keys_with_state_dict_keys(loaded, places, names)
+        _restore_dict_types(loaded, sharded_state_dict)
+        return loaded
+
+
+def read_sharded(sharded_state: dict[str, Any], checkpoint: Path, records: Records | None) -> dict[str, Any]:
+    """Fill a template from a checkpoint whose pickles have been checked.
+
+    Every record that is read is compared with its checksum, if there are `records`. Collective over
+    the world.
     """
+    strategy = _Load(checkpoint, records)
     with _quiet():
-        loaded: dict[str, Any] = dist_checkpointing.load(without_extra_state(sharded_state), str(weights))
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            without_extra_state(sharded_state), str(weights_path(checkpoint)), sharded_strategy=strategy
+        )
     return loaded
 
 

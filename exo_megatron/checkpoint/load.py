@@ -11,15 +11,17 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from exo_megatron.checkpoint.directory import TRAINER_FILE, read_spec, weights_path
+from exo_megatron.checkpoint.directory import TRAINER_FILE, read_manifest, read_spec, weights_path
 from exo_megatron.checkpoint.dist_format import read_sharded, template_shapes
 from exo_megatron.checkpoint.safety import (
     check_pickles,
     read_metadata,
     refuse_unsafe_environment,
     tensor_entries,
+    verify_small_files,
     verify_together,
 )
+from exo_megatron.checkpoint.shard_reader import Records, read_records
 from exo_megatron.checkpoint.tensors import OPTIMIZER_PREFIX
 from exo_megatron.config.sections import ComputeConfig
 from exo_megatron.errors import CheckpointError, DataError
@@ -37,7 +39,7 @@ def load_model(checkpoint: Path, topology: Topology, compute: ComputeConfig) -> 
     that is not yet in its place. Raises CheckpointError if a file is damaged, or if the tensors are
     not those of its model.json.
     """
-    verify_together(checkpoint)
+    records = verify_but_records(checkpoint)
     with failing_together():
         spec = read_spec(checkpoint)
     model = build_policy(spec, topology, compute)
@@ -45,8 +47,24 @@ def load_model(checkpoint: Path, topology: Topology, compute: ComputeConfig) -> 
     wanted = _all_keys(template)
     with failing_together():
         _check_no_more(checkpoint, wanted)
-    load_module(model, load_sharded(checkpoint, template), str(checkpoint))
+    load_module(model, load_sharded(checkpoint, template, records), str(checkpoint))
     return model
+
+
+def verify_but_records(checkpoint: Path) -> Records | None:
+    """Verify what `load_sharded` will not: all of a checkpoint, or all but the records of its tensors.
+
+    Collective over the world. Returns the checksums of the records, for `load_sharded`; None if the
+    checkpoint has none, because an earlier version made it: then all ranks together have read all
+    of it. Raises CheckpointError, on all ranks, if a file is damaged.
+    """
+    with failing_together():
+        records = read_records(checkpoint, read_manifest(checkpoint))
+    if records is None:
+        verify_together(checkpoint)
+    else:
+        verify_small_files(checkpoint)
+    return records
 
 
 def _all_keys(template: dict[str, Any]) -> set[str]:
@@ -72,16 +90,17 @@ def _check_no_more(checkpoint: Path, wanted: set[str]) -> None:
         )
 
 
-def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
+def load_sharded(checkpoint: Path, sharded_state: dict[str, Any], records: Records | None) -> dict[str, Any]:
     """Fill a template of megatron-core sharded tensors and objects from a checkpoint.
 
-    Collective over the world. Checksums are not compared here but in `verify_together`.
+    Collective over the world. A rank reads the records that its part of the template overlaps.
 
     Args:
         checkpoint: the directory of the checkpoint.
         sharded_state: result of `sharded_state_dict()` of a model (and of its optimizer) at the
             present topology, which may differ from the one that saved. Its tensors are filled in
             place, cast to their dtype.
+        records: what `verify_but_records` returned; None to compare no checksums.
 
     Returns:
         The filled state dict: under the template's top-level keys, also the values that were not
@@ -89,18 +108,27 @@ def load_sharded(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, A
 
     Raises:
         CheckpointError: before anything is loaded, if a tensor is missing or has another global
-            shape, or if a pickled part calls for anything but tensors and plain values.
+            shape, or if a pickled part calls for anything but tensors and plain values; on all
+            ranks, if a record that some rank read is damaged.
     """
     weights = weights_path(checkpoint)
     with failing_together():
         _check(weights, template_shapes(sharded_state))
-    try:
-        loaded = read_sharded(sharded_state, weights)
-    except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
-        raise _misfit(weights, error) from error
-    except CheckpointException as error:  # torch's: a BaseException with the failures of all ranks
-        raise _misfit(weights, next(iter(error.failures.values()))[0]) from error
+    with failing_together():
+        loaded = _read(sharded_state, checkpoint, records)
     return {key: value for key, value in loaded.items() if key in sharded_state}
+
+
+def _read(sharded_state: dict[str, Any], checkpoint: Path, records: Records | None) -> dict[str, Any]:
+    try:
+        return read_sharded(sharded_state, checkpoint, records)
+    except CheckpointException as error:  # torch's: a BaseException with the failures of all ranks
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        raise _misfit(weights_path(checkpoint), cause) from error
+    except (CheckpointingException, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise _misfit(weights_path(checkpoint), error) from error
 
 
 def load_module(module: nn.Module, state: dict[str, Any], where: str) -> None:

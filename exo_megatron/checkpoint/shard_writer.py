@@ -3,8 +3,9 @@
 It replaces the loop of torch's FileSystemWriter, which holds the last tensor of every key in memory
 until the file is complete, and makes a tensor only when the previous one has been given to the
 disk. Here the next tensor is made (read, joined, copied from the GPU) while the last is written,
-and no other tensors are in memory. The SHA-256 for the manifest is computed from the bytes as they
-are written; the CRC-32 that torch would store beside them is left out, as torch never reads it.
+and no other tensors are in memory. The SHA-256 of the file, for the manifest, and of every tensor's
+record, for who reads only some of them, are computed from the bytes as they are written; the CRC-32
+that torch would store beside them is left out, as torch never reads it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from exo_megatron.checkpoint.directory import FileRecord
+from exo_megatron.checkpoint.directory import RECORDS_SUFFIX, FileRecord
 from exo_megatron.utils.ahead import made_ahead
+from exo_megatron.utils.files import write_json
 
 _LONG_WRITE = 2**20
 """Bytes from which a second thread pays for the checksum."""
@@ -54,6 +56,7 @@ class ShardWriter(FileSystemWriter):
                 results = list(_write_items(file, name, plan, planner))
                 file.flush()
                 os.fsync(file.fileno())
+            write_json(Path(self.path) / f"{name}{RECORDS_SUFFIX}", file.records)
         except RuntimeError as error:
             if self._files.failures:
                 raise self._files.failures[0] from error
@@ -81,6 +84,7 @@ def _write(file: _RecordingFile, name: str, item: WriteItem, data: Any) -> Write
     else:
         file.write(data.getbuffer())
     length = file.tell() - offset
+    file.end_record(offset, length)
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
 
 
@@ -107,8 +111,9 @@ class _RecordingFile(BufferedWriter):
     def __init__(self, path: Path, failures: list[OSError]) -> None:
         super().__init__(FileIO(path, "wb"))
         self._failures = failures
-        self._hash = hashlib.sha256()
+        self._hash, self._hash_of_record = hashlib.sha256(), hashlib.sha256()
         self._bytes = 0
+        self.records: list[tuple[int, int, str]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
     def write(self, data: Any) -> int:
@@ -116,14 +121,19 @@ class _RecordingFile(BufferedWriter):
         if self._failures:
             return size
         if size < _LONG_WRITE:
-            self._hash.update(data)
+            self._update(data)
             self._try_to_write(data)
         else:
-            hashed = self._thread.submit(self._hash.update, data)
+            hashed = self._thread.submit(self._update, data)
             self._try_to_write(data)
             hashed.result()
         self._bytes += size
         return size
+
+    def end_record(self, offset: int, length: int) -> None:
+        """Note the checksum of what has been written since the last record."""
+        self.records.append((offset, length, self._hash_of_record.hexdigest()))
+        self._hash_of_record = hashlib.sha256()
 
     def record(self) -> FileRecord:
         """Return the checksum and size of what has been written, if nothing has failed."""
@@ -132,6 +142,10 @@ class _RecordingFile(BufferedWriter):
     def close(self) -> None:
         self._thread.shutdown()
         super().close()
+
+    def _update(self, data: Any) -> None:
+        self._hash.update(data)
+        self._hash_of_record.update(data)
 
     def _try_to_write(self, data: Any) -> None:
         try:

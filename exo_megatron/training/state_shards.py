@@ -21,7 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 LARGEST_BLOCK = 4 * 2**20
-"""Elements of a block, but for a single row: what a rank reads at another cut is a whole number of blocks."""
+"""Elements of a block. What a rank reads at another cut is a whole number of blocks."""
 
 _PREFIX = "optimizer.state"
 
@@ -105,17 +105,17 @@ def blocks(low: int, high: int, shape: tuple[int, ...]) -> Iterator[tuple[int, t
     """Cut the elements low to high of a tensor of this shape, in memory order, into boxes.
 
     Yields first element, offsets and sizes of each, in order. None has more than LARGEST_BLOCK
-    elements, but for one along the last axis but one.
+    elements.
     """
     row = math.prod(shape[1:])
     while low < high:
         index, within = divmod(low, row)
-        if len(shape) > 1 and (within or high - low < row):
+        if len(shape) > 1 and (within or row > min(high - low, LARGEST_BLOCK)):
             end = min(high, (index + 1) * row)
             for at, offset, size in blocks(within, end - index * row, shape[1:]):
                 yield index * row + at, (index, *offset), (1, *size)
         else:
-            rows = min((high - low) // row, max(LARGEST_BLOCK // row, 1))
+            rows = min(high - low, LARGEST_BLOCK) // row
             end = low + rows * row
             yield low, (index, *([0] * (len(shape) - 1))), (rows, *shape[1:])
         low = end

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo_megatron.checkpoint.directory import list_steps, step_directory
-from exo_megatron.checkpoint.load import load_sharded, read_trainer_state
-from exo_megatron.checkpoint.safety import verify_together
+from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_but_records
 from exo_megatron.checkpoint.save import prune, save_checkpoint
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import AlignConfig, SftConfig
@@ -162,7 +161,7 @@ class Trainer:
         if not steps:
             return 0
         step, path = steps[-1]
-        verify_together(path)
+        records = verify_but_records(path)
         state = read_trainer_state(path)
         if state["identity"] != self.identity:
             raise CheckpointError(
@@ -171,7 +170,7 @@ class Trainer:
                 expected="the settings that this run was started with",
                 fix="restore them, or choose another output",
             )
-        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True)))
+        self.trainee.load_state(load_sharded(path, self.trainee.sharded_state(loading=True), records))
         if self.runtime.is_main:
             print(f"{self.label}: goes on after step {step}, from {path}", flush=True)
         return step

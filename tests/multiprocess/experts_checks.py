@@ -164,7 +164,7 @@ def train(
         first = 0
         if resume is not None:
             first, path = resume
-            trainee.load_state(load_sharded(path, trainee.sharded_state(loading=True)))
+            trainee.load_state(load_sharded(path, trainee.sharded_state(loading=True), None))
         gradients: list[tuple[Place, Tensor]] = []
         results = []
         for step in range(first, len(steps)):

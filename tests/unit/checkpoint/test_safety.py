@@ -38,7 +38,7 @@ def template() -> dict[str, Any]:
 
 
 def read(path: Path) -> None:
-    load_sharded(path, template())
+    load_sharded(path, template(), None)
 
 
 def read_directly(path: Path) -> None:

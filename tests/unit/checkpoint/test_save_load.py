@@ -29,7 +29,7 @@ def empty_like(state: dict[str, Any]) -> dict[str, Any]:
 
 def test_everything_comes_back(save: Saver, tmp_path: Path) -> None:
     path = save(tmp_path / "step-00000003", value=2.0, step=3)
-    loaded = load_sharded(path, empty_like(sharded()))
+    loaded = load_sharded(path, empty_like(sharded()), None)
     torch.testing.assert_close(loaded["layer1"], torch.arange(6.0, 12.0) * 2, rtol=0, atol=0)
     assert loaded["embedding"].dtype == torch.bfloat16
     assert loaded["embedding"].unique().tolist() == [2.0]
@@ -60,7 +60,7 @@ def test_files_of_the_checkpoint(save: Saver, tmp_path: Path) -> None:
 def test_target_dtype_wins(save: Saver, tmp_path: Path) -> None:
     path = save(tmp_path / "model", value=1.5)
     template = {"embedding": ShardedTensor.from_rank_offsets("embedding", torch.zeros(4, 3, dtype=torch.float32))}
-    assert load_sharded(path, template)["embedding"].tolist() == [[1.5] * 3] * 4
+    assert load_sharded(path, template, None)["embedding"].tolist() == [[1.5] * 3] * 4
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_misfit_is_named(save: Saver, tmp_path: Path, key: str, shape: tuple[int
     # As megatron-core marks embeddings; it would fill the difference with zeros without a word.
     template = {"x": ShardedTensor.from_rank_offsets(key, torch.zeros(shape), allow_shape_mismatch=True)}
     with pytest.raises(CheckpointError, match=message):
-        load_sharded(path, template)
+        load_sharded(path, template, None)
 
 
 def test_missing_object_is_an_error_of_ours(save: Saver, tmp_path: Path) -> None:
     path = save(tmp_path / "model")
     with pytest.raises(CheckpointError, match="rng"):
-        load_sharded(path, {"rng": ShardedObject("rng", None, (1,), (0,))})
+        load_sharded(path, {"rng": ShardedObject("rng", None, (1,), (0,))}, None)
 
 
 def test_fingerprint_names_the_weights_only(save: Saver, tmp_path: Path) -> None:
