@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from exo_megatron.data.entries import Source, SourceEntry, no_record, note_id
+from exo_megatron.data.entries import Source, SourceEntry, no_record, note_id, source_changed
 from exo_megatron.data.shards import content_digest
 from exo_megatron.data.tally import Tally
 from exo_megatron.errors import ConfigError, DataError
@@ -141,12 +141,7 @@ def _states(source: Source) -> _States:
 
 def _check_unchanged(source: Source, states: _States) -> None:
     if _states(source) != states:
-        raise DataError(
-            source.name,
-            "changed while it was read",
-            expected="files that nobody writes to",
-            fix="start again when the data are complete",
-        )
+        raise source_changed(source.name)
 
 
 def _look(file: Path, look: Callable[[Path], T]) -> T:

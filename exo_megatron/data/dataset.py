@@ -145,6 +145,17 @@ def load_groups(
     return groups
 
 
+def write_report(output: Path, source: str, tally: Tally) -> None:
+    """Write what was counted in a source to the DATA_REPORT of a stage's output."""
+    write_json(output / DATA_REPORT, {"source": source, **tally.as_json()})
+
+
+def judge_source(source: str, interpreter: Interpreter, tally: Tally, verdicts: Verdicts) -> None:
+    """Raise what the counts of a source say: ConfigError for a column that it lacks, DataError as the verdicts are."""
+    interpreter.check_columns(source, tally.seen)
+    tally.judge(source, verdicts)
+
+
 class _Work(Generic[Item]):
     """The conversion of one data source into tables of items.
 
@@ -185,9 +196,8 @@ class _Work(Generic[Item]):
         )
         shelf = prepare(recipe, self._config.cache, team)
         if report is not None and team.rank == 0:
-            write_json(report / DATA_REPORT, {"source": self._source.name, **shelf.tally.as_json()})
-        self._interpreter.check_columns(self._source.name, shelf.tally.seen)
-        shelf.tally.judge(self._source.name, verdicts)
+            write_report(report, self._source.name, shelf.tally)
+        judge_source(self._source.name, self._interpreter, shelf.tally, verdicts)
         return Prepared(shelf.tables, self._open_table, shelf.digest), shelf.tally
 
     def describe(self, tally: Tally, example: str, *, first: int | None, temperature: float | None) -> Iterator[str]:
