@@ -151,6 +151,19 @@ class TestOneProcess:
         assert content(directory) == before
         assert f"{victim} is damaged or missing, and is made again" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("left", [0, 8, -1, -9, -200, -700])
+    def test_a_damaged_shard_without_an_index_is_made_again_and_told(
+        self, kitchen: Kitchen, tmp_path: Path, left: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        directory = prepare(kitchen.recipe(), tmp_path / "cache", ALONE).directory
+        before, victim = content(directory), directory / "shard-00002.arrow"
+        (directory / CACHE_INDEX).unlink()
+        victim.write_bytes(before[victim.name][:left])
+        kitchen.made.clear()
+        assert (ids(prepare(kitchen.recipe(), tmp_path / "cache", ALONE)), kitchen.made) == (LETTERS, ["e"])
+        assert content(directory) == before
+        assert f"{victim} is damaged or missing, and is made again" in capsys.readouterr().out
+
     def test_a_damaged_index_is_written_again(self, kitchen: Kitchen, tmp_path: Path) -> None:
         directory = prepare(kitchen.recipe(), tmp_path / "cache", ALONE).directory
         before = content(directory)
