@@ -290,6 +290,11 @@ def prompts_digest(tables: Sequence[pa.RecordBatch]) -> str:
     return digest_texts(repr((each.id, each.text, each.ids, each.chat, each.columns)) for each in prompts)
 
 
+def prompt_lengths(prompts: Prepared[Prompt]) -> npt.NDArray[np.int64]:
+    """Return the numbers of tokens of all prompts, without reading them."""
+    return _joined([np.diff(table.column("ids").offsets) for table in prompts.tables])
+
+
 def _stored_lengths(tables: Sequence[pa.RecordBatch]) -> GroupLengths:
     columns = [(table.column("prompt"), table.column("candidates")) for table in tables]
     return GroupLengths(

@@ -283,6 +283,10 @@ class TestPrompts:
                 "no turn in common",
             ),
             (
+                {"chosen": "Human: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+                "no turn in common",
+            ),
+            (
                 {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: q", "rejected": "\n\nHuman: q\n\nAssistant: b"},
                 "'chosen' goes on for 2 turns after the common prompt",
             ),
