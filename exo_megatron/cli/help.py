@@ -89,7 +89,8 @@ and lengths.png to the output of the stage.
 """
 
 _RUN_NOTES = (
-    "Sections under `defaults` hold for every stage that has them; a stage's own values go before. "
+    "Sections under `defaults` hold for every stage that has them, but `data` not for score; a stage's own values go "
+    "before. "
     "In a stage's texts ${output} stands for the run's output and ${NAME} for the output of the stage NAME. "
     "A stage runs again when its configuration or a stage whose output it reads has changed; its earlier output "
     "is kept beside the new one as NAME.old-N. "

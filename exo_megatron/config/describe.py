@@ -127,6 +127,7 @@ NAMES_ELSEWHERE = {
     "beta": "loss.beta_pi",
     "bf16": "compute.precision",
     "checkpoint_dir": "output",
+    "data.path": "candidates",
     "data_path": "data.path",
     "dataset_name": "data.path",
     "dataset_train_split": "data.split",

@@ -36,6 +36,19 @@ def _expand_home(path: Path) -> Path:
 
 FilePath = Annotated[Path, AfterValidator(_expand_home)]
 
+ColumnNames = Annotated[
+    dict[str, str],
+    Field(description="our name -> the data's, of the columns to read; default: those of a known layout"),
+]
+Transcript = Annotated[
+    Literal["text", "messages"],
+    Field(description="whether strings stay text or become messages: turns of Human: and Assistant:, else one"),
+]
+OnInvalid = Annotated[
+    Literal["error", "skip"],
+    Field(description="records that cannot be used: an error, or left out and counted in data_report.json"),
+]
+
 
 _FOR_DIGEST = "digest"
 
@@ -50,6 +63,9 @@ class Section(BaseModel):
 
     places: ClassVar[frozenset[str]] = frozenset()
     """Keys that digests leave out, because they say where something lies and not what it is."""
+
+    takes_defaults: ClassVar[bool] = True
+    """Whether the section of its name under `defaults` of a `run` file holds for it."""
 
     def digest_json(self) -> str:
         """Return the settings as JSON for digests that tell whether two runs are the same work.
@@ -66,10 +82,15 @@ class Section(BaseModel):
         """See digest_json."""
         values = serialize(self)
         if info.context == _FOR_DIGEST:
-            defaults = {key: type(self).model_fields[key].default for key in self.added_later}
+            defaults = {key: _for_digest(type(self).model_fields[key].default) for key in self.added_later}
             values = {key: value for key, value in values.items() if key not in self.places}
             return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
         return values
+
+
+def _for_digest(default: object) -> object:
+    """Return a default as it stands among the values of a digest."""
+    return default.model_dump(mode="json", context=_FOR_DIGEST) if isinstance(default, Section) else default
 
 
 class ParallelConfig(Section):
@@ -147,13 +168,8 @@ class DataConfig(Section):
     split: str = Field(default="train", min_length=1, description="split, or a slice such as train[:1000]")
     revision: str | None = Field(default=None, description="branch, tag or commit of a data set of the hub")
     subset: str | None = Field(default=None, description="subset (configuration) of a data set of the hub")
-    columns: dict[str, str] = Field(
-        default={}, description="our name -> the data's, of the columns to read; default: those of a known layout"
-    )
-    transcript: Literal["text", "messages"] = Field(
-        default="text",
-        description="whether strings stay text or become messages: turns of Human: and Assistant:, else one",
-    )
+    columns: ColumnNames = {}
+    transcript: Transcript = "text"
     train_on: Literal["last", "all"] = Field(
         default="last", description="answers of a whole conversation that sft trains on, each with what is before it"
     )
@@ -168,10 +184,7 @@ class DataConfig(Section):
     )
     max_prompt_tokens: PositiveInt = Field(default=512, description="of a prompt; see on_overlong")
     max_completion_tokens: PositiveInt = Field(default=512, description="of a completion; see on_overlong")
-    on_invalid: Literal["error", "skip"] = Field(
-        default="error",
-        description="records that cannot be used: an error, or left out and counted in data_report.json",
-    )
+    on_invalid: OnInvalid = "error"
     on_overlong: Literal["error", "skip", "truncate_prompt_left"] = Field(
         default="error",
         description="records over the limits: an error; left out; prompts cut on the left, with long answers as "
@@ -181,6 +194,16 @@ class DataConfig(Section):
         default=None, description="directory of tokenised data; default: ~/.cache/exo-megatron/data (XDG_CACHE_HOME)"
     )
     limit: PositiveInt | None = Field(default=None, description="use only the first N records")
+
+
+class CandidatesDataConfig(Section):
+    """The reading of candidates that are no output of a stage. They are scored as text and have no token ids."""
+
+    takes_defaults = False  # that section is about the data of the models, and names their columns
+
+    columns: ColumnNames = {}
+    transcript: Transcript = "text"
+    on_invalid: OnInvalid = "error"
 
 
 class OptimizerConfig(Section):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from exo_megatron.config.sections import (
     BatchConfig,
+    CandidatesDataConfig,
     ComputeConfig,
     DataConfig,
     FilePath,
@@ -78,9 +79,12 @@ class RolloutConfig(StageConfig):
 class ScoreConfig(StageConfig):
     """One reward per candidate."""
 
+    added_later = frozenset({"data"})
+
     candidates: FilePath = Field(
         description="output directory of `rollout`, a candidates JSONL file, or prompts with completions"
     )
+    data: CandidatesDataConfig = CandidatesDataConfig()
     reward: RewardConfig
     log: LogConfig = LogConfig()
 

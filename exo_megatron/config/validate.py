@@ -340,7 +340,7 @@ def _meant(key: Key, known: Sequence[str], keys: Sequence[str], section: str) ->
     `section` is the name of the section where the document is only that.
     """
     *around, name = map(str, key)
-    ours = NAMES_ELSEWHERE.get(name, "").split()
+    ours = (NAMES_ELSEWHERE.get(dotted(key)) or NAMES_ELSEWHERE.get(name, "")).split()
     elsewhere = [short for each in ours for short in (each, each.removeprefix(f"{section}.")) if short in keys]
     elsewhere = list(dict.fromkeys(elsewhere))
     if elsewhere:

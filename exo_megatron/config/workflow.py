@@ -191,14 +191,15 @@ def _reads(config: StageConfig, output: Path) -> bool:
 
 
 def _stage_document(index: int, entry: WorkflowStage, document: Document) -> Document:
-    """Merge the stage's own configuration over the defaults of the sections that its class has."""
+    """Merge the stage's own configuration over the defaults of the sections of its class that take them."""
     fields = STAGE_CONFIGS[entry.stage].model_fields
     stage_key: Key = ("stages", index, "config")
     shown = f"stages.{entry.name}"
     entry_origin = document.origins[("stages", index)]
     merged = Document({}, {(): Origin(entry_origin.source, shown)})
     for name, value in document.data.get("defaults", {}).items():
-        if name in fields and section_class(fields[name].annotation) is not None:
+        section = section_class(fields[name].annotation) if name in fields else None
+        if section is not None and section.takes_defaults:
             inner = {key[2:]: origin for key, origin in document.origins.items() if key[:2] == ("defaults", name)}
             merged.put((name,), deepcopy(value), inner)
     for key, origin in document.origins.items():
@@ -236,7 +237,7 @@ def _check_defaults(document: Document) -> None:
     sections: dict[str, type[Section]] = {}
     for config in STAGE_CONFIGS.values():
         found = {name: section_class(info.annotation) for name, info in config.model_fields.items()}
-        sections.update({name: section for name, section in found.items() if section is not None})
+        sections.update({name: each for name, each in found.items() if each is not None and each.takes_defaults})
     for name, value in document.data.get("defaults", {}).items():
         if name not in sections:
             near = nearest(name, sections)

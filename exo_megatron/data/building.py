@@ -59,7 +59,7 @@ def build_items(
     tally = Tally()
     drafts: list[tuple[int, SourceRecord, Draft[Item] | Item]] = []
     for number, entry in enumerate(entries):
-        for record in _converted(entry, number, interpreter, tally):
+        for record in convert_entry(entry, number, interpreter, tally):
             try:
                 drafts.append((number, record, builder.draft(record, tally)))
             except DataError as error:
@@ -81,7 +81,7 @@ def build_items(
     return items, tally
 
 
-def _converted(entry: SourceEntry, number: int, interpreter: Interpreter, tally: Tally) -> list[SourceRecord]:
+def convert_entry(entry: SourceEntry, number: int, interpreter: Interpreter, tally: Tally) -> list[SourceRecord]:
     """Return the records that an entry becomes, none of one that cannot be used. Both are counted."""
     read = tally.seen.read
     try:

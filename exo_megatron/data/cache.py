@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from exo_megatron.data.entries import Source, SourceEntry, no_record, note_id
+from exo_megatron.data.entries import Source, SourceEntry, no_record, note_id, source_changed
 from exo_megatron.data.shards import content_digest
 from exo_megatron.data.tally import Tally
 from exo_megatron.errors import ConfigError, DataError
@@ -141,12 +141,7 @@ def _states(source: Source) -> _States:
 
 def _check_unchanged(source: Source, states: _States) -> None:
     if _states(source) != states:
-        raise DataError(
-            source.name,
-            "changed while it was read",
-            expected="files that nobody writes to",
-            fix="start again when the data are complete",
-        )
+        raise source_changed(source.name)
 
 
 def _look(file: Path, look: Callable[[Path], T]) -> T:
@@ -178,9 +173,25 @@ def _is_whole(directory: Path) -> bool:
         if not (file := directory / shard["file"]).is_file() or sha256_file(file) != shard["sha256"]
     ]
     for file in damaged:
-        print(f"data: {file} is damaged or missing, and is made again", flush=True)
-        file.unlink(missing_ok=True)
+        _discard(file)
     return not damaged
+
+
+def _is_finished(file: Path) -> bool:
+    """Tell whether a shard is there. One that cannot be read, which no index tells of, is removed."""
+    if not file.exists():
+        return False
+    try:
+        _map(file)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # any of them, by where the damage is
+        _discard(file)
+        return False
+    return True
+
+
+def _discard(file: Path) -> None:
+    print(f"data: {file} is damaged or missing, and is made again", flush=True)
+    file.unlink(missing_ok=True)
 
 
 def _shard_file(directory: Path, number: int) -> Path:
@@ -201,7 +212,7 @@ def _make_shards(recipe: Recipe, directory: Path, states: _States, team: Team, m
         with Progress(label, records, "records", enabled=records > SHARD_RECORDS) as progress:
             for number, share in recipe.source.shares(
                 SHARD_RECORDS,
-                lambda number: number in mine and not _shard_file(directory, number).exists(),
+                lambda number: number in mine and not _is_finished(_shard_file(directory, number)),
                 recipe.limit,
             ):
                 shards = number + 1

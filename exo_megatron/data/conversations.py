@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from exo_megatron.data.records import wrong_type
 from exo_megatron.errors import DataError
 
 Messages = list[dict[str, Any]]
+Turn = TypeVar("Turn")
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Roles by the names that ShareGPT's "from" has for them."""
@@ -20,6 +22,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 Two expressions, because one that begins with a literal is found ten times as fast.
 """
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def separate(
@@ -87,7 +90,7 @@ def as_messages(where: str, name: str, value: object) -> Messages | None:
 def _separate_texts(where: str, prompt: object, texts: Mapping[str, str]) -> tuple[Any, list[str]]:
     if prompt is None:
         return _split_transcripts(where, texts)
-    if isinstance(prompt, str) and _find_turns(prompt) and all(text.startswith(prompt) for text in texts.values()):
+    if isinstance(prompt, str) and _has_turns(prompt) and all(text.startswith(prompt) for text in texts.values()):
         rests = [text[len(prompt) :] for text in texts.values()]
         marker = _FIRST_TURN.match(rests[0])
         if marker is not None and all(rest.startswith(marker.group()) for rest in rests):
@@ -122,20 +125,20 @@ def _shared(conversations: Sequence[Sequence[Any]]) -> int:
     """Count the turns that all conversations begin with."""
     count = 0
     for turns in zip(*conversations, strict=False):
-        if any(turn != turns[0] for turn in turns):
+        if turns.count(turns[0]) < len(turns):
             break
         count += 1
     return count
 
 
-def _parting(where: str, names: Sequence[str], turns: Sequence[Sequence[Any]], roles: Sequence[Sequence[str]]) -> int:
+def _parting(where: str, names: Sequence[str], turns: Sequence[Sequence[Turn]], role_of: Callable[[Turn], str]) -> int:
     """Return the number of turns of the prompt: after it, every conversation goes on with the assistant's.
 
     If one conversation is the beginning of another, its last turn of the assistant is its answer.
     """
     count = _shared(turns)
     if any(len(each) == count for each in turns):
-        count = max((place for place in range(1, count) if roles[0][place] == "assistant"), default=0)
+        count = max((place for place in range(1, count) if role_of(turns[0][place]) == "assistant"), default=0)
     them = " and ".join(map(repr, names))
     if count == 0:
         raise DataError(
@@ -144,11 +147,11 @@ def _parting(where: str, names: Sequence[str], turns: Sequence[Sequence[Any]], r
             expected="conversations that begin with the same prompt, or a 'prompt' apart",
             fix="add 'prompt', or remove the record",
         )
-    for each in roles:
-        if each[count] != "assistant":
+    for each in turns:
+        if role_of(each[count]) != "assistant":
             raise DataError(
                 where,
-                f"has no 'prompt', and {them} part at turn {count + 1}, which is of the {each[count]}",
+                f"has no 'prompt', and {them} part at turn {count + 1}, which is of the {role_of(each[count])}",
                 expected="conversations that part at an answer of the assistant",
                 fix="remove the record: its answers do not answer the same prompt",
             )
@@ -157,23 +160,23 @@ def _parting(where: str, names: Sequence[str], turns: Sequence[Sequence[Any]], r
 
 def _split_messages(where: str, lists: Mapping[str, Messages]) -> tuple[Messages, list[Messages]]:
     conversations = list(lists.values())
-    roles = [[str(message.get("role")) for message in each] for each in conversations]
-    count = _parting(where, list(lists), conversations, roles)
+    count = _parting(where, list(lists), conversations, lambda message: str(message.get("role")))
     return conversations[0][:count], [each[count:] for each in conversations]
 
 
-def _find_turns(text: str) -> list[re.Match[str]]:
-    first = _FIRST_TURN.match(text)
-    return list(_TURN.finditer(text)) if first is None else [first, *_TURN.finditer(text, first.end())]
+def _has_turns(text: str) -> bool:
+    return _FIRST_TURN.match(text) is not None or _TURN.search(text) is not None
 
 
 def _turns(text: str) -> tuple[str, list[tuple[str, str, str]]]:
     """Return what stands before the first turn, and of each turn the marker, the role and the text."""
-    found = _find_turns(text)
-    ends = [*(each.start() for each in found[1:]), len(text)][: len(found)]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [(m.group(), roles[m.group(1)], text[m.end() : end]) for m, end in zip(found, ends, strict=True)]
-    return text[: found[0].start()] if found else text, turns
+    first = _FIRST_TURN.match(text)
+    head, *rest = _TURN.split(text) if first is None else ("", first.group(1), *_TURN.split(text[first.end() :]))
+    speakers = rest[::2]
+    markers = [f"\n\n{speaker}:" for speaker in speakers]
+    if first is not None:
+        markers[0] = first.group()
+    return head, list(zip(markers, map(_ROLES.__getitem__, speakers), rest[1::2], strict=True))
 
 
 def _split_transcripts(where: str, texts: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -188,7 +191,7 @@ def _split_transcripts(where: str, texts: Mapping[str, str]) -> tuple[str, list[
             fix="split them after their common beginning, at the end of a turn, and add 'prompt'",
         )
     turns = [each for _, each in split.values()]
-    count = _parting(where, list(texts), turns, [[role for _, role, _ in each] for each in turns])
+    count = _parting(where, list(texts), turns, itemgetter(1))
     for name, each in zip(texts, turns, strict=True):
         if len(each) > count + 1:
             raise DataError(
@@ -197,8 +200,8 @@ def _split_transcripts(where: str, texts: Mapping[str, str]) -> tuple[str, list[
                 expected="one answer of the assistant",
                 fix="remove the record, or give prompt and answers apart",
             )
-    before = "".join(marker + text for marker, _, text in turns[0][:count])
-    return heads.pop() + before + turns[0][count][0], [each[count][2] for each in turns]
+    answers = [each[count][2] for each in turns]
+    return next(iter(texts.values())).removesuffix(answers[0]), answers
 
 
 def _as_chat(where: str, prompt: str, answers: Sequence[str]) -> tuple[Messages, list[Messages]]:
@@ -207,7 +210,7 @@ def _as_chat(where: str, prompt: str, answers: Sequence[str]) -> tuple[Messages,
     if not turns:
         return [{"role": "user", "content": prompt}], [[{"role": "assistant", "content": each}] for each in answers]
     for answer in answers:
-        if _find_turns(answer):
+        if _has_turns(answer):
             raise DataError(
                 where,
                 "has an answer that goes on with another turn of its transcript",

@@ -16,13 +16,13 @@ from exo_megatron.data.building import Builder, Limits, build_items
 from exo_megatron.data.cache import Recipe, prepare
 from exo_megatron.data.entries import SourceEntry
 from exo_megatron.data.group_builder import GroupBuilder, Purpose
-from exo_megatron.data.groups import data_digest
 from exo_megatron.data.prepared import (
     GroupTable,
     ItemTable,
     Prepared,
     PreparedGroups,
     PromptTable,
+    groups_digest,
     groups_table,
     prompts_digest,
     prompts_table,
@@ -67,9 +67,8 @@ def load_prompts(
         DataError: bad records, and prompts longer than max_prompt_tokens, as far as they are not left out.
         ConfigError: settings that do not fit the data, or a cache that cannot be written.
     """
-    work = _Work(
-        config, "prompts", PromptBuilder(Limits(tokenizer, config)), prompts_table, PromptTable, prompts_digest
-    )
+    builder = PromptBuilder(Limits(tokenizer, config))
+    work = _Work(config, "prompts", builder, prompts_table, PromptTable, prompts_digest)
     prompts, tally = work.prepare({}, Verdicts(config.on_invalid, config.on_overlong), report, team)
     if tell is not None:
         example = f"the first is {shortened(tokenizer.show(prompts[0].ids))}"
@@ -135,7 +134,7 @@ def load_groups(
         "logprobs": None if logprobs is None else {**asdict(logprobs.source), "checkpoint": str(logprobs.checkpoint)},
         "loss": None if loss is None else [loss.several_rejected, loss.log_weights, loss.token_logps],
     }
-    work = _Work(config, purpose, builder, groups_table, GroupTable, data_digest)
+    work = _Work(config, purpose, builder, groups_table, GroupTable, groups_digest)
     stored, tally = work.prepare(settings, Verdicts(config.on_invalid, config.on_overlong, ties), report, team)
     groups = PreparedGroups(stored)
     if tell is not None:
@@ -145,11 +144,22 @@ def load_groups(
     return groups
 
 
+def write_report(output: Path, source: str, tally: Tally) -> None:
+    """Write what was counted in a source to the DATA_REPORT of a stage's output."""
+    write_json(output / DATA_REPORT, {"source": source, **tally.as_json()})
+
+
+def judge_source(source: str, interpreter: Interpreter, tally: Tally, verdicts: Verdicts) -> None:
+    """Raise what the counts of a source say: ConfigError for a column that it lacks, DataError as the verdicts are."""
+    interpreter.check_columns(source, tally.seen)
+    tally.judge(source, verdicts)
+
+
 class _Work(Generic[Item]):
     """The conversion of one data source into tables of items.
 
     It reads the source with the settings of `data`, converts records with a builder, stores items
-    with `store`, reads rows with `open_table` and computes the digest of all items with `digest`.
+    with `store`, reads rows with `open_table` and computes the digest of all tables with `digest`.
     """
 
     def __init__(
@@ -159,7 +169,7 @@ class _Work(Generic[Item]):
         builder: Builder[Item],
         store: Callable[[Sequence[tuple[str, Item]]], pa.RecordBatch],
         open_table: Callable[[pa.RecordBatch], ItemTable[Item]],
-        digest: Callable[[Sequence[Item]], str],
+        digest: Callable[[Sequence[pa.RecordBatch]], str],
     ) -> None:
         self._config = config
         self._interpreter = Interpreter.of(config, use)
@@ -181,13 +191,12 @@ class _Work(Generic[Item]):
             self._config.limit,
             {**self._settings(), **settings},
             self._make,
-            lambda tables: self._digest(Prepared(tables, self._open_table, "")),
+            self._digest,
         )
         shelf = prepare(recipe, self._config.cache, team)
         if report is not None and team.rank == 0:
-            write_json(report / DATA_REPORT, {"source": self._source.name, **shelf.tally.as_json()})
-        self._interpreter.check_columns(self._source.name, shelf.tally.seen)
-        shelf.tally.judge(self._source.name, verdicts)
+            write_report(report, self._source.name, shelf.tally)
+        judge_source(self._source.name, self._interpreter, shelf.tally, verdicts)
         return Prepared(shelf.tables, self._open_table, shelf.digest), shelf.tally
 
     def describe(self, tally: Tally, example: str, *, first: int | None, temperature: float | None) -> Iterator[str]:

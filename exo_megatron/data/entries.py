@@ -98,6 +98,16 @@ def no_record(source: str) -> DataError:
     return DataError(source, "holds no record", expected="at least one record", fix="check data.path")
 
 
+def source_changed(where: str) -> DataError:
+    """Make the error for a source that somebody writes to while it is read."""
+    return DataError(
+        where,
+        "changed while it was read",
+        expected="files that nobody writes to",
+        fix="start again when the data are complete",
+    )
+
+
 def _identifier(where: str, value: object, place: str) -> str:
     if value is None:
         return place

@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 T = TypeVar("T")
 
+FURTHER_DIGESTED = ("log_weights", "reference_token_logprobs", "behaviour_token_logprobs")
+"""Fields that the `data_digest` names where a group has them."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -107,12 +110,42 @@ def data_digest(groups: Iterable[Group]) -> str:
 
     Importance weights and log-probs of single tokens are included where groups have them.
     """
+    return digest_texts(
+        digest_text(
+            group.id,
+            repr(group.prompt),
+            repr(group.candidates),
+            group.rewards,
+            [(name, vars(group)[name]) for name in FURTHER_DIGESTED if vars(group)[name] is not None],
+        )
+        for group in groups
+    )
+
+
+def digest_text(
+    id: str,
+    prompt: str,
+    candidates: str,
+    rewards: tuple[float, ...] | None,
+    further: Iterable[tuple[str, tuple[object, ...]]],
+) -> str:
+    """Write a group for the `data_digest`: it is the text of a tuple.
+
+    Args:
+        id: of the group.
+        prompt: the text of the tuple of its ids.
+        candidates: that of the tuple of the candidates' tuples.
+        rewards: K rewards, or None.
+        further: those fields of FURTHER_DIGESTED that the group has, in this order.
+    """
+    return f"({', '.join([repr(id), prompt, candidates, repr(rewards), *map(repr, further)])})"
+
+
+def digest_texts(texts: Iterable[str]) -> str:
+    """Compute the SHA-256 of texts, one after another."""
     digest = hashlib.sha256()
-    for group in groups:
-        parts: list[object] = [group.id, group.prompt, group.candidates, group.rewards]
-        further = ("log_weights", "reference_token_logprobs", "behaviour_token_logprobs")
-        parts += [(name, vars(group)[name]) for name in further if vars(group)[name] is not None]
-        digest.update(repr(tuple(parts)).encode())
+    for text in texts:
+        digest.update(text.encode())
     return digest.hexdigest()
 
 

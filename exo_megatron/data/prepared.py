@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,8 +11,9 @@ from typing import Any, Protocol, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from exo_megatron.data.groups import Group, GroupLengths
+from exo_megatron.data.groups import FURTHER_DIGESTED, Group, GroupLengths, digest_text, digest_texts
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.text import Chat
 
@@ -210,6 +210,7 @@ class GroupTable:
 
     def __init__(self, table: pa.RecordBatch) -> None:
         """Open the table; nothing is copied."""
+        self._table = table
         self._ids = table.column("id")
         self._prompts, self._candidates = _Lists(table.column("prompt")), _Nested(table.column("candidates"))
         self._further: dict[str, _Lists | _Nested] = {name: _Lists(table.column(name)) for name in VALUES}
@@ -227,6 +228,33 @@ class GroupTable:
         for (id, prompt, candidates), *values in zip(texts, *columns, strict=True):
             further: dict[str, Any] = {name: value for name, value in zip(names, values, strict=True) if value}
             yield Group(id, prompt, candidates, **further)
+
+    def digest_texts(self) -> Iterator[str]:
+        """Yield the `digest_text` of every group, in a third of the time that it takes to make the group."""
+        prompts = _tuple_texts(self._table.column("prompt"))
+        inner, ends = self._table.column("candidates"), pairwise(self._candidates.offsets.tolist())
+        each = _tuple_texts(inner.values)
+        candidates = [_tuple_text(", ".join(each[start:stop]), stop - start) for start, stop in ends]
+        further = [self._further[name].all() for name in FURTHER_DIGESTED]
+        texts = zip(self._ids.to_pylist(), prompts, candidates, self._further["rewards"].all(), strict=True)
+        for (id, prompt, answers, rewards), *values in zip(texts, *further, strict=True):
+            named = [pair for pair in zip(FURTHER_DIGESTED, values, strict=True) if pair[1]]
+            yield digest_text(id, prompt, answers, rewards or None, named)
+
+
+def _tuple_texts(lists: pa.ListArray) -> list[str]:
+    """Write lists of integers as the text of tuples, without making Python's integers."""
+    joined = pc.binary_join(lists.cast(pa.list_(pa.string())), ", ").to_pylist()
+    return [_tuple_text(*each) for each in zip(joined, np.diff(lists.offsets).tolist(), strict=True)]
+
+
+def _tuple_text(items: str, count: int) -> str:
+    return f"({items},)" if count == 1 else f"({items})"
+
+
+def groups_digest(tables: Sequence[pa.RecordBatch]) -> str:
+    """Compute the `data_digest` of the groups in tables."""
+    return digest_texts(chain.from_iterable(GroupTable(table).digest_texts() for table in tables))
 
 
 class PromptTable:
@@ -256,12 +284,15 @@ def _chat(stored: str | None) -> Chat | None:
     return Chat(tuple(parts["messages"]), tuple(parts["tools"]))
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
+def prompts_digest(tables: Sequence[pa.RecordBatch]) -> str:
     """Compute the SHA-256 of all that draws of candidates and their records depend on, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(repr((prompt.id, prompt.text, prompt.ids, prompt.chat, prompt.columns)).encode())
-    return digest.hexdigest()
+    prompts = chain.from_iterable(PromptTable(table).all() for table in tables)
+    return digest_texts(repr((each.id, each.text, each.ids, each.chat, each.columns)) for each in prompts)
+
+
+def prompt_lengths(prompts: Prepared[Prompt]) -> npt.NDArray[np.int64]:
+    """Return the numbers of tokens of all prompts, without reading them."""
+    return _joined([np.diff(table.column("ids").offsets) for table in prompts.tables])
 
 
 def _stored_lengths(tables: Sequence[pa.RecordBatch]) -> GroupLengths:

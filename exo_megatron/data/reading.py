@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from exo_megatron.config.sections import DataConfig
+from exo_megatron.config.sections import CandidatesDataConfig, DataConfig
 from exo_megatron.data.groups import Group
 from exo_megatron.data.record_layouts import KNOWN, LAYOUTS, STAGES, STORED, RecordLayout, Use
 from exo_megatron.data.records import Fields, SourceRecord, require, wrong_type
@@ -75,7 +75,7 @@ class Interpreter:
     train_on: TrainOn = "last"
 
     @classmethod
-    def of(cls, config: DataConfig, use: Use) -> Interpreter:
+    def of(cls, config: DataConfig | CandidatesDataConfig, use: Use) -> Interpreter:
         """Take the settings of `data`. Raises ConfigError for `data.columns` of no layout."""
         for ours in config.columns:
             if ours not in KNOWN and ours not in FURTHER:
@@ -85,7 +85,8 @@ class Interpreter:
                     expected=f"one of {', '.join(sorted((*KNOWN, *FURTHER)))}",
                     fix="correct the name; our names are the keys, those of the data the values",
                 )
-        return cls(use, config.columns or None, config.transcript == "messages", config.train_on)
+        train_on = config.train_on if isinstance(config, DataConfig) else "last"
+        return cls(use, config.columns or None, config.transcript == "messages", train_on)
 
     def convert(self, record: SourceRecord, seen: Seen) -> list[SourceRecord]:
         """Convert a record to one in our own fields, or to several, and count it.
@@ -100,8 +101,7 @@ class Interpreter:
         layout, converted = _convert(record, visible, self.use, self.chat, self.train_on)
         used = frozenset(layout.known & visible.keys())
         seen.layouts[layout.name, tuple(sorted(used))] += 1
-        # A prompt's other columns go to the reward source, whatever their names.
-        taken = used if self.use == "prompts" else FIELDS | used
+        taken = self._taken(used)
         others = {name: value for name, value in record.fields.items() if name not in taken}
         rest = {} if layout is STORED else {**others, **_further(visible)}
         seen.made += len(converted)
@@ -109,6 +109,16 @@ class Interpreter:
         return [
             SourceRecord(record.where, name, {**rest, **fields}) for name, fields in zip(names, converted, strict=True)
         ]
+
+    def _taken(self, used: frozenset[str]) -> frozenset[str]:
+        """Return the names that no further column of a record has, of which those `used` became our fields.
+
+        One that is called as the field of stored candidates would be taken for it.
+        """
+        if self.use == "prompts":  # whose other columns go to the reward source, whatever their names
+            return used.union(STORED.columns)
+        named = (self.columns or {}).items()
+        return FIELDS.union(used, STORED.columns, (theirs for ours, theirs in named if ours in used))
 
     def check_columns(self, source: str, seen: Seen) -> None:
         """Raise ConfigError if `data.columns` names a column that no record has."""

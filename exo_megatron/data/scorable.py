@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 from exo_megatron.data import shards
+from exo_megatron.data.building import convert_entry
 from exo_megatron.data.completions import ScorableRecord, column_names, parse_scorable
-from exo_megatron.data.entries import no_record, note_id, read_record
-from exo_megatron.data.reading import Interpreter, Seen
-from exo_megatron.data.records import SourceRecord
+from exo_megatron.data.entries import SourceEntry, no_record, note_id, read_record, source_changed
+from exo_megatron.data.reading import Interpreter
 from exo_megatron.data.sources import open_source
+from exo_megatron.data.tally import Tally
 from exo_megatron.data.text_files import read_json_text
 from exo_megatron.errors import DataError
 
@@ -27,11 +29,11 @@ class Share:
 
     Attributes:
         number: its place among the shares, from 0.
-        records: checked and in their types.
+        records: those that can be used, checked and in their types; there may be none.
         places: where they stand, for messages.
-        digest: SHA-256 of what was read.
+        digest: SHA-256 of what was read, with records that cannot be used.
         format: of the whole input, in words.
-        seen: what the records were taken for.
+        tally: what was counted.
     """
 
     number: int
@@ -39,59 +41,73 @@ class Share:
     places: list[str]
     digest: str
     format: str
-    seen: Seen
+    tally: Tally
 
 
-def read_shares(path: Path, wanted: Wanted) -> Iterator[Share]:
+def read_shares(path: Path, interpreter: Interpreter, wanted: Wanted) -> Iterator[Share]:
     """Read the wanted shares in order; what is in memory at a time is one of them.
 
     Args:
         path: the output of `rollout`, a file of its records, or any data source whose layout has
             several completions. Shares of shards are these; others have RECORDS_PER_SHARD records.
+        interpreter: tells what becomes of a record.
         wanted: tells which shares this process wants.
 
     Raises:
-        DataError: it does not exist or has no record, or a wanted record or shard, which is named, is of
-            no use. Repeated ids are not noticed; see `join_surveys`.
+        DataError: it does not exist or has no record, or a wanted shard, which is named, is damaged.
+            Records that cannot be used are counted and left out. Repeated ids are not noticed; see
+            `join_surveys`.
     """
     found = shards.find_shards(path)
     if found is None and not path.exists():
         raise DataError(
             str(path), "does not exist", expected="output of `rollout`, or a file", fix="correct candidates"
         )
-    return _read_source(str(path), wanted) if found is None else _read_shards(found, wanted)
+    return _read_source(str(path), interpreter, wanted) if found is None else _read_shards(found, interpreter, wanted)
 
 
-def _read_shards(paths: Sequence[Path], wanted: Wanted) -> Iterator[Share]:
+def _read_shards(paths: Sequence[Path], interpreter: Interpreter, wanted: Wanted) -> Iterator[Share]:
     for number, path in enumerate(paths):
         if wanted(number):
             digest = shards.verify_shard(path)
-            records = [read_record(entry) for entry in read_json_text(path)]
-            yield _share(number, records, digest, f"{len(paths)} shards")
+            yield _share(number, list(read_json_text(path)), digest, f"{len(paths)} shards", interpreter)
 
 
-def _read_source(path: str, wanted: Wanted) -> Iterator[Share]:
+def _read_source(path: str, interpreter: Interpreter, wanted: Wanted) -> Iterator[Share]:
     source = open_source(path)
     found = False
     for number, entries in source.shares(shards.RECORDS_PER_SHARD, wanted):
         found = True
         if entries:
-            records = [read_record(entry) for entry in entries]
-            yield _share(number, records, _digest(records), source.format)
+            once = [entry._replace(parse=cache(entry.parse)) for entry in entries]  # the digest reads them, too
+            yield _share(number, once, _digest(once), source.format, interpreter)
     if not found:
         raise no_record(path)
 
 
-def _share(number: int, records: Sequence[SourceRecord], digest: str, format: str) -> Share:
-    interpreter, seen = Interpreter("score"), Seen()
-    read = [each for record in records for each in interpreter.convert(record, seen)]
-    return Share(number, [parse_scorable(each) for each in read], [each.where for each in read], digest, format, seen)
+def _share(number: int, entries: Sequence[SourceEntry], digest: str, format: str, interpreter: Interpreter) -> Share:
+    share = Share(number, [], [], digest, format, Tally())
+    for place, entry in enumerate(entries):
+        for record in convert_entry(entry, place, interpreter, share.tally):
+            try:
+                share.records.append(parse_scorable(record))
+            except DataError as error:
+                share.tally.add_flaw(error, place)
+            else:
+                share.places.append(record.where)
+    share.tally.items = len(share.records)
+    return share
 
 
-def _digest(records: Sequence[SourceRecord]) -> str:
+def _digest(entries: Iterable[SourceEntry]) -> str:
     digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr((record.id, record.fields)).encode("utf-8", "surrogatepass"))
+    for entry in entries:
+        try:
+            record = read_record(entry)
+            content = repr((record.id, record.fields))
+        except DataError as error:
+            content = error.problem
+        digest.update(content.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -100,7 +116,7 @@ class Survey:
     """Notes on a share whose records are no longer in memory.
 
     Attributes:
-        number, digest, format, seen: of the share.
+        number, digest, format, tally: of the share.
         places: ids of its records, and where they stand.
         names: of the columns that its records have.
         completions: number of candidates of all its records.
@@ -109,7 +125,7 @@ class Survey:
     number: int
     digest: str
     format: str
-    seen: Seen
+    tally: Tally
     places: Sequence[tuple[str, str]]
     names: Sequence[str]
     completions: int
@@ -120,16 +136,28 @@ class Contents:
     """The input as a whole.
 
     Attributes:
-        digest: of all shares, in order.
+        format: in words.
+        digests: of each share.
         names: of the columns that any record has, in order of appearance.
         completions: number of candidates of each share.
-        description: a line that says what the records were taken for.
+        tally: what was counted in all records.
     """
 
-    digest: str
+    format: str
+    digests: Sequence[str]
     names: Sequence[str]
     completions: Sequence[int]
-    description: str
+    tally: Tally
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole input."""
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+    def check_unchanged(self, path: Path, share: Share) -> None:
+        """Raise DataError if a share of the input `path` that is read again is not what it was."""
+        if share.digest != self.digests[share.number]:
+            raise source_changed(str(path))
 
 
 def survey(share: Share) -> Survey:
@@ -138,15 +166,15 @@ def survey(share: Share) -> Survey:
         share.number,
         share.digest,
         share.format,
-        share.seen,
+        share.tally,
         [(record.id, where) for record, where in zip(share.records, share.places, strict=True)],
         column_names(share.records),
         sum(len(record.texts) for record in share.records),
     )
 
 
-def join_surveys(path: Path, surveys: Iterable[Survey]) -> Contents:
-    """Put the surveys of all shares of the input `path` together, which may come in any order.
+def join_surveys(surveys: Iterable[Survey]) -> Contents:
+    """Put the surveys of all shares together, which may come in any order.
 
     Raises DataError for an id that two records have.
     """
@@ -154,12 +182,13 @@ def join_surveys(path: Path, surveys: Iterable[Survey]) -> Contents:
     places: dict[str, str] = {}
     for id, where in chain.from_iterable(each.places for each in ordered):
         note_id(places, id, where)
-    seen = Seen()
+    tally = Tally()
     for each in ordered:
-        seen.add(each.seen)
+        tally.add(each.tally)
     return Contents(
-        hashlib.sha256("".join(each.digest for each in ordered).encode()).hexdigest(),
+        ordered[0].format,
+        [each.digest for each in ordered],
         list(dict.fromkeys(chain.from_iterable(each.names for each in ordered))),
         [each.completions for each in ordered],
-        Interpreter("score").describe(str(path), ordered[0].format, seen),
+        tally,
     )

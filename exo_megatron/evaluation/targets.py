@@ -59,7 +59,7 @@ def make_plan(config: EvaluateConfig, tell: Callable[[str], object], team: Team 
     reference = Target(REFERENCE_NAME, read_step(source.path), source)
     found = [each for name, path in config.models.items() for each in find_checkpoints(name, path)]
     tokenizer = find_tokenizer(source, config.data)
-    prompts = tuple(load_prompts(config.data, tokenizer, tell=tell, report=config.output, team=team))
+    prompts = load_prompts(config.data, tokenizer, tell=tell, report=config.output, team=team)
     _check_number(prompts, config)
     check_stops(tokenizer, config.sampling)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
@@ -67,7 +67,7 @@ def make_plan(config: EvaluateConfig, tell: Callable[[str], object], team: Team 
     for target in (reference, *targets):
         check_lengths(prompts, config.sampling, target.source.spec)
         _check_vocabulary(target, source.spec)
-    return Plan(reference, targets, tokenizer, prompts)
+    return Plan(reference, targets, tokenizer, tuple(prompts))
 
 
 def find_checkpoints(name: str, path: Path) -> list[tuple[str, int | None, Path]]:

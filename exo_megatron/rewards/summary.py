@@ -30,8 +30,10 @@ class RewardSums:
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[float]]) -> RewardSums:
-        """Sum up the rewards of groups, each of which has at least one."""
+        """Sum up the rewards of groups, each of which has at least one. There may be no group."""
         rewards = list(chain.from_iterable(groups))
+        if not rewards:
+            return cls()
         mean = fmean(rewards)
         squares = math.fsum((reward - mean) ** 2 for reward in rewards)
         return cls(len(groups), len(rewards), mean, squares, sum(len(set(group)) == 1 for group in groups))

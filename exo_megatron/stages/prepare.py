@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from exo_megatron.config.stages import AlignConfig, EvaluateConfig, RolloutConfig, SftConfig
 from exo_megatron.data.dataset import load_prompts
 from exo_megatron.data.groups import GroupLengths
 from exo_megatron.data.length_picture import draw_lengths
 from exo_megatron.data.length_report import LengthLimits, report_groups, report_prompts
+from exo_megatron.data.prepared import prompt_lengths
 from exo_megatron.execution.policy import find_policy, find_tokenizer
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
@@ -54,5 +53,5 @@ def _prepare_prompts(config: RolloutConfig | EvaluateConfig, runtime: Runtime) -
     prompts = load_prompts(
         config.data, tokenizer, tell=partial(say, runtime), report=config.output, team=runtime.team()
     )
-    for line in ("", *report_prompts(np.array([len(prompt.ids) for prompt in prompts]), config.data.max_prompt_tokens)):
+    for line in ("", *report_prompts(prompt_lengths(prompts), config.data.max_prompt_tokens)):
         say(runtime, line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from exo_megatron import __version__
+from exo_megatron.config.sections import CandidatesDataConfig
 from exo_megatron.config.stages import CANDIDATES_DIRECTORY, ScoreConfig
 from exo_megatron.data.candidates import ROLLOUT_FILE
 from exo_megatron.data.completions import ScorableRecord, stored_record
-from exo_megatron.data.scorable import Contents, join_surveys, read_shares, survey
+from exo_megatron.data.dataset import judge_source, write_report
+from exo_megatron.data.reading import Interpreter
+from exo_megatron.data.scorable import Contents, Survey, join_surveys, read_shares, survey
 from exo_megatron.data.shards import Notes, RunShards, link_only_shard, output_of
+from exo_megatron.data.tally import Verdicts
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.build import build_reward, identify_reward
@@ -29,24 +34,40 @@ SUMMARY_FILE = "score.json"
 
 
 def run_score(config: ScoreConfig, runtime: Runtime) -> None:
-    """Write the shards of OUTPUT/candidates with rewards, a copy of rollout.json, and score.json.
+    """Write the shards of OUTPUT/candidates with rewards, a copy of rollout.json, score.json and data_report.json.
 
     Collective over the world. A process has the records of one shard in memory. Shards that an
-    interrupted run on the same input and reward has finished are kept. Raises DataError for malformed
-    candidates before the reward source is loaded, and RewardError.
+    interrupted run on the same input and reward has finished are kept. Raises DataError for candidates
+    that cannot be used and are not left out before the reward source is loaded, and RewardError.
     """
     rank, world = runtime.rank, runtime.world_size
-    surveys = [survey(share) for share in read_shares(config.candidates, lambda number: number % world == rank)]
-    gathered = runtime.gather_items(surveys)
-    contents = on_main(runtime, lambda: join_surveys(config.candidates, gathered or []))
-    say(runtime, f"data: {contents.description}")
+    interpreter = Interpreter.of(config.data, "score")
+    shares = read_shares(config.candidates, interpreter, lambda number: number % world == rank)
+    gathered = runtime.gather_items([survey(share) for share in shares])
+    contents = on_main(runtime, lambda: _judge(config, interpreter, gathered or []))
+    for line in _describe(config, interpreter, contents):
+        say(runtime, f"data: {line}")
     source = build_reward(config.reward, runtime.device, partial(say, runtime))
     work = on_main(runtime, lambda: writing(config.output, lambda: _plan(config, contents, world)))
-    sums = runtime.gather_items(list(_score_shares(config, runtime, source, work)))
+    sums = runtime.gather_items(list(_score_shares(config, interpreter, runtime, source, work)))
     if sums is not None:
         kept = ((number, RewardSums(**notes)) for number, notes in work.finished.items())
         link_only_shard(config.output, work.shards)
         _conclude(config, dict([*kept, *sums]))
+
+
+def _judge(config: ScoreConfig, interpreter: Interpreter, surveys: Sequence[Survey]) -> Contents:
+    """Join the surveys, write the report on the data, and raise DataError if they cannot be used."""
+    contents = join_surveys(surveys)
+    write_report(config.output, str(config.candidates), contents.tally)
+    judge_source(str(config.candidates), interpreter, contents.tally, Verdicts(config.data.on_invalid))
+    return contents
+
+
+def _describe(config: ScoreConfig, interpreter: Interpreter, contents: Contents) -> Iterator[str]:
+    """Describe what the candidates were taken for, and what was left out."""
+    yield interpreter.describe(str(config.candidates), contents.format, contents.tally.seen)
+    yield from contents.tally.describe(str(config.candidates), first=None, temperature=None)
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,7 @@ class _Work:
 
 def _plan(config: ScoreConfig, contents: Contents, world_size: int) -> _Work:
     """Find the finished shards of this run, remove all others, and divide the work. Called by one process."""
-    run = "\n".join((__version__, contents.digest, identify_reward(config.reward)))
+    run = "\n".join((__version__, contents.digest, identify_reward(config.reward), *_reading(config.data)))
     digest = hashlib.sha256(run.encode()).hexdigest()
     shards = RunShards(config.output / CANDIDATES_DIRECTORY, len(contents.completions), digest)
     finished = shards.take_over()
@@ -80,8 +101,17 @@ def _plan(config: ScoreConfig, contents: Contents, world_size: int) -> _Work:
     return _Work(shards, contents, finished, alone, left[whole:])
 
 
+def _reading(config: CandidatesDataConfig) -> Iterator[str]:
+    """Yield the settings that decide what a record is scored as, where they are not the usual ones.
+
+    `on_invalid` is none of them: where it matters, `error` writes no shard.
+    """
+    if config.columns or config.transcript != "text":
+        yield json.dumps([config.columns, config.transcript], sort_keys=True)
+
+
 def _score_shares(
-    config: ScoreConfig, runtime: Runtime, source: RewardSource, work: _Work
+    config: ScoreConfig, interpreter: Interpreter, runtime: Runtime, source: RewardSource, work: _Work
 ) -> Iterator[tuple[int, RewardSums]]:
     """Score the shards that are not finished. Yields numbers and sums of those that this rank wrote."""
     alone, sizes = work.alone[runtime.rank], work.contents.completions
@@ -90,7 +120,8 @@ def _score_shares(
     total += sum(len(own_part(sizes[number], runtime)) for number in work.together)
     names, batch_size = work.contents.names, config.reward.batch_size
     with Progress("score", total, "completions", enabled=runtime.is_main and total > 0) as progress:
-        for share in read_shares(config.candidates, wanted.__contains__):
+        for share in read_shares(config.candidates, interpreter, wanted.__contains__):
+            work.contents.check_unchanged(config.candidates, share)
             scored: list[ScorableRecord] | None
             if share.number in alone:
                 scored = score_share(share.records, source, names=names, batch_size=batch_size, progress=progress)

@@ -8,6 +8,7 @@ from typing import Any
 
 from exo_megatron.data.candidates import CandidateRecord, parse_candidate_record
 from exo_megatron.data.completions import ScorableRecord
+from exo_megatron.data.reading import Interpreter
 from exo_megatron.data.scorable import read_shares
 from exo_megatron.data.sources import open_source
 
@@ -19,7 +20,8 @@ def read_candidates(path: Path) -> list[CandidateRecord]:
 
 def read_scorable(path: Path) -> list[ScorableRecord]:
     """All records that `score` reads."""
-    return [record for share in read_shares(path, lambda number: True) for record in share.records]
+    shares = read_shares(path, Interpreter("score"), lambda number: True)
+    return [record for share in shares for record in share.records]
 
 
 def stored_lines(output: Path) -> list[dict[str, Any]]:

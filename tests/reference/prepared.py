@@ -24,4 +24,5 @@ def prepared(groups: Sequence[Group]) -> PreparedGroups:
 
 def prepared_prompts(prompts: Sequence[Prompt]) -> Prepared[Prompt]:
     """Put prompts into one table."""
-    return Prepared([prompts_table([("", prompt) for prompt in prompts])], PromptTable, prompts_digest(prompts))
+    table = prompts_table([("", prompt) for prompt in prompts])
+    return Prepared([table], PromptTable, prompts_digest([table]))

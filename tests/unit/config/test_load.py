@@ -185,6 +185,7 @@ SCORE = ["output=o", "candidates=c"]
     ("overrides", "words"),
     [
         (["reward.kind=function"], ["reward.function: missing", "package.module:name"]),
+        (["reward.function=a:b", "data.path=x"], ["data.path: unknown key", "columns, transcript", "write candidates"]),
         (["reward.function=module.name"], ["got 'module.name'", "package.module:name"]),
         (["reward.function=a:b:c"], ["got 'a:b:c'"]),
         (["reward.function=a.1b:c"], ["got 'a.1b:c'"]),

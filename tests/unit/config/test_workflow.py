@@ -8,6 +8,7 @@ import pytest
 
 from exo_megatron.config.document import config_digest
 from exo_megatron.config.load import load_run_config
+from exo_megatron.config.sections import CandidatesDataConfig
 from exo_megatron.config.stages import AlignConfig, ExportConfig, RolloutConfig, SftConfig
 from exo_megatron.config.workflow import Workflow
 from exo_megatron.errors import ConfigError
@@ -89,6 +90,16 @@ def test_defaults_outputs_seeds_and_substitution(file):
     assert sft.model.checkpoint == Path("out/base")
     assert align.data.path == "out/candidates"
     assert export.model.checkpoint == Path("out/exo-1.5")
+
+
+def test_the_data_of_score_take_no_defaults(file):
+    """Those name columns and limits of data that the models read; what `score` reads is the output of a rollout."""
+    stage = '  - {name: s, stage: score, config: {candidates: "${candidates}", reward: {function: "m:f"}}}\n'
+    data = "  data: {max_prompt_tokens: 9, columns: {prompt: q}, on_invalid: skip}\n"
+    file.write_text(RUN.replace("defaults:\n", f"defaults:\n{data}") + stage, encoding="utf-8")
+    found = configs(load_run_config(file, ["stages.s.data.columns.completions=a"]))
+    assert found["s"].data == CandidatesDataConfig(columns={"completions": "a"})
+    assert found["candidates"].data.columns == {"prompt": "q"}
 
 
 def test_overrides(file):

@@ -45,7 +45,7 @@ class Kitchen:
     def recipe(self, **changes: Any) -> Recipe:
         source = Source(str(self.file), "lines", self._entries, (self.file,))
         return Recipe(
-            **{"source": source, "limit": None, "settings": {}, "make": self._make, "digest": _digest, **changes}
+            **{"source": source, "limit": None, "settings": {}, "make": self._make, "digest": prompts_digest, **changes}
         )
 
     def _entries(self) -> Iterator[SourceEntry]:
@@ -59,10 +59,6 @@ class Kitchen:
         tally = Tally(items=len(records))
         tally.seen.read = len(records)
         return prompts_table([(each.where, Prompt(each.id, each.id, (len(each.id),))) for each in records]), tally
-
-
-def _digest(tables: Sequence[pa.RecordBatch]) -> str:
-    return prompts_digest(Prepared(tables, PromptTable, ""))
 
 
 def ids(shelf: Shelf) -> list[str]:
@@ -131,7 +127,7 @@ class TestOneProcess:
         assert kitchen.made == FIRSTS
         assert ids(first) == LETTERS
         assert (first.tally.seen.read, first.tally.items) == (11, 11)
-        assert first.digest == _digest(first.tables)
+        assert first.digest == prompts_digest(first.tables)
         before = content(first.directory)
         assert list(before) == [CACHE_INDEX, *(f"shard-{number:05d}.arrow" for number in range(6))]
         second = prepare(kitchen.recipe(make=None), tmp_path / "cache", ALONE)
@@ -152,6 +148,19 @@ class TestOneProcess:
         kitchen.made.clear()
         shelf = prepare(kitchen.recipe(), tmp_path / "cache", ALONE)
         assert (ids(shelf), kitchen.made) == (LETTERS, ["e"])
+        assert content(directory) == before
+        assert f"{victim} is damaged or missing, and is made again" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("left", [0, 8, -1, -9, -200, -700])
+    def test_a_damaged_shard_without_an_index_is_made_again_and_told(
+        self, kitchen: Kitchen, tmp_path: Path, left: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        directory = prepare(kitchen.recipe(), tmp_path / "cache", ALONE).directory
+        before, victim = content(directory), directory / "shard-00002.arrow"
+        (directory / CACHE_INDEX).unlink()
+        victim.write_bytes(before[victim.name][:left])
+        kitchen.made.clear()
+        assert (ids(prepare(kitchen.recipe(), tmp_path / "cache", ALONE)), kitchen.made) == (LETTERS, ["e"])
         assert content(directory) == before
         assert f"{victim} is damaged or missing, and is made again" in capsys.readouterr().out
 

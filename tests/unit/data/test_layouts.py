@@ -212,9 +212,11 @@ def test_ids_are_those_of_the_whole_conversation(
 
 def test_completions_to_score(config: Callable[..., DataConfig]) -> None:
     rows = [json.loads(line) for line in EXAMPLES["Completions to score"][2].splitlines()]
-    (share,) = read_shares(Path(config(*rows).path), lambda number: True)
+    interpreter = Interpreter("score")
+    (share,) = read_shares(Path(config(*rows).path), interpreter, lambda number: True)
     assert [list(record.texts) for record in share.records] == [row["completions"] for row in rows]
-    description = join_surveys(Path("mine.jsonl"), [survey(share)]).description
+    contents = join_surveys([survey(share)])
+    description = interpreter.describe("mine.jsonl", contents.format, contents.tally.seen)
     assert description == "mine.jsonl: JSON, 3 records: 3 as completions (completions, prompt)"
 
 
@@ -278,6 +280,10 @@ class TestPrompts:
             ),
             (
                 {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: a"},
+                "no turn in common",
+            ),
+            (
+                {"chosen": "Human: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
                 "no turn in common",
             ),
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from exo_megatron.data.prepared import (
     Prepared,
     PreparedGroups,
     PromptTable,
+    groups_digest,
     groups_table,
     prompts_digest,
     prompts_table,
 )
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.text import Chat
+from tests.reference.prepared import prepared_prompts
 
 PLAIN = Group("plain", (1, 5), ((7, 2), (8, 9, 2)))
 FULL = Group(
@@ -79,7 +82,19 @@ def test_groups(tmp_path: Path) -> None:
         assert {type(value) for value in (*group.prompt, *group.candidates[0])} == {int}
         assert group.rewards is None or {type(value) for value in group.rewards} == {float}
     assert [where for part in parts for where in part.column("where").to_pylist()] == [f"f:{g.id}" for g in GROUPS]
-    assert data_digest(groups) == data_digest(GROUPS)
+    assert groups_digest(parts) == data_digest(groups) == data_digest(GROUPS)
+    # One candidate, as sft has it; an id that needs escapes; a candidate of one token.
+    single = [Group("'a\"\n\u2028", (5, 6), ((7,),)), *GROUPS]
+    (tmp_path / "single").mkdir()
+    assert groups_digest(tables(groups_table, single, tmp_path / "single")) == data_digest(single)
+    assert data_digest(single) == hashlib.sha256("".join(map(_written, single)).encode()).hexdigest()
+
+
+def _written(group: Group) -> str:
+    """The text that is digested, in Python's own words."""
+    names = ("log_weights", "reference_token_logprobs", "behaviour_token_logprobs")
+    further = [(name, vars(group)[name]) for name in names if vars(group)[name] is not None]
+    return repr((group.id, group.prompt, group.candidates, group.rewards, *further))
 
 
 def test_lengths_and_later_logprobs(tmp_path: Path) -> None:
@@ -97,12 +112,14 @@ def test_lengths_and_later_logprobs(tmp_path: Path) -> None:
 
 
 def test_prompts(tmp_path: Path) -> None:
-    prompts = Prepared(tables(prompts_table, PROMPTS, tmp_path), PromptTable, "")
+    parts = tables(prompts_table, PROMPTS, tmp_path)
+    prompts = Prepared(parts, PromptTable, "")
     assert list(prompts) == PROMPTS == prompts[:]
     assert [prompts[number] for number in range(3)] == PROMPTS
-    assert prompts_digest(prompts) == prompts_digest(PROMPTS)
+    digest = prepared_prompts(PROMPTS).digest
+    assert prompts_digest(parts) == digest
     for number, changed in enumerate(
         ({"id": "x"}, {"text": "x"}, {"ids": (9,)}, {"chat": None}, {"columns": {"y": 1}})
     ):
         other = [PROMPTS[0], replace(PROMPTS[1], **changed), PROMPTS[2]]
-        assert prompts_digest(other) != prompts_digest(PROMPTS), number
+        assert prepared_prompts(other).digest != digest, number

@@ -146,6 +146,7 @@ def test_candidates_of_ones_own_making_have_no_rollout_file(tmp_path: Path) -> N
     assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == [
         "candidates",
         "candidates.jsonl",
+        "data_report.json",
         "score.json",
     ]
 

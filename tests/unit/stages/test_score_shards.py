@@ -15,6 +15,7 @@ import pytest
 from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data import shards
 from exo_megatron.data.candidates import Candidate, CandidateRecord, stored_candidates, write_candidates
+from exo_megatron.data.reading import Interpreter
 from exo_megatron.data.scorable import join_surveys, read_shares, survey
 from exo_megatron.data.shards import RunShards, count_shards, records_of
 from exo_megatron.errors import DataError
@@ -155,8 +156,8 @@ def test_another_reward_or_input_is_scored_anew(tmp_path: Path, monkeypatch: pyt
 def test_ranks_share_all_shards_that_are_not_finished(tmp_path: Path) -> None:
     drawn = write_shards(tmp_path / "rollout", records(4 * 11))
     settings = config(tmp_path / "out", drawn)
-    surveys = [survey(share) for share in read_shares(drawn, lambda number: True)]
-    contents = join_surveys(drawn, reversed(surveys))
+    surveys = [survey(share) for share in read_shares(drawn, Interpreter("score"), lambda number: True)]
+    contents = join_surveys(reversed(surveys))
     assert contents.names == ["first", "later"]
     assert contents.completions == [sum(len(r.candidates) for r in records(44)[4 * n : 4 * n + 4]) for n in range(11)]
     work = score._plan(settings, contents, 4)
@@ -195,23 +196,23 @@ def test_a_malformed_record_is_told_before_the_reward_source_is_loaded(tmp_path:
 
 def test_unwanted_shares_of_a_file_are_passed_over(tmp_path: Path) -> None:
     write_candidates(tmp_path / "mine.jsonl", records(12))
-    (share,) = read_shares(tmp_path / "mine.jsonl", {1}.__contains__)
+    (share,) = read_shares(tmp_path / "mine.jsonl", Interpreter("score"), {1}.__contains__)
     assert (share.number, [record.id for record in share.records]) == (1, ["r4", "r5", "r6", "r7"])
     assert [record.id for record in read_scorable(tmp_path / "mine.jsonl")] == [f"r{i}" for i in range(12)]
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="holds no record"):
-        list(read_shares(tmp_path / "empty.jsonl", {1}.__contains__))
+        list(read_shares(tmp_path / "empty.jsonl", Interpreter("score"), {1}.__contains__))
 
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
     peaks = []
     run(config(tmp_path / "before", write_shards(tmp_path / "few", records(12))))  # what is loaded only once
     for count in (12, 204):  # the largest shards of both have nine candidates
-        drawn = write_shards(tmp_path / str(count), records(count, length=300))
+        drawn = write_shards(tmp_path / str(count), records(count, length=600))
         gc.collect()
         tracemalloc.start()
         run(config(tmp_path / f"out-{count}", drawn))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    more = (204 - 12) * 2 * 300 * 8  # the ids alone, as 8 bytes each, of all records that are more
+    more = (204 - 12) * 2 * 600 * 8  # the ids alone, as 8 bytes each, of all records that are more
     assert peaks[1] < peaks[0] + more / 3
