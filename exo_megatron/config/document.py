@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,23 +18,16 @@ from typing import Any
 import yaml
 
 from exo_megatron.config.sections import Section
+from exo_megatron.config.yaml_text import MOST_VALUES, TAG, Dumper, Loader, TooMuch
 from exo_megatron.errors import ConfigError
 
 Key = tuple[str | int, ...]
 """Names of mapping entries and indices of list items, from the top of the document."""
 
 COMMAND_LINE = "command line"
-_TAG = "tag:yaml.org,2002:"
-_NUMBER = re.compile(
-    r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))\Z|\.(?:nan|NaN|NAN)\Z"
-)
-_RESOLVERS = (
-    ("null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
-    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
-    ("int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), list("-+0123456789")),
-    ("float", _NUMBER, list("-+.0123456789")),
-    ("merge", re.compile(r"<<\Z"), ["<"]),
-)
+
+LARGEST_FILE = 2**20
+"""Bytes of a configuration file."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +83,13 @@ class Document:
             del self.origins[known]
 
 
-class _Loader(yaml.SafeLoader):
-    """The scanner and composer of PyYAML with the scalars of YAML 1.2."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """A dumper that quotes every text that YAML 1.1 or 1.2 would read as something else."""
-
-
-for _name, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
-    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
-
-
 def read_document(file: Path) -> Document:
     """Read a configuration file, which must hold one YAML mapping.
 
     Raises ConfigError, which names file and line, for any flaw.
     """
     try:
+        _check_file(file)
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(
@@ -129,6 +108,23 @@ def read_document(file: Path) -> Document:
         )
     origins[()] = Origin(str(file), "")
     return Document(value, origins)
+
+
+def _check_file(file: Path) -> None:
+    """Raise ConfigError for what may have no end, or is too large for a configuration."""
+    status = file.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        problem = "is a pipe or a device"
+    elif status.st_size > LARGEST_FILE:
+        problem = f"has {status.st_size:,} bytes"
+    else:
+        return  # also for a directory, which cannot be read
+    raise ConfigError(
+        str(file),
+        problem,
+        expected=f"a YAML file of at most {LARGEST_FILE:,} bytes",
+        fix="check the path after --config",
+    )
 
 
 def parse_value(
@@ -150,10 +146,14 @@ def parse_value(
     """
     loader = None
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         origins: dict[Key, Origin] = {}
         value = None if node is None else _Reader(loader, source, origins, above).value(node, ())
+    except TooMuch as error:
+        raise ConfigError(
+            name, str(error), expected=f"at most {MOST_VALUES:,} values", fix="remove aliases that stand for others"
+        ) from None
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from None
     except RecursionError:
@@ -168,7 +168,7 @@ def parse_value(
 
 def dump_yaml(value: dict[str, Any]) -> str:
     """Write values as YAML that `read_document` reads back as the same values."""
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False))
+    return str(yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False))
 
 
 def show(value: object) -> str:
@@ -184,7 +184,7 @@ def show(value: object) -> str:
 class _Reader:
     """A converter of composed YAML nodes into values. Aliased nodes become separate copies."""
 
-    loader: _Loader
+    loader: Loader
     source: Callable[[int], str]
     origins: dict[Key, Origin]
     above: Key
@@ -193,9 +193,11 @@ class _Reader:
         return dotted((*self.above, *key))
 
     def value(self, node: yaml.Node, key: Key) -> Any:
+        if len(self.origins) > MOST_VALUES:
+            raise TooMuch(f"its aliases make more than {MOST_VALUES:,} values")
         if key:
             self.origins[key] = Origin(self.source(_line(node)), self._name(key))
-        match node.tag.removeprefix(_TAG), node:
+        match node.tag.removeprefix(TAG), node:
             case "map", yaml.MappingNode():
                 return self._mapping(node, key)
             case "seq", yaml.SequenceNode():

@@ -23,12 +23,14 @@ class HfConfig:
     values: Mapping[str, Any]
     where: str
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """Read a whole number of at least `minimum`."""
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        """Read a whole number from `minimum` to `maximum`."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             what = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
             raise self.unsupported(key, value, what)
+        if value > maximum:
+            raise self.unsupported(key, value, f"at most {maximum:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

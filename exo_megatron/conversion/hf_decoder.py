@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from exo_megatron.conversion.hf_config import HfConfig
 from exo_megatron.conversion.hf_rope import WHOLE_HEADS, RopeKeys, read_rope
-from exo_megatron.models.spec import Experts, ModelSpec
+from exo_megatron.errors import CheckpointError, reason
+from exo_megatron.models.spec import LARGEST_LAYERS, Experts, ModelSpec
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ConfigReader = Callable[[Mapping[str, Any], str], ModelSpec]
@@ -58,7 +61,15 @@ def with_head(read: Callable[[HfConfig], ModelSpec]) -> ConfigReader:
 
     def read_config(values: Mapping[str, Any], where: str) -> ModelSpec:
         config = HfConfig(values, where)
-        spec = read(config)
+        try:
+            spec = read(config)
+        except ValidationError as error:
+            raise CheckpointError(
+                where,
+                f"describes no model ({reason(error)})",
+                expected="the sizes of a model",
+                fix="restore the config.json that came with the weights",
+            ) from None
         labels = _labels(config)
         if labels is None:
             return spec
@@ -81,7 +92,7 @@ def read_decoder(config: HfConfig, defaults: DecoderDefaults, **rest: Any) -> Mo
         positions=config.integer("max_position_embeddings", defaults.positions),
     )
     fields: dict[str, Any] = {
-        "layers": config.integer("num_hidden_layers"),
+        "layers": config.integer("num_hidden_layers", maximum=LARGEST_LAYERS),
         "hidden_size": hidden,
         "heads": heads,
         "kv_heads": kv_heads,

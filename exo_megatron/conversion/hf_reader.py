@@ -21,7 +21,7 @@ from torch import Tensor
 
 from exo_megatron.conversion.rules import Entry, Family
 from exo_megatron.errors import CheckpointError, DataError
-from exo_megatron.utils.files import read_json
+from exo_megatron.utils.files import check_regular_files, read_json
 
 HF_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -117,10 +117,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     path = directory / HF_CONFIG_FILE
     try:
+        check_regular_files(directory)
         values = read_json(path)
     except DataError as error:
         raise CheckpointError(
-            str(path), error.problem, expected="the config.json of an HF checkpoint", fix=error.fix
+            error.where, error.problem, expected="the files of an HF checkpoint", fix=error.fix
         ) from None
     if not isinstance(values, dict):
         raise CheckpointError(

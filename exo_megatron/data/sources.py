@@ -17,6 +17,7 @@ from exo_megatron.data.records import SourceRecord
 from exo_megatron.data.shards import find_shards
 from exo_megatron.data.text_files import COMPRESSIONS, READERS, read_json_text
 from exo_megatron.errors import ConfigError, DataError, reason
+from exo_megatron.utils.files import check_regular
 
 KINDS = {
     ".jsonl": "json",
@@ -72,6 +73,8 @@ def open_source(
     """
     path = Path(source).expanduser()
     names = _split_names(split)
+    if path.exists():
+        check_regular(path)
     if path.exists() or _means_a_path(source):
         for key, value in (("data.revision", revision), ("data.subset", subset)):
             if value is not None:

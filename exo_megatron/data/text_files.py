@@ -16,10 +16,23 @@ from typing import IO, Any
 
 from exo_megatron.data.entries import SourceEntry
 from exo_megatron.errors import DataError, reason
-from exo_megatron.utils.files import BYTE_ORDER_MARK, decode_line, parse_json_object
+from exo_megatron.utils.files import (
+    BYTE_ORDER_MARK,
+    LONGEST_LINE,
+    bounded_lines,
+    check_regular,
+    decode_line,
+    parse_json_object,
+)
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Compressions of text files by the end of the name."""
+
+BEGINNING = 4096
+"""Bytes that tell what a file is."""
+
+LARGEST_ARRAY = 512 * 2**20
+"""Bytes of a file that is one JSON array, once decompressed. It is in memory as a whole."""
 
 WRAPPERS = ("data", "train", "rows", "records", "examples", "instances")
 """Keys under which JSON files with one object hold their records."""
@@ -27,16 +40,15 @@ WRAPPERS = ("data", "train", "rows", "records", "examples", "instances")
 
 def read_json_text(path: Path) -> Iterator[SourceEntry]:
     """Read JSON lines, or the objects of one JSON array. Raises DataError for a malformed file."""
+    if _first_character(path) == "[":
+        yield from _read_array(path)
+        return
     lines = _raw_lines(path)
     first = next(lines, None)
     if first is None:
         return
-    beginning = _tentative(first[1])
-    if beginning.lstrip().startswith("["):
-        yield from _read_array(path)
-        return
     second = next(lines, None)
-    _refuse_one_object(path, beginning, alone=second is None)
+    _refuse_one_object(path, _tentative(first[1]), alone=second is None)
     for number, line in chain([first], [] if second is None else [second], lines):
         yield SourceEntry(f"{path}:{number}", f"line-{number}", partial(_parse_line, path, number, line))
 
@@ -46,8 +58,10 @@ def _parse_line(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
 
 
 def _read_array(path: Path) -> Iterator[SourceEntry]:
+    lines = _whole(path, LARGEST_ARRAY).split(b"\n")
+    text = "\n".join(_text(path, number, line) for number, line in enumerate(lines, start=1))
     try:
-        values = json.loads("\n".join(line for _, line in _lines(path)))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
             str(path),
@@ -76,8 +90,8 @@ def _refuse_one_object(path: Path, first: str, *, alone: bool) -> None:
         if alone:
             return
         try:
-            whole, over_lines = json.loads("\n".join(_tentative(line) for _, line in _raw_lines(path))), True
-        except (ValueError, RecursionError):
+            whole, over_lines = json.loads(_tentative(_whole(path, LONGEST_LINE))), True
+        except (ValueError, RecursionError, DataError):
             return
     if not isinstance(whole, dict) or not (alone or over_lines):
         return
@@ -96,12 +110,12 @@ def read_separated(path: Path) -> Iterator[SourceEntry]:
 
     All values are strings, as they stand there. Raises DataError for a malformed file.
     """
-    csv.field_size_limit(2**31 - 1)  # of a cell, in all readers; texts may be longer than the 131,072 by default
+    csv.field_size_limit(LONGEST_LINE)  # of a cell, in all readers; texts may be longer than the 131,072 by default
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     number = 0
     try:
         with _decompressed(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            reader = csv.reader(bounded_lines(text, path), delimiter=delimiter, strict=True)
             header = next(reader, [])
             if len(set(header)) < len(header):
                 twice = sorted({name for name in header if header.count(name) > 1})
@@ -142,15 +156,30 @@ def _columns(header: Sequence[str], row: Sequence[str], where: str) -> Mapping[s
     return dict(zip(header, row, strict=True))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Read the non-empty lines of a text file, compressed or not, each with its number from 1."""
-    for number, line in _raw_lines(path):
-        yield number, _text(path, number, line)
+def _first_character(path: Path) -> str:
+    """Return the first character of a file that is no space, as far as its beginning shows one."""
+    with _decompressed(path) as file:
+        return _tentative(file.read(BEGINNING)).lstrip()[:1]
+
+
+def _whole(path: Path, largest: int) -> bytes:
+    """Read a whole file, decompressed. Raises DataError if that has more than `largest` bytes."""
+    with _decompressed(path) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise DataError(
+            str(path),
+            f"is one JSON value of more than {largest:,} bytes",
+            expected="one JSON object per line, which are read one after another",
+            fix="write the records as JSON lines",
+        )
+    return data
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Read the non-empty lines of a text file, compressed or not, each with its number from 1."""
     with _decompressed(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded_lines(file, path), start=1):
             if not line.isspace():
                 yield number, line
 
@@ -174,6 +203,7 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
     """
     compression = COMPRESSIONS.get(path.suffix)
     try:
+        check_regular(path)
         if compression == "gzip":
             with gzip.open(path, "rb") as unpacked:
                 yield io.BufferedReader(unpacked)

@@ -21,7 +21,7 @@ from typing import Any
 
 from exo_megatron.data.text import Answer, Chat, Text, TextCodec
 from exo_megatron.errors import DataError
-from exo_megatron.utils.files import read_json
+from exo_megatron.utils.files import check_regular_files, read_json
 
 GENERATION_CONFIG = "generation_config.json"
 _QUESTION, _ANSWER = "question", "answer"
@@ -258,6 +258,7 @@ def load_tokenizer(
         raise DataError(
             str(path), "is not a tokenizer", expected="a tokenizer directory or a .model file", fix="correct the path"
         )
+    check_regular_files(path)
     stops = read_generation_stops(path)
     hugging_face = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if not hugging_face and (path / "tokenizer.model").is_file():

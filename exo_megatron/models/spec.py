@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 VOCABULARY_MULTIPLE = 128
 """The number of embedding rows is padded to a multiple of this.
 
 So the stored shape is the same for every usual tensor-parallel size.
 """
+
+LARGEST_LAYERS, LARGEST_EXPERTS, LARGEST_SIZE = 10_000, 10_000, 2**24
+LARGEST_EXPERTS_IN_ALL = 2**18
+"""Far beyond any model. Work and memory grow with what a file says before its tensors are compared with it."""
 
 
 class _Part(BaseModel):
@@ -60,7 +64,7 @@ class Experts(_Part):
     and weights them by it. normalized: these weights are divided by their sum.
     """
 
-    count: int
+    count: int = Field(le=LARGEST_EXPERTS)
     per_token: int
     ffn_hidden_size: int
     normalized: bool
@@ -70,13 +74,13 @@ class ModelSpec(_Part):
     """A decoder-only transformer. Stored as `model.json` in every distributed checkpoint."""
 
     family: str
-    layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
+    layers: int = Field(le=LARGEST_LAYERS)
+    hidden_size: int = Field(le=LARGEST_SIZE)
+    ffn_hidden_size: int = Field(le=LARGEST_SIZE)
+    heads: int = Field(le=LARGEST_SIZE)
+    kv_heads: int = Field(le=LARGEST_SIZE)
+    head_dim: int = Field(le=LARGEST_SIZE)
+    vocab_size: int = Field(le=LARGEST_SIZE)
     max_positions: int
 
     norm_epsilon: float
@@ -118,6 +122,12 @@ class ModelSpec(_Part):
     """A reward model or classifier with this many outputs instead of the vocabulary; None: a
     language model.
     """
+
+    @model_validator(mode="after")
+    def _bound_experts(self) -> Self:
+        if self.experts is not None and self.layers * self.experts.count > LARGEST_EXPERTS_IN_ALL:
+            raise ValueError(f"{self.layers} layers of {self.experts.count} experts")
+        return self
 
     @property
     def padded_vocab_size(self) -> int:

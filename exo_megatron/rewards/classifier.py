@@ -17,6 +17,7 @@ from exo_megatron.errors import RewardError, reason
 from exo_megatron.rewards.classifier_batch import classify, classify_alone, is_padding_harmless, longest_text
 from exo_megatron.rewards.classifier_ids import ClassifierInput
 from exo_megatron.rewards.source import Completion
+from exo_megatron.utils.files import check_regular_files
 
 PROBES = (3, 8)
 """Lengths of two texts that are classified when the model is loaded."""
@@ -127,6 +128,7 @@ def load_classifier(
             expected="the directory of an HF sequence classifier with safetensors weights (pickled .bin is refused)",
             fix="correct the path, or save the model again with save_pretrained(safe_serialization=True)",
         )
+    check_regular_files(path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)

@@ -28,6 +28,7 @@ from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import Topology
 from exo_megatron.stages.verification import Check
+from exo_megatron.utils.files import read_bounded
 
 REMOTE_CODE = frozenset({"chatglm"})
 """Families whose HF code comes with the weights and not with transformers.
@@ -131,7 +132,7 @@ def _read_records(path: Path) -> list[SourceRecord]:
     if path.suffix == ".jsonl":
         return read_jsonl_records(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bounded(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             str(path),

@@ -6,15 +6,23 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import IO, Any, Literal
+from typing import IO, Any, AnyStr, Literal
 
 from exo_megatron.errors import DataError
 
 BYTE_ORDER_MARK = "\ufeff"
+
+LONGEST_LINE = 64 * 2**20
+"""Bytes of a line. A record of 64 candidates of 16,384 tokens with log-probs has about 40 MB."""
+
+LARGEST_JSON = 2**30
+"""Bytes of a file that is read as one JSON value."""
 
 
 @contextmanager
@@ -63,7 +71,7 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> Any:
     """Read one JSON value. Raises DataError for a missing, unreadable or malformed file."""
-    data = _read_bytes(path)
+    data = read_bounded(path)
     try:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -95,8 +103,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     with the line number for invalid UTF-8.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(bounded_lines(file, path), start=1):
                 text = decode_line(line, f"{path}:{number}")
                 text = (text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text).rstrip("\r\n")
                 if text.strip():
@@ -145,6 +154,38 @@ def sha256_file(path: Path, stop: Event | None = None) -> str:
     return digest.hexdigest()
 
 
+def check_regular(path: Path) -> None:
+    """Raise DataError for a pipe, a device or a socket, which may have no end. Directories pass."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(
+            str(path),
+            "is a pipe, a device or a socket",
+            expected="a regular file",
+            fix="copy what it holds into a file",
+        )
+
+
+def check_regular_files(directory: Path) -> None:
+    """Raise DataError for a pipe, a device or a socket in a directory whose files a library will open."""
+    for path in sorted(directory.iterdir()):
+        if path.exists():  # a link may lead nowhere
+            check_regular(path)
+
+
+def bounded_lines(file: IO[AnyStr], path: Path) -> Iterator[AnyStr]:
+    """Read the lines of a file with their ends. Raises DataError at one that is longer than LONGEST_LINE."""
+    for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), file.read(0)), start=1):
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}:{number}",
+                f"has more than {LONGEST_LINE:,} bytes",
+                expected="lines of one record each, of at most so many bytes",
+                fix="write each record on a line of its own, or correct or remove the record",
+            )
+        yield line
+
+
 def decode_line(line: bytes, where: str) -> str:
     """Decode a line of UTF-8. Raises DataError at `where` for other bytes."""
     try:
@@ -158,11 +199,18 @@ def decode_line(line: bytes, where: str) -> str:
         ) from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bounded(path: Path, largest: int = LARGEST_JSON) -> bytes:
+    """Read a regular file of at most `largest` bytes. Raises DataError for another one."""
     try:
-        return path.read_bytes()
+        check_regular(path)
+        size = path.stat().st_size
+        if size <= largest:
+            return path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
+    raise DataError(
+        str(path), f"has {size:,} bytes", expected=f"at most {largest:,}", fix="restore the file, or give another one"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -13,7 +13,7 @@ from exo_megatron.conversion.hf_decoder import with_head
 from exo_megatron.conversion.rules import Family, TensorRule
 from exo_megatron.conversion.tables import Table
 from exo_megatron.conversion.transforms import fused_qkv
-from exo_megatron.models.spec import ModelSpec, Rotary
+from exo_megatron.models.spec import LARGEST_LAYERS, ModelSpec, Rotary
 
 
 def _read(config: HfConfig) -> ModelSpec:
@@ -26,7 +26,7 @@ def _read(config: HfConfig) -> ModelSpec:
     bias = config.flag("add_bias_linear", False)
     return ModelSpec(
         family="chatglm",
-        layers=config.integer("num_layers", 28),
+        layers=config.integer("num_layers", 28, maximum=LARGEST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=config.integer("ffn_hidden_size", 13696),
         heads=heads,

@@ -12,7 +12,7 @@ from exo_megatron.conversion.hf_decoder import even_share, read_activation, with
 from exo_megatron.conversion.rules import Family, TensorRule
 from exo_megatron.conversion.tables import Table
 from exo_megatron.conversion.transforms import fused_qkv
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import LARGEST_LAYERS, ModelSpec
 
 
 def _read(config: HfConfig) -> ModelSpec:
@@ -22,7 +22,7 @@ def _read(config: HfConfig) -> ModelSpec:
     config.require("add_cross_attention", (False,), "there is no encoder here")
     return ModelSpec(
         family="gpt2",
-        layers=config.integer("n_layer"),
+        layers=config.integer("n_layer", maximum=LARGEST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=config.integer("n_inner", 4 * hidden),
         heads=heads,

@@ -13,7 +13,7 @@ from exo_megatron.conversion.hf_rope import RopeKeys, read_rope
 from exo_megatron.conversion.rules import Family, TensorRule
 from exo_megatron.conversion.tables import Table
 from exo_megatron.conversion.transforms import same
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import LARGEST_LAYERS, ModelSpec
 
 _ROPE = RopeKeys(base_key="rotary_emb_base", partial=0.25, partial_key="rotary_pct")
 
@@ -29,7 +29,7 @@ def _read(config: HfConfig) -> ModelSpec:
     )
     return ModelSpec(
         family="gpt_neox",
-        layers=config.integer("num_hidden_layers"),
+        layers=config.integer("num_hidden_layers", maximum=LARGEST_LAYERS),
         hidden_size=hidden,
         ffn_hidden_size=config.integer("intermediate_size"),
         heads=heads,

@@ -8,7 +8,7 @@ from exo_megatron.conversion.hf_decoder import DecoderDefaults, read_decoder, re
 from exo_megatron.conversion.hf_rope import RopeKeys
 from exo_megatron.conversion.rules import TensorRule
 from exo_megatron.conversion.tables import Table
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import LARGEST_EXPERTS, ModelSpec
 
 _DEFAULTS = DecoderDefaults(positions=131072, kv_heads=8, norm_epsilon=1e-5, rope=RopeKeys(base=1e6))
 
@@ -16,7 +16,7 @@ _DEFAULTS = DecoderDefaults(positions=131072, kv_heads=8, norm_epsilon=1e-5, rop
 def _read(config: HfConfig) -> ModelSpec:
     experts = read_experts(
         config,
-        count=config.integer("num_local_experts", 8),
+        count=config.integer("num_local_experts", 8, maximum=LARGEST_EXPERTS),
         per_token=config.integer("num_experts_per_tok", 2),
         ffn_hidden_size=config.integer("intermediate_size"),
         normalized=True,

@@ -13,7 +13,7 @@ from exo_megatron.conversion.hf_decoder import (
 )
 from exo_megatron.conversion.rules import TensorRule
 from exo_megatron.conversion.tables import Table
-from exo_megatron.models.spec import ModelSpec
+from exo_megatron.models.spec import LARGEST_EXPERTS, ModelSpec
 
 _DENSE = "layers without experts among layers with experts are not supported"
 
@@ -26,7 +26,7 @@ def _read(config: HfConfig) -> ModelSpec:
     count = "num_experts" if "num_experts" in config.values else "num_local_experts"
     experts = read_experts(
         config,
-        count=config.integer(count, 128),
+        count=config.integer(count, 128, maximum=LARGEST_EXPERTS),
         per_token=config.integer("num_experts_per_tok", 8),
         ffn_hidden_size=config.integer("moe_intermediate_size", 768),
         normalized=config.flag("norm_topk_prob", False),
