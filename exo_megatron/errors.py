@@ -96,6 +96,14 @@ class EqualTexts(TieError):
     kind = "equal pair"
 
 
+class StorageError(ExoError):
+    """A file could not be written: the disk is full, has gone, or refuses.
+
+    No input is wrong, but another try helps only once somebody has made room: its exit code is that
+    of what is never worth retrying.
+    """
+
+
 class RewardError(ExoError):
     """A reward source cannot be loaded, or did not return one finite number per candidate."""
 

@@ -26,7 +26,6 @@ from exo_megatron.checkpoint.directory import (
     weights_path,
     write_manifest,
 )
-from exo_megatron.checkpoint.disk import check_space, write_failure
 from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
 from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
 from exo_megatron.checkpoint.publish import claim, clear_staging, make_staging, publish, remove_tree, staging_path
@@ -34,6 +33,7 @@ from exo_megatron.errors import CheckpointError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.ending import failing_together, on_main
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.utils.disk import check_space, reporting, write_failure
 from exo_megatron.utils.files import write_json, write_text
 
 _SMALL_FILES = 64 * 2**20
@@ -75,7 +75,7 @@ def save_checkpoint(
             refuse it, it raises a CheckpointError.
 
     Raises:
-        CheckpointError: on every rank if any rank failed; the target is then as it was before.
+        StorageError, CheckpointError: on every rank if any rank failed; the target is then as it was before.
     """
     staging = staging_path(target)
     with failing_together():
@@ -116,15 +116,14 @@ def _gather_sizes(runtime: Runtime, sharded_state: dict[str, Any]) -> list[int]:
 
 def _prepare(target: Path, hf_files: Path, kind: CheckpointKind, needed: int) -> None:
     check_hf_files(hf_files)
-    try:
+    with reporting(target, needed=needed):
         if kind == "training":
+            target.parent.mkdir(exist_ok=True)  # but not the stage's output, which is there unless somebody took it
             clear_staging(target)
         else:
             claim(target, MANIFEST_FILE, target)
         check_space(target, needed)
         weights_path(make_staging(target)).mkdir()
-    except OSError as error:
-        raise write_failure(target, error, needed=needed) from error
 
 
 def _write_weights(
@@ -149,13 +148,11 @@ def _write_weights(
 
 
 def _write_small_files(staging: Path, spec: ModelSpec, hf_files: Path, trainer_state: dict[str, Any] | None) -> None:
-    try:
+    with reporting(staging):
         write_json(staging / SPEC_FILE, spec.model_dump(mode="json"))
         copy_hf_files(hf_files, staging / HF_DIRECTORY)
         if trainer_state is not None:
             write_json(staging / TRAINER_FILE, trainer_state)
-    except OSError as error:
-        raise write_failure(staging, error, needed=None) from error
 
 
 def _gather_records(written: dict[str, FileRecord], runtime: Runtime) -> dict[str, FileRecord]:
@@ -173,20 +170,16 @@ def _complete(staging: Path, shards: dict[str, FileRecord], step: int | None, ki
         step: optimizer steps done, or None.
         kind: "model" or "training".
     """
-    try:
+    with reporting(staging):
         others = [name for name in list_files(staging) if name not in shards]
         write_manifest(staging, make_manifest({**shards, **record_files(staging, others)}, step=step, kind=kind))
-    except OSError as error:
-        raise write_failure(staging, error, needed=None) from error
 
 
 def _put_in_place(staging: Path, target: Path, step: int | None, kind: CheckpointKind) -> None:
-    try:
+    with reporting(target):
         if kind == "training" and target.exists():
             (target / MANIFEST_FILE).unlink(missing_ok=True)
             shutil.rmtree(target)
         publish(staging, target, MANIFEST_FILE, target)
         if step is not None:
             write_text(target.parent / LATEST_FILE, f"{target.name}\n")
-    except OSError as error:
-        raise write_failure(target, error, needed=None) from error

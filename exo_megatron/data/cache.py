@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 from exo_megatron.data.entries import Source, SourceEntry, no_record, note_id, source_changed
 from exo_megatron.data.shards import content_digest
 from exo_megatron.data.tally import Tally
-from exo_megatron.errors import ConfigError, DataError
+from exo_megatron.errors import DataError, StorageError
+from exo_megatron.utils.disk import write_failure
 from exo_megatron.utils.files import atomic_open, read_json, sha256_file, write_json
 from exo_megatron.utils.progress import Progress
 from exo_megatron.utils.team import Team
@@ -93,7 +94,7 @@ def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
     Raises:
         DataError: the source cannot be read, changes meanwhile, has no record or an id twice, or
             nodes have different data.
-        ConfigError: the cache cannot be written; and what the recipe raises.
+        StorageError: the cache cannot be written; and what the recipe raises.
     """
     # Before any process computes the key, so that what a shard is made of is what the key says.
     states = team.together(lambda: _states(recipe.source))[team.rank]
@@ -102,6 +103,8 @@ def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
     directory = root / key[:32]
     whole = team.together(lambda: team.node_rank != 0 or _is_whole(directory))
     if not all(whole):
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         shards = _make_shards(recipe, directory, states, team, range(team.rank, sys.maxsize, team.size))
         there = team.share(all(_shard_file(directory, number).exists() for number in range(shards)))
         if not all(there):  # nodes do not share the directory, and each lacks what others made
@@ -293,13 +296,14 @@ def _check_ids(tables: Sequence[pa.RecordBatch]) -> None:
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """Turn failures of the file system in a block into ConfigError."""
+    """Turn failures of the file system in a block into StorageError."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            "data.cache",
-            f"{directory} cannot be written ({error.strerror})",
-            expected="a directory that can be made and written, with space left",
-            fix="set data.cache to another directory, or make room",
+        failure = write_failure(directory, error, needed=None)
+        raise StorageError(
+            f"data.cache {directory}",
+            failure.problem,
+            expected=failure.expected,
+            fix=f"{failure.fix}, or set data.cache to another directory",
         ) from None

@@ -146,6 +146,7 @@ def load_groups(
 
 def write_report(output: Path, source: str, tally: Tally) -> None:
     """Write what was counted in a source to the DATA_REPORT of a stage's output."""
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / DATA_REPORT, {"source": source, **tally.as_json()})
 
 

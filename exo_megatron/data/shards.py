@@ -57,7 +57,7 @@ class RunShards:
     """The shards of one run of a stage.
 
     Attributes:
-        directory: where they go; it is made with the first shard.
+        directory: where they go.
         count: number of all shards.
         run: digest of all that decides what the shards hold.
     """
@@ -88,8 +88,9 @@ class RunShards:
     def take_over(self) -> dict[int, Notes]:
         """Return the notes of the shards that this run has finished, and remove all others.
 
-        Called by one process, before any writes.
+        Called by one process, before any writes. Makes the directory.
         """
+        self.directory.mkdir(parents=True, exist_ok=True)
         finished: dict[int, Notes] = {}
         for number in range(self.count):
             path = self.path(number)

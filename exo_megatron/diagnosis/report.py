@@ -40,6 +40,7 @@ def write_results(path: Path, environment: Environment, results: Sequence[Result
     Raises ConfigError if the file cannot be written.
     """
     try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"environment": environment, "results": [asdict(result) for result in results]})
     except OSError as error:
         raise ConfigError(

@@ -43,6 +43,8 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")
+    if runtime.is_main:
+        (config.output / SAMPLES_DIRECTORY).mkdir(parents=True, exist_ok=True)
     source = build_reward(config.reward, runtime.device, partial(say, runtime))
     estimates: list[Estimate] = []
     means: list[PromptMeans] = []

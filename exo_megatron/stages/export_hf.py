@@ -11,7 +11,6 @@ from exo_megatron.checkpoint.directory import (
     tokenizer_path,
     weights_path,
 )
-from exo_megatron.checkpoint.disk import check_space, write_failure
 from exo_megatron.checkpoint.hf_files import copy_hf_files
 from exo_megatron.checkpoint.publish import claim, make_staging, publish, remove_tree, staging_path
 from exo_megatron.checkpoint.safety import tensors_verified, verify_small_files
@@ -24,6 +23,7 @@ from exo_megatron.conversion.meter import ByteMeter, total_bytes
 from exo_megatron.parallel.ending import failing_together, on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.stages.verify import check_conversion
+from exo_megatron.utils.disk import check_space, reporting
 from exo_megatron.utils.files import write_json
 
 
@@ -69,12 +69,10 @@ def _plan_export(checkpoint: Path, config: ExportConfig) -> list[ExportEntry]:
 def _prepare(config: ExportConfig, entries: Sequence[ExportEntry]) -> None:
     output = config.output
     needed = total_bytes(entries)
-    try:
+    with reporting(output, needed=needed):
         claim(output, HF_CONFIG_FILE, status_directory(config))
         check_space(output, needed)
         make_staging(output)
-    except OSError as error:
-        raise write_failure(output, error, needed=needed) from error
 
 
 def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], runtime: Runtime) -> None:
@@ -85,27 +83,21 @@ def _write_shards(checkpoint: Path, staging: Path, shards: Sequence[Shard], runt
     meter = ByteMeter(
         "export", total_bytes(item for shard in mine for item in shard.entries), needed, enabled=runtime.is_main
     )
-    try:
+    with reporting(staging, needed=needed):
         for shard in mine:
             write_shard(staging, shard, hf_tensors(shard, tensors.read), meter.count)
-    except OSError as error:
-        raise write_failure(staging, error, needed=needed) from error
     meter.close()
 
 
 def _write_small_files(checkpoint: Path, staging: Path, shards: Sequence[Shard]) -> None:
     hf = tokenizer_path(checkpoint)
     dtype = config_dtype([item for shard in shards for item in shard.entries])
-    try:
+    with reporting(staging):
         copy_hf_files(hf, staging)
         write_json(staging / HF_CONFIG_FILE, exported_config(read_config(hf), dtype))
         write_index(staging, shards)
-    except OSError as error:
-        raise write_failure(staging, error, needed=None) from error
 
 
 def _put_in_place(staging: Path, config: ExportConfig) -> None:
-    try:
+    with reporting(config.output):
         publish(staging, config.output, HF_CONFIG_FILE, status_directory(config))
-    except OSError as error:
-        raise write_failure(config.output, error, needed=None) from error

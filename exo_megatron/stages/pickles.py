@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from exo_megatron.checkpoint.disk import check_space, write_failure
 from exo_megatron.checkpoint.hf_files import copy_hf_files
 from exo_megatron.checkpoint.publish import claim, make_staging, publish, remove_tree
 from exo_megatron.checkpoint.safety import refuse_unsafe_environment
@@ -11,6 +10,7 @@ from exo_megatron.conversion.hf_reader import HF_CONFIG_FILE, read_config
 from exo_megatron.conversion.pickles import plan_parts, write_parts
 from exo_megatron.errors import ConfigError
 from exo_megatron.parallel.launch import detect_launch
+from exo_megatron.utils.disk import check_space, reporting
 
 _SMALL_FILES = 64 * 2**20
 """Bytes allowed for everything but tensors."""
@@ -20,7 +20,8 @@ def run_pickles(config: PicklesConfig) -> int:
     """Copy an HF checkpoint with its pickled weights as safetensors, and return the exit code.
 
     One process. The output appears whole or not at all. Models of all families can be converted:
-    only the names of tensors are read. Raises CheckpointError for what cannot be read or written.
+    only the names of tensors are read. Raises CheckpointError for what cannot be read, StorageError for what cannot
+    be written.
     """
     hf, output = config.hf, config.output
     _check_alone()
@@ -30,7 +31,7 @@ def run_pickles(config: PicklesConfig) -> int:
     needed = sum(part.bytes for part in parts) + _SMALL_FILES
     claim(output, HF_CONFIG_FILE, output)
     check_space(output, needed)
-    try:
+    with reporting(output, needed=needed):
         staging = make_staging(output)
         try:
             copy_hf_files(hf, staging)
@@ -38,8 +39,6 @@ def run_pickles(config: PicklesConfig) -> int:
             publish(staging, output, HF_CONFIG_FILE, output)
         finally:
             remove_tree(staging)
-    except OSError as error:
-        raise write_failure(output, error, needed=needed) from error
     print(f"wrote {output}", flush=True)
     return 0
 

@@ -34,6 +34,7 @@ from exo_megatron.errors import ConfigError, DataError
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
 from exo_megatron.parallel.ending import leaving_together, on_main
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.utils.disk import reporting, reporting_all
 from exo_megatron.utils.files import read_json, write_json, write_text
 from exo_megatron.utils.progress import show_duration
 
@@ -86,7 +87,8 @@ def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runti
     on_main(runtime, lambda: writing(config.output, begin))
     say(runtime, f"{name}: started, output in {config.output}")
     started = time.monotonic()
-    load_function(STAGE_FUNCTIONS[stage])(config, runtime)
+    with reporting_all(config.output):
+        load_function(STAGE_FUNCTIONS[stage])(config, runtime)
     runtime.barrier()
     on_main(runtime, lambda: writing(config.output, partial(complete_stage, status_directory(config), stage, digest)))
     say(runtime, f"{name}: done in {show_duration(time.monotonic() - started)}")
@@ -106,7 +108,8 @@ def run_prepare(config: StageConfig) -> int:
     """Join the world of the launcher, tokenise the data of a stage and return the exit code."""
     with distributed_runtime(models=False) as runtime, leaving_together(runtime):
         check_agreement(config_digest(config), runtime)
-        load_function("exo_megatron.stages.prepare:prepare_data")(config, runtime)
+        with reporting_all(config.output):
+            load_function("exo_megatron.stages.prepare:prepare_data")(config, runtime)
     return 0
 
 
@@ -131,9 +134,14 @@ def run_workflow(workflow: Workflow) -> None:
     text = workflow.render()
     with distributed_runtime() as runtime, leaving_together(runtime):
         check_agreement(hashlib.sha256(text.encode("utf-8")).hexdigest(), runtime)
-        on_main(runtime, lambda: writing(workflow.output, lambda: write_text(workflow.output / RUN_FILE, text)))
+        on_main(runtime, lambda: writing(workflow.output, lambda: _write_workflow(workflow.output, text)))
         for stage in workflow.stages:
             run_planned_stage(stage, workflow, runtime)
+
+
+def _write_workflow(output: Path, text: str) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / RUN_FILE, text)
 
 
 def run_planned_stage(stage: PlannedStage, workflow: Workflow, runtime: Runtime) -> None:
@@ -177,16 +185,9 @@ def _free_memory(runtime: Runtime) -> None:
 
 
 def writing(output: Path, work: Callable[[], T]) -> T:
-    """Run work on a stage's output directory; failures of the file system become ConfigError."""
-    try:
+    """Run work on a stage's output directory; failures of the file system become StorageError."""
+    with reporting(output):
         return work()
-    except OSError as error:
-        raise ConfigError(
-            f"output {output}",
-            f"cannot be written ({error.strerror}: {error.filename})",
-            expected="a directory that can be made and written, with space left",
-            fix="choose another output, or make room",
-        ) from None
 
 
 def load_function(target: str) -> Callable[[Any, Runtime], Any]:

@@ -84,6 +84,8 @@ class Trainer:
             max_steps=self.config.batch.max_steps,
             seed=self.config.seed,
         )
+        if self.runtime.is_main:
+            self.config.output.mkdir(parents=True, exist_ok=True)
         first_step = self._resume()
         enabled = self.runtime.is_main
         metrics = MetricsWriter(self.config.output, tensorboard=self.config.log.tensorboard, enabled=enabled)

@@ -29,11 +29,10 @@ LARGEST_JSON = 2**30
 def atomic_open(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only if the block ends without an exception.
 
-    The content goes to a hidden file in the same directory (made where missing), is flushed to the
-    disk, and is renamed to `path`. Text is UTF-8 with `\\n` line ends. After an exception the old
-    file, if any, is unchanged.
+    The content goes to a hidden file in the same directory, is flushed to the disk, and is renamed to
+    `path`. Text is UTF-8 with `\\n` line ends. After an exception the old file, if any, is unchanged.
+    The directory must exist: where an output has been taken away, writing must not make it again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of several machines write into one directory, and in containers they have the same numbers.
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)

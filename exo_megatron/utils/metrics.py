@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from exo_megatron.utils.disk import gone, reporting
 from exo_megatron.utils.files import atomic_open, json_line
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from exo_megatron.utils.events import EventsWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -25,51 +28,55 @@ class MetricsWriter:
     dropped, so that every step occurs once in the file.
 
     Args:
-        directory: the stage's output.
+        directory: the stage's output, which exists.
         tensorboard: whether events are written, too.
         enabled: False on all ranks but one.
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool, enabled: bool) -> None:
         self._directory = directory
+        self._path = directory / METRICS_FILE
         self._tensorboard = tensorboard
         self._enabled = enabled
         self._file: TextIO | None = None
-        self._events: SummaryWriter | None = None
+        self._events: EventsWriter | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step. NaN and infinities become null in the JSON."""
+        """Record the metrics of one step. NaN and infinities become null in the JSON.
+
+        Raises StorageError if they cannot be written, or the file is no longer where it was.
+        """
         if not self._enabled:
             return
-        file = self._file if self._file is not None else self._open(step)
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        file.write(json_line({"step": step, **finite}))
-        file.flush()
+        with reporting(self._path):
+            file = self._file if self._file is not None else self._open(step)
+            if not os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                raise gone(self._path)
+            file.write(json_line({"step": step, **finite}))
+            file.flush()
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            with reporting(self._directory / TENSORBOARD_DIRECTORY):
+                self._events.write(step, values)
 
     def close(self) -> None:
-        """Write the remaining events to disk and close both files."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Close both files. What could not be written has been told before."""
+        for each in (self._file, self._events):
+            if each is not None:
+                with suppress(OSError):
+                    each.close()
+        self._file = self._events = None
         self._enabled = False
 
     def _open(self, first_step: int) -> TextIO:
-        path = self._directory / METRICS_FILE
-        self._directory.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            drop_records(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - kept open over the run, see close
+        if self._path.exists():
+            drop_records(self._path, first_step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - kept open over the run, see close
         if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from exo_megatron.utils.events import EventsWriter
 
-            self._events = SummaryWriter(str(self._directory / TENSORBOARD_DIRECTORY), purge_step=first_step)
+            self._events = EventsWriter(self._directory / TENSORBOARD_DIRECTORY, first_step)
         return self._file
 
 

@@ -23,7 +23,7 @@ from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.directory import STAGING_MARKER, list_steps, resolve_checkpoint
 from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.checkpoint.save import save_checkpoint
-from exo_megatron.errors import CheckpointError, DataError, ExoError
+from exo_megatron.errors import CheckpointError, DataError, ExoError, StorageError
 from exo_megatron.parallel.runtime import Runtime
 from tests.unit.checkpoint.conftest import SPEC, Saver, sharded
 
@@ -199,7 +199,7 @@ class Usage(NamedTuple):
 
 def test_too_little_space_is_seen_before_writing(save: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1234, 1234))
-    with pytest.raises(CheckpointError, match=r"needs 67,10\d,\d+ bytes but 1,234 are free"):
+    with pytest.raises(StorageError, match=r"needs 67,10\d,\d+ bytes but 1,234 are free"):
         save(tmp_path / "deep" / "model")
     assert not (tmp_path / "deep").exists()
 
@@ -227,9 +227,7 @@ def test_disk_fills_up_while_writing(
     first = save(tmp_path / "step-00000001", step=1)
     with monkeypatch.context() as patch:
         patch.setattr(module, name, failing)
-        with pytest.raises(
-            CheckpointError, match=r"could not be written: No space left on device, [\d,]+ bytes are free"
-        ):
+        with pytest.raises(StorageError, match=r"could not be written: No space left on device, [\d,]+ bytes are free"):
             save(tmp_path / "step-00000002", step=2)
     assert sorted(child.name for child in tmp_path.iterdir() if child.is_dir()) == ["hf-source", first.name]
     verify_checkpoint(first)
@@ -246,7 +244,7 @@ def test_source_file_that_cannot_be_read(save: Saver, hf_files: Path, tmp_path: 
 
 def test_directory_that_cannot_be_written(save: Saver, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="could not be written"):
+    with pytest.raises(StorageError, match="could not be written"):
         save(tmp_path / "file" / "model")
 
 

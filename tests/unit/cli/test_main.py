@@ -78,7 +78,7 @@ def test_interruption(calls, tmp_path, capsys):
 def test_output_that_cannot_be_written(calls, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*SCORE, f"output={tmp_path / 'file' / 'out'}"]) == 2
-    assert "cannot be written (Not a directory" in capsys.readouterr().err
+    assert "could not be written (Not a directory" in capsys.readouterr().err
     assert calls.take() == []
 
 

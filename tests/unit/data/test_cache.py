@@ -19,7 +19,7 @@ from exo_megatron.data.entries import Source, SourceEntry, read_record
 from exo_megatron.data.prepared import Prepared, PromptTable, prompts_digest, prompts_table
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.tally import Tally
-from exo_megatron.errors import ConfigError, DataError, ExoError
+from exo_megatron.errors import DataError, ExoError, StorageError
 from exo_megatron.utils.team import ALONE, Team
 
 SECONDS = 20.0
@@ -253,7 +253,7 @@ class TestOneProcess:
 
     def test_a_cache_that_cannot_be_written(self, kitchen: Kitchen, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file where a directory has to be")
-        with pytest.raises(ConfigError, match=r"data.cache: .*cannot be written \(Not a directory\)"):
+        with pytest.raises(StorageError, match=r"data.cache .*could not be written \(Not a directory\)"):
             prepare(kitchen.recipe(), tmp_path / "cache", ALONE)
 
 
@@ -324,8 +324,8 @@ class TestProcesses:
 
         monkeypatch.setattr(cache, "_write", full)
         errors = Threads((3,)).run(lambda team, node: prepare(kitchen.recipe(), tmp_path / "cache", team))
-        assert {type(error) for error in errors} == {ConfigError}
-        assert all("cannot be written (No space left on device)" in str(error) for error in errors)
+        assert {type(error) for error in errors} == {StorageError}
+        assert all("could not be written: No space left on device" in str(error) for error in errors)
 
     def test_a_file_that_changes_for_one_process_is_refused_by_all(self, kitchen: Kitchen, tmp_path: Path) -> None:
         kitchen.before = lambda first: kitchen.write("ABCDEFGHIJK") if first == "i" else None

@@ -33,6 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(directory: Path, *, run: str = "run", records: int = len(RECORDS)) -> RunShards:
     writer = RunShards(directory, count_shards(records), run)
+    directory.mkdir(parents=True, exist_ok=True)
     for number in range(writer.count):
         part = records_of(range(number, number + 1), records)
         writer.write(number, RECORDS[part.start : part.stop], {"sum": number / 7})

@@ -31,7 +31,7 @@ SMALL = 1000
 
 
 @contextmanager
-def within(seconds: int = 5, megabytes: int = 64) -> Iterator[None]:
+def within(seconds: int = 20, megabytes: int = 64) -> Iterator[None]:
     """Fail a block that takes longer or more memory, as a file without an end would."""
 
     def late(number: int, frame: object) -> None:
@@ -110,7 +110,7 @@ def test_a_compressed_file_is_read_no_further_than_a_line_may_be_long(
         file.write(beginning)
         for _ in range(200):
             file.write(b"[" * 2**20)
-    with within(seconds=3), pytest.raises(DataError, match=r"more than 1,000 bytes"):
+    with within(), pytest.raises(DataError, match=r"more than 1,000 bytes"):
         open_source(str(path)).read()
 
 
@@ -146,7 +146,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("what", READERS)
 def test_a_pipe_in_place_of_a_file_is_refused(what: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with within(seconds=10, megabytes=400), pytest.raises(ExoError, match="is a pipe"):
+    with within(megabytes=400), pytest.raises(ExoError, match="is a pipe"):
         READERS[what](tmp_path / "pipe")
 
 

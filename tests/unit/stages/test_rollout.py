@@ -190,6 +190,7 @@ def test_every_rank_writes_shards_of_its_own(engine: Engine, tmp_path: Path) -> 
         def broadcast_object(self, value: Any, source: int = 0) -> Any:
             return {}, None  # rank 0 found nothing finished, and no error
 
+    (tmp_path / "candidates").mkdir()  # as rank 0 does
     run(config(tmp_path, 19), Second())
     names = sorted(path.name for path in (tmp_path / "candidates").glob("*.jsonl"))
     assert names == ["shard-00001-of-00005.jsonl", "shard-00003-of-00005.jsonl"]

@@ -120,6 +120,7 @@ def score_config(tmp_path: Path, candidates: Path) -> ScoreConfig:
 
 def test_stage_writes_rewards_rollout_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [replace(r, candidates=tuple(replace(c, text=f" {c.text} x") for c in r.candidates)) for r in records(3)]
+    (tmp_path / "rollout").mkdir()
     write_candidates(tmp_path / "rollout" / "candidates.jsonl", given)
     write_json(tmp_path / "rollout" / "rollout.json", {"temperature": 0.8})
     runtime: Any = FakeRuntime(0, 1, {})

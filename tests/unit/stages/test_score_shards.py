@@ -67,6 +67,7 @@ def records(count: int, length: int = 2) -> list[CandidateRecord]:
 
 def write_shards(output: Path, given: Sequence[CandidateRecord]) -> Path:
     writer = RunShards(output / "candidates", count_shards(len(given)), "drawn")
+    writer.take_over()
     for number in range(writer.count):
         part = records_of(range(number, number + 1), len(given))
         writer.write(number, map(stored_candidates, given[part.start : part.stop]), {})

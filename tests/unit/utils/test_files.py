@@ -18,12 +18,19 @@ from exo_megatron.utils.files import (
 )
 
 
-def test_atomic_open_makes_directories_and_replaces(tmp_path):
-    path = tmp_path / "a" / "b" / "file.txt"
+def test_atomic_open_replaces(tmp_path):
+    path = tmp_path / "a" / "file.txt"
+    path.parent.mkdir()
     write_text(path, "one\n")
     write_text(path, "zwei é\n")
     assert path.read_bytes() == "zwei é\n".encode()
     assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_a_directory_that_was_taken_away_is_not_made_again(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "gone" / "file.txt", "text")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_nothing_is_seen_before_the_end_or_after_a_failure(tmp_path):
