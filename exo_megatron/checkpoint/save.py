@@ -95,6 +95,15 @@ def save_checkpoint(
         raise
 
 
+def check_room(root: Path, local: int, runtime: Runtime) -> None:
+    """Raise StorageError on every rank if the file system of `root` has no room for one checkpoint.
+
+    Collective over the world. local: bytes that this rank will write of it.
+    """
+    sizes = runtime.gather_objects(local) or []
+    on_main(runtime, lambda: check_space(root, sum(sizes) + _SMALL_FILES))
+
+
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints in `root`, and staging left by a crash.
 

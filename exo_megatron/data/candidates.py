@@ -28,6 +28,9 @@ from exo_megatron.utils.files import write_jsonl
 ROLLOUT_FILE = "rollout.json"
 """Description of the rollout that drew the candidates beside it."""
 
+_LEAST_BYTES = 128
+"""Bytes of a stored candidate of one token without text."""
+
 Columns: TypeAlias = Mapping[str, Any]
 """The columns of a record that are none of our fields, as JSON values. A null is an absent column."""
 
@@ -118,6 +121,11 @@ def other_columns(fields: Fields, own: Collection[str]) -> dict[str, Any]:
     are left out.
     """
     return {name: value[0] for name in fields if name not in own and (value := _as_json(name, fields[name]))}
+
+
+def least_bytes(prompts: int, candidates: int) -> int:
+    """Return how many bytes of a file the candidates of so many prompts have at the very least."""
+    return prompts * candidates * _LEAST_BYTES
 
 
 def write_candidates(path: Path, records: Iterable[CandidateRecord]) -> None:

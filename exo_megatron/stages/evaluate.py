@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exo_megatron.config.sections import RewardConfig
 from exo_megatron.config.stages import EvaluateConfig
-from exo_megatron.data.candidates import CandidateRecord, write_candidates
+from exo_megatron.data.candidates import CandidateRecord, least_bytes, write_candidates
 from exo_megatron.data.completions import column_names
 from exo_megatron.evaluation.estimates import Estimate, PromptMeans, average_samples, estimate
 from exo_megatron.evaluation.picture import draw_frontier
@@ -17,12 +17,14 @@ from exo_megatron.evaluation.prompt_means import write_prompt_means
 from exo_megatron.evaluation.report import render_report
 from exo_megatron.evaluation.samples import Compared, Sampler
 from exo_megatron.evaluation.targets import Plan, describe_disagreement, make_plan
+from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rewards.build import build_reward
 from exo_megatron.rewards.records import score_records
 from exo_megatron.rewards.source import RewardSource
 from exo_megatron.stages.run import say
+from exo_megatron.utils.disk import check_space
 from exo_megatron.utils.files import write_json, write_text
 
 EVALUATION_FILE = "evaluation.json"
@@ -43,6 +45,9 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")
+    models, prompts = len(plan.targets) + 1, len(plan.prompts)
+    needed = least_bytes(models * prompts, config.sampling.candidates)
+    on_main(runtime, lambda: check_space(config.output, needed))
     if runtime.is_main:
         (config.output / SAMPLES_DIRECTORY).mkdir(parents=True, exist_ok=True)
     source = build_reward(config.reward, runtime.device, partial(say, runtime))

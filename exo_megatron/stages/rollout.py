@@ -9,7 +9,7 @@ from functools import partial
 
 from exo_megatron import __version__
 from exo_megatron.config.stages import CANDIDATES_DIRECTORY, RolloutConfig
-from exo_megatron.data.candidates import ROLLOUT_FILE, stored_candidates
+from exo_megatron.data.candidates import ROLLOUT_FILE, least_bytes, stored_candidates
 from exo_megatron.data.dataset import load_prompts
 from exo_megatron.data.prepared import Prepared
 from exo_megatron.data.prompts import Prompt
@@ -26,6 +26,7 @@ from exo_megatron.rollout.lengths import check_lengths, check_microbatch_length
 from exo_megatron.rollout.stops import check_stops
 from exo_megatron.rollout.units import plan_units
 from exo_megatron.stages.run import say, writing
+from exo_megatron.utils.disk import check_space
 from exo_megatron.utils.files import write_json
 
 DIFFERENCE = "decoding_difference"
@@ -58,6 +59,9 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
         kept = [unit for unit in units if all(number in finished for number in unit)]
         differences = [finished[number][DIFFERENCE] for unit in kept for number in unit]
         if len(kept) < len(units):
+            left = len(prompts) - sum(len(records_of(unit, len(prompts))) for unit in kept)
+            needed = least_bytes(left, config.sampling.candidates)
+            on_main(runtime, lambda: check_space(config.output, needed))
             policy = load_policy(source, topology, config.compute, tokenizer)
             differences += _draw_units(config, policy, prompts, shards, units, kept, runtime)
     if runtime.is_main:

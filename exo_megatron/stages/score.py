@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from exo_megatron import __version__
@@ -18,7 +19,7 @@ from exo_megatron.data.completions import ScorableRecord, stored_record
 from exo_megatron.data.dataset import judge_source, write_report
 from exo_megatron.data.reading import Interpreter
 from exo_megatron.data.scorable import Contents, Survey, join_surveys, read_shares, survey
-from exo_megatron.data.shards import Notes, RunShards, link_only_shard, output_of
+from exo_megatron.data.shards import Notes, RunShards, find_shards, link_only_shard, output_of
 from exo_megatron.data.tally import Verdicts
 from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime
@@ -27,6 +28,7 @@ from exo_megatron.rewards.records import own_part, score_records, score_share
 from exo_megatron.rewards.source import RewardSource
 from exo_megatron.rewards.summary import RewardSums, join_sums
 from exo_megatron.stages.run import say, writing
+from exo_megatron.utils.disk import check_space
 from exo_megatron.utils.files import write_json
 from exo_megatron.utils.progress import Progress
 
@@ -49,6 +51,7 @@ def run_score(config: ScoreConfig, runtime: Runtime) -> None:
         say(runtime, f"data: {line}")
     source = build_reward(config.reward, runtime.device, partial(say, runtime))
     work = on_main(runtime, lambda: writing(config.output, lambda: _plan(config, contents, world)))
+    on_main(runtime, lambda: check_space(config.output, _least_bytes(config, work)))
     sums = runtime.gather_items(list(_score_shares(config, interpreter, runtime, source, work)))
     if sums is not None:
         kept = ((number, RewardSums(**notes)) for number, notes in work.finished.items())
@@ -108,6 +111,17 @@ def _reading(config: CandidatesDataConfig) -> Iterator[str]:
     """
     if config.columns or config.transcript != "text":
         yield json.dumps([config.columns, config.transcript], sort_keys=True)
+
+
+def _least_bytes(config: ScoreConfig, work: _Work) -> int:
+    """Return how much the shards that are left will need at least: those of the input, to which rewards are added.
+
+    0 where that is not known: for other input than shards, and where records may be left out.
+    """
+    found = find_shards(config.candidates)
+    if found is None or config.data.on_invalid != "error":
+        return 0
+    return sum(found[number].stat().st_size for number in (*chain(*work.alone), *work.together))
 
 
 def _score_shares(

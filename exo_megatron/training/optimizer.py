@@ -47,6 +47,13 @@ class Trainee:
         """True if Adam is torch's, because neither Transformer Engine nor apex is installed."""
         return all(isinstance(part.optimizer, torch.optim.Adam) for part in _parts(self.optimizer))
 
+    @property
+    def bytes_to_save(self) -> int:
+        """Bytes of a checkpoint, counted by the first data rank: weights, and three fp32 values of Adam per parameter."""
+        if self.policy.topology.data_rank != 0:
+            return 0
+        return sum(each.numel() * (each.element_size() + 12) for each in self.policy.model.parameters())
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of every parameter group, and weight decay where marked."""
         for group in self.optimizer.param_groups:

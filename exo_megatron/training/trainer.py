@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exo_megatron.checkpoint.directory import list_steps, step_directory
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_but_records
-from exo_megatron.checkpoint.save import prune, save_checkpoint
+from exo_megatron.checkpoint.save import check_room, prune, save_checkpoint
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group, StepSampler
@@ -87,6 +87,8 @@ class Trainer:
         if self.runtime.is_main:
             self.config.output.mkdir(parents=True, exist_ok=True)
         first_step = self._resume()
+        if first_step < sampler.total_steps:
+            check_room(self.config.output, self.trainee.bytes_to_save, self.runtime)
         enabled = self.runtime.is_main
         metrics = MetricsWriter(self.config.output, tensorboard=self.config.log.tensorboard, enabled=enabled)
         progress = Progress(self.label, sampler.total_steps, "steps", enabled=enabled, initial=first_step)
