@@ -15,14 +15,23 @@ import json
 import os
 import shutil
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from exo_megatron.checkpoint.directory import STAGING_MARKER, in_the_making
+from exo_megatron.checkpoint.directory import MANIFEST_FILE, STAGING_MARKER, STEPS_DIRECTORY, in_the_making
 from exo_megatron.config.stages import COMPLETE_FILE, STAGE_FILES
 from exo_megatron.errors import CheckpointError
-from exo_megatron.utils.files import fsync_directory, read_json, write_json
+from exo_megatron.utils.files import (
+    TEMPORARY_FILES,
+    UNTOUCHED_SECONDS,
+    fsync_directory,
+    is_abandoned,
+    read_json,
+    write_json,
+)
 
 PUBLISHED_FILE = ".published"
 """File in a stage's status directory: name -> time of change of what was moved into the target.
@@ -86,10 +95,8 @@ def make_staging(target: Path) -> Path:
     """
     staging = staging_path(target)
     staging.mkdir(parents=True)
-    process = psutil.Process()
-    owner = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
     # Not by way of a temporary file: nothing must be in the directory before the marker.
-    (staging / STAGING_MARKER).write_text(json.dumps(owner))
+    (staging / STAGING_MARKER).write_text(_owner())
     return staging
 
 
@@ -135,6 +142,48 @@ def remove_tree(path: Path) -> None:
         _remove(path / name)
     if path.is_dir():
         shutil.rmtree(path)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint. It looks complete as long as it is, and `remove_leftovers` can end the removal."""
+    with suppress(OSError):  # a full disk must not be in the way of making room
+        (directory / STAGING_MARKER).write_text(_owner())
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    remove_tree(directory)
+
+
+def remove_leftovers(output: Path, status: Path) -> None:
+    """Remove what processes that are gone were writing, or removing, in the output of a stage or beside it.
+
+    That is temporary files, staging directories, and half-removed checkpoints. A checkpoint that was put in
+    its place whole, but not yet declared complete, stays and is. Called by one process.
+    """
+    inside = [child for child in _children(output) if child.is_dir() and not child.is_symlink()]
+    for directory in {output, status, *inside}:
+        for path in directory.glob(TEMPORARY_FILES):
+            if is_abandoned(path):
+                path.unlink(missing_ok=True)
+    staging = staging_path(output)
+    for directory in (staging, *(output / STEPS_DIRECTORY).glob("*step-*")):
+        if not in_the_making(directory) or not _is_abandoned(directory):
+            continue
+        if directory != staging and not directory.name.startswith("tmp-") and (directory / MANIFEST_FILE).is_file():
+            (directory / STAGING_MARKER).unlink()
+        else:
+            remove_tree(directory)
+
+
+def _is_abandoned(directory: Path) -> bool:
+    """Tell whether the process is gone that was making this directory."""
+    host, pid = _maker(directory)
+    if host in (None, socket.gethostname()):
+        return pid is None
+    return time.time() - _time_of_change(directory) / 1e9 > UNTOUCHED_SECONDS
+
+
+def _owner() -> str:
+    process = psutil.Process()
+    return json.dumps({"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()})
 
 
 def _place(target: Path) -> Path:
@@ -183,14 +232,8 @@ def _check_staging(target: Path) -> None:
 
 def _check_unused(directory: Path) -> None:
     """Raise CheckpointError if another running process of this host makes this directory."""
-    try:
-        owner = json.loads((directory / STAGING_MARKER).read_text())
-        host, pid, started = owner["host"], int(owner["pid"]), float(owner["started"])
-        process = psutil.Process(pid)
-        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < _SAME_START
-    except (FileNotFoundError, ValueError, TypeError, KeyError, psutil.Error):
-        return  # nobody's, cut off while it was written, or of a process that is gone
-    if alive and host == socket.gethostname() and pid != psutil.Process().pid:
+    host, pid = _maker(directory)
+    if pid is not None and host == socket.gethostname() and pid != psutil.Process().pid:
         raise CheckpointError(
             str(directory),
             f"is being written by process {pid} of this host",
@@ -199,12 +242,34 @@ def _check_unused(directory: Path) -> None:
         )
 
 
+def _maker(directory: Path) -> tuple[str | None, int | None]:
+    """Return the host and the number of the process that makes a directory.
+
+    No number: no such process runs here. No host: nobody's, or cut off while it was written.
+    """
+    try:
+        owner = json.loads((directory / STAGING_MARKER).read_text())
+        host, pid, started = str(owner["host"]), int(owner["pid"]), float(owner["started"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None, None
+    try:
+        process = psutil.Process(pid)
+        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < _SAME_START
+    except psutil.Error:
+        alive = False
+    return host, pid if alive else None
+
+
 def _shown(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def _children(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []
+
+
 def _names(directory: Path) -> set[str]:
-    return {child.name for child in directory.iterdir()} if directory.is_dir() else set()
+    return {child.name for child in _children(directory)}
 
 
 def _left_behind(target: Path, status: Path) -> set[str]:

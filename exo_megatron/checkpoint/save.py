@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,15 @@ from exo_megatron.checkpoint.directory import (
 )
 from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
 from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
-from exo_megatron.checkpoint.publish import claim, clear_staging, make_staging, publish, remove_tree, staging_path
+from exo_megatron.checkpoint.publish import (
+    claim,
+    clear_staging,
+    make_staging,
+    publish,
+    remove_checkpoint,
+    remove_tree,
+    staging_path,
+)
 from exo_megatron.errors import CheckpointError
 from exo_megatron.models.spec import ModelSpec
 from exo_megatron.parallel.ending import failing_together, on_main
@@ -107,12 +114,10 @@ def check_room(root: Path, local: int, runtime: Runtime) -> None:
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints in `root`, and staging left by a crash.
 
-    One rank calls it. The manifest is removed first, so that an interrupted removal leaves nothing
-    that looks complete. A directory that has a staging name but is not ours stays.
+    One rank calls it. A directory that has a staging name but is not ours stays.
     """
     for _, directory in list_steps(root)[:-keep]:
-        (directory / MANIFEST_FILE).unlink()
-        shutil.rmtree(directory)
+        remove_checkpoint(directory)
     for leftover in root.glob("tmp-step-*"):
         if in_the_making(leftover) or (leftover.is_dir() and not any(leftover.iterdir())):
             remove_tree(leftover)
@@ -187,8 +192,7 @@ def _complete(staging: Path, shards: dict[str, FileRecord], step: int | None, ki
 def _put_in_place(staging: Path, target: Path, step: int | None, kind: CheckpointKind) -> None:
     with reporting(target):
         if kind == "training" and target.exists():
-            (target / MANIFEST_FILE).unlink(missing_ok=True)
-            shutil.rmtree(target)
+            remove_checkpoint(target)
         publish(staging, target, MANIFEST_FILE, target)
         if step is not None:
             write_text(target.parent / LATEST_FILE, f"{target.name}\n")

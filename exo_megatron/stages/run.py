@@ -17,6 +17,7 @@ import torch
 
 from exo_megatron import __version__
 from exo_megatron.checkpoint.directory import list_steps
+from exo_megatron.checkpoint.publish import remove_leftovers
 from exo_megatron.config.document import config_digest, render_config
 from exo_megatron.config.stages import (
     COMPLETE_FILE,
@@ -83,6 +84,8 @@ def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runti
         runtime: the world.
     """
     text = render_config(config)
+    clean = partial(remove_leftovers, config.output, status_directory(config))
+    on_main(runtime, lambda: writing(config.output, clean))
     begin = partial(begin_stage, status_directory(config), stage, config_text=text, digest=digest)
     on_main(runtime, lambda: writing(config.output, begin))
     say(runtime, f"{name}: started, output in {config.output}")
@@ -141,6 +144,7 @@ def run_workflow(workflow: Workflow) -> None:
 
 def _write_workflow(output: Path, text: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output, output)
     write_text(output / RUN_FILE, text)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import IO, Any, AnyStr, Literal
+
+import psutil
 
 from exo_megatron.errors import DataError
 
@@ -34,7 +39,7 @@ def atomic_open(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]
     The directory must exist: where an output has been taken away, writing must not make it again.
     """
     # Processes of several machines write into one directory, and in containers they have the same numbers.
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.tmp-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
     encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
     try:
         with open(temporary, mode, encoding=encoding, newline=newline) as file:
@@ -46,6 +51,36 @@ def atomic_open(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+_TEMPORARY = re.compile(r"\..+\.tmp-(?:(?P<machine>[0-9a-f]{8})-)?(?P<pid>\d+)-[0-9a-f]{8}")
+TEMPORARY_FILES = ".*.tmp-*"
+"""Pattern of the names of files that `atomic_open` writes."""
+
+UNTOUCHED_SECONDS = 600.0
+"""Seconds after which what another machine was writing, and has not written to since, counts as given up."""
+
+_SAME_START = 5.0
+"""Seconds by which two readings of a process's start may differ, as clocks are set."""
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Tell whether a file has a name that `atomic_open` gives, and the process that was writing it is gone."""
+    match = _TEMPORARY.fullmatch(temporary.name)
+    try:
+        changed = temporary.stat().st_mtime
+        if match is None or match["machine"] not in (None, _machine()):
+            return match is not None and time.time() - changed > UNTOUCHED_SECONDS
+        # A process that began after the last write has the number of the one that wrote.
+        return psutil.Process(int(match["pid"])).create_time() > changed + _SAME_START
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, psutil.Error):
+        return False
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def fsync_directory(path: Path) -> None:
