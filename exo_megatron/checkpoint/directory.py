@@ -232,6 +232,32 @@ def list_steps(path: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def skipped_steps(path: Path) -> list[str]:
+    """Describe the steps of a training output, newer than its newest complete one, that cannot be used.
+
+    One line each. Steps that a run is making, or removing, are not among them.
+    """
+    complete = list_steps(path)
+    newest = complete[-1] if complete else None
+    taken = "no complete step is left" if newest is None else f"the newest complete step is {newest[1].name}"
+    lines = []
+    for root in (path, path / STEPS_DIRECTORY):
+        for child in sorted(root.glob("step-*")) if root.is_dir() else ():
+            match = _STEP_NAME.fullmatch(child.name)
+            if match is None or not child.is_dir() or in_the_making(child) or _complete_step(child) is not None:
+                continue
+            if newest is None or int(match.group(1)) > newest[0]:
+                lines.append(f"warning: {child} cannot be used, it {_flaw(child)}; {taken}")
+    return lines
+
+
+def _flaw(step: Path) -> str:
+    try:
+        return f"says that it is step {read_manifest(step).step}"
+    except CheckpointError as error:
+        return f"has a {MANIFEST_FILE} that {error.problem}" if Path(error.where) != step else error.problem
+
+
 def read_spec(checkpoint: Path) -> ModelSpec:
     """Read the architecture of the model in a checkpoint.
 

@@ -100,7 +100,7 @@ def plan_oversized(
     capacity = microbatch_capacity(max_tokens, multiple)
     large = [i for i, group in enumerate(groups) if group.num_tokens > capacity]
     for i in large:
-        check_fits_in_parts(groups[i], max_tokens=max_tokens, multiple=multiple)
+        check_fits_in_parts(groups[i], max_tokens, multiple, f"group {groups[i].id!r}")
     works = [_Work(groups[i], i, capacity, hidden_size) for i in large]
     works.sort(key=lambda work: (-work.cost_on(1), work.index))
     loads = [0.0] * data_size

@@ -55,14 +55,14 @@ def check_groups(groups: Sequence[Group], spec: ModelSpec, compute: ComputeConfi
     capacity = microbatch_capacity(compute.max_tokens_per_microbatch, parallel.token_multiple)
     if (over := np.flatnonzero(longest > spec.max_positions)).size:
         raise DataError(
-            f"group {groups[int(over[0])].id}",
+            _place(groups, int(over[0])),
             f"prompt and candidate need {longest[over[0]]} positions{_and_more(over.size)}",
             expected=f"at most {spec.max_positions}, the model's positions",
             fix="shorten it, or lower data.max_prompt_tokens and data.max_completion_tokens",
         )
     if (over := np.flatnonzero(longest > capacity)).size:
-        group = groups[int(over[0])]
-        check_fits_in_parts(group, max_tokens=compute.max_tokens_per_microbatch, multiple=parallel.token_multiple)
+        group, place = groups[int(over[0])], _place(groups, int(over[0]))
+        check_fits_in_parts(group, compute.max_tokens_per_microbatch, parallel.token_multiple, place)
 
 
 def check_whole(groups: Sequence[Group], compute: ComputeConfig, parallel: ParallelConfig) -> None:
@@ -71,7 +71,7 @@ def check_whole(groups: Sequence[Group], compute: ComputeConfig, parallel: Paral
     capacity = microbatch_capacity(compute.max_tokens_per_microbatch, parallel.token_multiple)
     if (over := np.flatnonzero(tokens > capacity)).size:
         raise DataError(
-            f"group {groups[int(over[0])].id!r}",
+            _place(groups, int(over[0])),
             f"has {tokens[over[0]]} tokens, and the loss needs log-probs of single tokens",
             expected=f"at most {capacity}, one micro-batch (compute.max_tokens_per_microbatch)",
             fix=f"raise compute.max_tokens_per_microbatch, or remove such groups ({over.size})",
@@ -82,18 +82,24 @@ def _lengths(groups: Sequence[Group]) -> GroupLengths:
     return groups.lengths if isinstance(groups, PreparedGroups) else GroupLengths.of(groups)
 
 
+def _place(groups: Sequence[Group], number: int) -> str:
+    """Name a group, and the place of its record where that is known."""
+    name = f"group {groups[number].id!r}"
+    return f"{groups.where(number)}: {name}" if isinstance(groups, PreparedGroups) else name
+
+
 def _and_more(count: int) -> str:
     return "" if count == 1 else f" (as {count} groups do, this is the first)"
 
 
-def check_fits_in_parts(group: Group, *, max_tokens: int, multiple: int) -> None:
-    """Raise DataError if a group's prompt and longest candidate exceed a micro-batch together."""
+def check_fits_in_parts(group: Group, max_tokens: int, multiple: int, place: str) -> None:
+    """Raise DataError at `place` if a group's prompt and longest candidate exceed a micro-batch together."""
     longest = max(len(candidate) for candidate in group.candidates)
     capacity = microbatch_capacity(max_tokens, multiple)
     if len(group.prompt) + longest > capacity:
         raise DataError(
-            f"group {group.id!r}",
-            f"{len(group.prompt)} tokens of the prompt and {longest} of its longest candidate",
+            place,
+            f"has {len(group.prompt)} tokens of the prompt and {longest} of its longest candidate",
             expected=f"at most {capacity} together, one micro-batch (compute.max_tokens_per_microbatch = {max_tokens})",
             fix="raise compute.max_tokens_per_microbatch, or shorten prompts or candidates",
         )
@@ -105,7 +111,7 @@ def fit_candidates(group: Group, *, max_tokens: int, multiple: int) -> Iterator[
     Each has the prompt and some of the candidates, in order. A group that fits is not split. This
     is for passes without gradients. Raises DataError if no split helps.
     """
-    check_fits_in_parts(group, max_tokens=max_tokens, multiple=multiple)
+    check_fits_in_parts(group, max_tokens, multiple, f"group {group.id!r}")
     capacity = microbatch_capacity(max_tokens, multiple) - len(group.prompt)
     taken: list[int] = []
     used = 0

@@ -152,9 +152,17 @@ class Prepared(Sequence[Item]):
     def __getitem__(self, index: int | slice) -> Item | list[Item]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+        table, row = self._row(range(len(self))[index])
+        return self._open[table].at(row)
+
+    def where(self, number: int) -> str:
+        """Return the place of an item's record: file and line, or data set and row."""
+        table, row = self._row(number)
+        return str(self.tables[table].column("where")[row].as_py())
+
+    def _row(self, number: int) -> tuple[int, int]:
         table = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._open[table].at(number - int(self._starts[table]))
+        return table, number - int(self._starts[table])
 
 
 class PreparedGroups(Sequence[Group]):
@@ -191,6 +199,10 @@ class PreparedGroups(Sequence[Group]):
             return group
         start, stop = self._starts[number : number + 2]
         return replace(group, reference_logprobs=tuple(self._logprobs[start:stop].tolist()))
+
+    def where(self, number: int) -> str:
+        """Return the place of a group's record: file and line, or data set and row."""
+        return self._stored.where(number)
 
     def lacking_logprobs(self) -> list[int]:
         """List the numbers of the groups without stored reference log-probs."""

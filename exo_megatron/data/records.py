@@ -10,6 +10,9 @@ from typing import Any
 
 from exo_megatron.errors import DataError
 
+LARGEST_NUMBER = 1e12
+"""Rewards and log-probs beyond it are mistakes, which would make losses infinite far from their cause."""
+
 
 @dataclass(frozen=True)
 class SourceRecord:
@@ -137,4 +140,6 @@ def _finite(where: str, name: str, value: object) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise wrong_type(where, name, value, "a finite number")
+    if abs(number) > LARGEST_NUMBER:
+        raise wrong_type(where, name, value, f"a number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}")
     return number

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_megatron.data.text import Answer, Chat, Text, TextCodec
-from exo_megatron.errors import DataError
+from exo_megatron.errors import DataError, reason
 from exo_megatron.utils.files import check_regular_files, read_json
 
 GENERATION_CONFIG = "generation_config.json"
@@ -40,15 +40,43 @@ class _Batch:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._ids: list[list[int]] = []
+        self._ids: Sequence[list[int] | DataError] = []
 
     def put(self, text: str) -> Callable[[], list[int]]:
-        """Add a text. Returns the function that gives its ids after `encode`."""
+        """Add a text. Returns the function that gives its ids after `encode`, or raises its DataError."""
         number = self._numbers.setdefault(text, len(self._numbers))
-        return lambda: self._ids[number]
 
-    def encode(self, encode: Callable[[list[str]], list[list[int]]]) -> None:
-        self._ids = encode(list(self._numbers))
+        def ids() -> list[int]:
+            found = self._ids[number]
+            if isinstance(found, DataError):
+                raise found
+            return found
+
+        return ids
+
+    def encode(self, path: Path, encode: Callable[[list[str]], list[list[int]]]) -> None:
+        """Encode all texts; where the library fails, one by one, so that only those fail that it cannot encode."""
+        texts = list(self._numbers)
+        try:
+            self._ids = encode(texts)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a panic of the tokenizers' Rust code is no Exception
+            self._ids = [_encode_alone(path, text, encode) for text in texts]
+
+
+def _encode_alone(path: Path, text: str, encode: Callable[[list[str]], list[list[int]]]) -> list[int] | DataError:
+    try:
+        return encode([text])[0]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return DataError(
+            str(path),
+            f"the tokenizer fails ({type(error).__name__}: {reason(error)})",
+            expected="a text that it can encode",
+            fix="remove the record, or use another tokenizer (data.tokenizer)",
+        )
 
 
 def _result(result: Callable[[], EncodedGroup]) -> EncodedGroup | DataError:
@@ -147,8 +175,8 @@ class Tokenizer:
                 found.append(self._queue(prompt, answers, starts, continuations))
             except DataError as error:
                 found.append(error)
-        starts.encode(partial(self._codec.encode_batch, continuation=False))
-        continuations.encode(partial(self._codec.encode_batch, continuation=True))
+        starts.encode(self.path, partial(self._codec.encode_batch, continuation=False))
+        continuations.encode(self.path, partial(self._codec.encode_batch, continuation=True))
         return [each if isinstance(each, DataError) else _result(each) for each in found]
 
     def _queue(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, list_steps, read_step, resolve_checkpoint
+from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, list_steps, read_step, resolve_checkpoint, skipped_steps
 from exo_megatron.config.document import read_document
 from exo_megatron.config.stages import CONFIG_FILE, EvaluateConfig
 from exo_megatron.data.dataset import load_prompts
@@ -55,15 +55,18 @@ def make_plan(config: EvaluateConfig, tell: Callable[[str], object], team: Team 
     another vocabulary than the reference, fewer than two prompts, and prompts that leave no room
     for the samples.
     """
-    source = find_policy(config.reference.checkpoint, config.parallel)
+    source = find_policy(config.reference.checkpoint, config.parallel, tell)
     reference = Target(REFERENCE_NAME, read_step(source.path), source)
     found = [each for name, path in config.models.items() for each in find_checkpoints(name, path)]
+    for path in config.models.values():
+        for line in skipped_steps(path):
+            tell(line)
     tokenizer = find_tokenizer(source, config.data)
     prompts = load_prompts(config.data, tokenizer, tell=tell, report=config.output, team=team)
     _check_number(prompts, config)
     check_stops(tokenizer, config.sampling)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
-    targets = tuple(Target(name, step, find_policy(path, config.parallel)) for name, step, path in found)
+    targets = tuple(Target(name, step, find_policy(path, config.parallel, tell)) for name, step, path in found)
     for target in (reference, *targets):
         check_lengths(prompts, config.sampling, target.source.spec)
         _check_vocabulary(target, source.spec)

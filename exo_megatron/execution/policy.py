@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from exo_megatron.checkpoint.directory import read_fingerprint, read_spec, resolve_checkpoint, tokenizer_path
+from exo_megatron.checkpoint.directory import (
+    read_fingerprint,
+    read_spec,
+    resolve_checkpoint,
+    skipped_steps,
+    tokenizer_path,
+)
 from exo_megatron.checkpoint.load import load_model
 from exo_megatron.config.sections import ComputeConfig, DataConfig, ModelConfig, ParallelConfig
 from exo_megatron.data.tokenizer import Tokenizer, load_tokenizer, read_generation_stops
@@ -115,13 +122,17 @@ class Policy:
         )
 
 
-def find_policy(path: Path, parallel: ParallelConfig) -> PolicyCheckpoint:
+def find_policy(path: Path, parallel: ParallelConfig, tell: Callable[[str], object]) -> PolicyCheckpoint:
     """Find the policy that a user means by a path (see `resolve_checkpoint`).
+
+    `tell` gets a line about each newer step there that is damaged.
 
     Raises CheckpointError if there is none or it is a reward model, TopologyError if it cannot be
     cut as `parallel` says.
     """
     checkpoint = resolve_checkpoint(path)
+    for line in skipped_steps(path):
+        tell(line)
     fingerprint = read_fingerprint(checkpoint)
     spec = read_spec(checkpoint)
     if spec.labels is not None:
@@ -136,14 +147,14 @@ def find_policy(path: Path, parallel: ParallelConfig) -> PolicyCheckpoint:
 
 
 def find_policy_and_reference(
-    model: ModelConfig, reference: ModelConfig | None, parallel: ParallelConfig
+    model: ModelConfig, reference: ModelConfig | None, parallel: ParallelConfig, tell: Callable[[str], object]
 ) -> tuple[PolicyCheckpoint, PolicyCheckpoint]:
     """Find the policy to be trained, and its reference: the same checkpoint where none is given.
 
     Raises as `find_policy` does, and CheckpointError if their vocabularies differ.
     """
     paths = dict.fromkeys((model.checkpoint, (reference or model).checkpoint))
-    found = [find_policy(path, parallel) for path in paths]
+    found = [find_policy(path, parallel, tell) for path in paths]
     source, other = found[0], found[-1]
     if other.spec.vocab_size != source.spec.vocab_size:
         raise CheckpointError(

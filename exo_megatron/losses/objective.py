@@ -23,7 +23,7 @@ from exo_megatron.losses.paper import (
     preference_log_target,
     reward_log_target,
 )
-from exo_megatron.utils.functions import innermost_frame, load_user_function
+from exo_megatron.utils.functions import load_user_function, raised
 
 
 @dataclass(frozen=True)
@@ -298,12 +298,11 @@ def _losses_of_user(loss: Loss, inputs: LossInputs) -> Tensor:
     expected, problem = f"one differentiable loss per group, shape [{count}]", None
     try:
         losses: object = loss(inputs)
-    except (ExoError, torch.OutOfMemoryError):
+    except (ExoError, torch.OutOfMemoryError, KeyboardInterrupt):
         raise
-    # The user's function may raise any exception; the message says where.
-    except Exception as error:
-        problem = f"raised {type(error).__name__}: {error} (in {innermost_frame(error)})"
-        raise ConfigError(where, problem, expected=expected, fix="correct the function") from error
+    # The user's function may raise anything; the message says where.
+    except BaseException as error:
+        raise ConfigError(where, raised(error), expected=expected, fix="correct the function") from error
     differentiable = inputs.log_ratio.requires_grad or (
         inputs.tokens is not None and inputs.tokens.policy.requires_grad
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, SupportsFloat, SupportsIndex
 
 from exo_megatron.errors import ExoError, RewardError
 from exo_megatron.rewards.source import Completion
-from exo_megatron.utils.functions import innermost_frame, load_user_function
+from exo_megatron.utils.functions import load_user_function, raised
 
 RewardFunction = Callable[..., object]
 
@@ -83,16 +84,14 @@ class FunctionReward:
         positional, named = self._arguments(completions)
         try:
             answer = self._function(*positional, **named)
-        except ExoError:
+        except (ExoError, KeyboardInterrupt):
             raise
-        # The user's function may raise any exception; the message says where.
-        except Exception as error:
+        # The user's function may raise anything; the message says where.
+        except BaseException as error:
             raise self._error(
-                f"raised {type(error).__name__}: {error} (in {innermost_frame(error)})",
-                "a function that judges every completion",
-                "correct the function",
+                raised(error), "a function that judges every completion", "correct the function"
             ) from error
-        values = self._listed(answer)
+        values = self._listed(answer, len(texts) + 1)
         if len(values) != len(texts):
             raise self._error(
                 f"returned {len(values)} rewards for {len(texts)} completions",
@@ -118,10 +117,11 @@ class FunctionReward:
             named |= {name: [each.columns[name] for each in completions] for name in present if name not in taken}
         return [] if wanted.texts_by_name else list(texts.values()), named
 
-    def _listed(self, answer: object) -> list[object]:
+    def _listed(self, answer: object, limit: int) -> list[object]:
         # A dict, a set or a string can be iterated, too, but has no order or no numbers.
         if isinstance(answer, Iterable) and not isinstance(answer, str | bytes | dict | set):
-            return list(answer)
+            # What has no length may have no end.
+            return list(answer if isinstance(answer, Sized) else islice(answer, limit))
         raise self._error(
             f"returned a {type(answer).__name__}", "a list of numbers", "return one number for every completion"
         )

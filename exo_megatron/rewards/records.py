@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, islice, pairwise
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 from exo_megatron.data.candidates import CandidateRecord
 from exo_megatron.data.completions import ScorableRecord
+from exo_megatron.data.records import LARGEST_NUMBER
 from exo_megatron.errors import RewardError
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.rewards.source import Completion, RewardSource, SampledIds
@@ -113,11 +113,11 @@ def _sampled(record: ScorableRecord, k: int) -> SampledIds | None:
 
 
 def check_finite(reward: float, where: str) -> None:
-    """Raise RewardError, which names record, candidate and value, for NaN and infinities."""
-    if not math.isfinite(reward):
+    """Raise RewardError, which names record, candidate and value, for NaN and numbers without bounds."""
+    if not abs(reward) <= LARGEST_NUMBER:
         raise RewardError(
             where,
             f"the reward is {reward}",
-            expected="a finite number",
+            expected=f"a number from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}",
             fix="correct the reward source, or remove the record",
         )

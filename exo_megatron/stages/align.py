@@ -89,7 +89,9 @@ def _find_data(
 
     Collective over the world.
     """
-    source, reference = find_policy_and_reference(config.model, config.reference, config.parallel)
+    source, reference = find_policy_and_reference(
+        config.model, config.reference, config.parallel, partial(say, runtime)
+    )
     logprobs = LogprobSource(reference.fingerprint, config.loss.temperature, config.compute.precision)
     groups = load_groups(
         config.data,

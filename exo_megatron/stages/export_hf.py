@@ -8,6 +8,7 @@ from pathlib import Path
 from exo_megatron.checkpoint.directory import (
     read_spec,
     resolve_checkpoint,
+    skipped_steps,
     tokenizer_path,
     weights_path,
 )
@@ -22,6 +23,7 @@ from exo_megatron.conversion.hf_writer import ExportEntry, Shard, exported_confi
 from exo_megatron.conversion.meter import ByteMeter, total_bytes
 from exo_megatron.parallel.ending import failing_together, on_main
 from exo_megatron.parallel.runtime import Runtime
+from exo_megatron.stages.run import say
 from exo_megatron.stages.verify import check_conversion
 from exo_megatron.utils.disk import check_space, reporting
 from exo_megatron.utils.files import write_json
@@ -41,6 +43,8 @@ def run_export(config: ExportConfig, runtime: Runtime) -> None:
     """
     with failing_together():
         checkpoint = resolve_checkpoint(config.model.checkpoint)
+    for line in skipped_steps(config.model.checkpoint):
+        say(runtime, line)
     verify_small_files(checkpoint)
     with failing_together():
         entries = _plan_export(checkpoint, config)

@@ -49,7 +49,7 @@ def _report(config: SftConfig | AlignConfig, lengths: GroupLengths) -> None:
 
 def _prepare_prompts(config: RolloutConfig | EvaluateConfig, runtime: Runtime) -> None:
     model = config.model if isinstance(config, RolloutConfig) else config.reference
-    tokenizer = find_tokenizer(find_policy(model.checkpoint, config.parallel), config.data)
+    tokenizer = find_tokenizer(find_policy(model.checkpoint, config.parallel, partial(say, runtime)), config.data)
     prompts = load_prompts(
         config.data, tokenizer, tell=partial(say, runtime), report=config.output, team=runtime.team()
     )

@@ -41,7 +41,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     tokenizer, prompts and sizes are raised (DataError, CheckpointError, TopologyError) before the model
     is built.
     """
-    source = find_policy(config.model.checkpoint, config.parallel)
+    source = find_policy(config.model.checkpoint, config.parallel, partial(say, runtime))
     tokenizer = find_tokenizer(source, config.data)
     prompts = load_prompts(
         config.data, tokenizer, tell=partial(say, runtime), report=config.output, team=runtime.team()

@@ -24,7 +24,7 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     Writes checkpoints, metrics.jsonl and TensorBoard events to `config.output`. Collective over the
     world.
     """
-    source = find_policy(config.model.checkpoint, config.parallel)
+    source = find_policy(config.model.checkpoint, config.parallel, partial(say, runtime))
     groups = _read_groups(config, source, runtime)
     check_groups(groups, source.spec, config.compute, config.parallel)
     identity = run_identity(
@@ -52,7 +52,9 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
 
 def prepare_sft(config: SftConfig, runtime: Runtime) -> GroupLengths:
     """Tokenise the data of a run, and return its lengths. Collective over the world."""
-    return _read_groups(config, find_policy(config.model.checkpoint, config.parallel), runtime).lengths
+    return _read_groups(
+        config, find_policy(config.model.checkpoint, config.parallel, partial(say, runtime)), runtime
+    ).lengths
 
 
 def _read_groups(config: SftConfig, source: PolicyCheckpoint, runtime: Runtime) -> PreparedGroups:

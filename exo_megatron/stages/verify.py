@@ -12,6 +12,7 @@ from exo_megatron.checkpoint.directory import (
     read_manifest,
     read_spec,
     resolve_checkpoint,
+    skipped_steps,
     tokenizer_path,
     weights_path,
 )
@@ -43,6 +44,8 @@ def verify(config: VerifyConfig, runtime: Runtime) -> int:
     """
     with failing_together():
         checkpoint = resolve_checkpoint(config.checkpoint)
+    for line in skipped_steps(config.checkpoint):
+        say(runtime, line)
     checks = run_checks(config.model_copy(update={"checkpoint": checkpoint}), runtime)
     say(runtime, render(checks))
     return 0 if all(check.verdict in ("pass", "not comparable") for check in checks) else 1

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import list_steps, step_directory
+from exo_megatron.checkpoint.directory import list_steps, skipped_steps, step_directory
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_but_records
 from exo_megatron.checkpoint.save import check_room, prune, save_checkpoint
 from exo_megatron.config.sections import Section
@@ -161,6 +161,8 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint of this run and return its number of steps."""
+        for line in skipped_steps(self.config.output) if self.runtime.is_main else ():
+            print(f"{self.label}: {line}", flush=True)
         steps = list_steps(self.config.output)
         if not steps:
             return 0

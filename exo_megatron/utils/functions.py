@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from exo_megatron.errors import ExoError
+from exo_megatron.errors import ExoError, reason
 
 
 def load_user_function(key: str, name: str, error_class: type[ExoError]) -> Callable[..., Any]:
@@ -25,13 +25,13 @@ def load_user_function(key: str, name: str, error_class: type[ExoError]) -> Call
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ExoError:
+    except (ExoError, KeyboardInterrupt):
         raise
-    # The user's module may raise any exception while it is imported.
-    except Exception as error:
+    # The user's module may raise anything while it is imported, sys.exit among it.
+    except BaseException as error:
         raise error_class(
             where,
-            f"importing {module_name} raised {type(error).__name__}: {error} (in {innermost_frame(error)})",
+            f"importing {module_name} {raised(error)}",
             expected="a module that can be imported",
             fix="correct the name or the module, or add its directory to PYTHONPATH",
         ) from error
@@ -44,6 +44,16 @@ def load_user_function(key: str, name: str, error_class: type[ExoError]) -> Call
             fix="correct the name after the colon",
         )
     return function
+
+
+def raised(error: BaseException) -> str:
+    """Say in one line what a user's code raised, and where. An exit is no end of our process, whatever its code."""
+    text = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_named(error)}"
+    return f"{text} (in {innermost_frame(error)})"
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {reason(error)}" if str(error).strip() else type(error).__name__
 
 
 def innermost_frame(error: BaseException) -> str:

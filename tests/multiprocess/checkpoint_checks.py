@@ -37,7 +37,7 @@ def load_and_save(
     """Load at a topology and save from it; shapes of this rank's parameters."""
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     with model_parallel(runtime, parallel, seed=1) as topology:
-        policy = load_policy(find_policy(source, parallel), topology, ComputeConfig(precision="fp32"))
+        policy = load_policy(find_policy(source, parallel, print), topology, ComputeConfig(precision="fp32"))
         save_checkpoint(
             target,
             policy.model.sharded_state_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from exo_megatron.checkpoint.directory import (
     read_spec,
     record_files,
     resolve_checkpoint,
+    skipped_steps,
     step_directory,
     write_manifest,
 )
@@ -44,6 +46,27 @@ def test_newest_complete_step_by_scanning(tmp_path: Path) -> None:
     assert list_steps(tmp_path) == list_steps(root) == [(9, first), (10, second)]
     assert resolve_checkpoint(tmp_path) == resolve_checkpoint(root) == second
     assert resolve_checkpoint(first) == first
+
+
+def test_damaged_steps_beyond_the_newest_complete_one_are_told(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (7, 9):
+        complete(step_directory(root, step), step)
+    assert skipped_steps(tmp_path) == []
+    (step_directory(root, 7) / "manifest.json").write_text("{")  # nobody would take it
+    step_directory(root, 11).mkdir()
+    (complete(step_directory(root, 13), 13) / "manifest.json").write_text("{")
+    complete(step_directory(root, 14), 4)
+    (complete(step_directory(root, 15), 15) / STAGING_MARKER).touch()  # a run makes or removes it
+    told = skipped_steps(tmp_path)
+    assert told == skipped_steps(root)
+    assert [re.findall(r"step-\d+", line) for line in told] == [
+        [f"step-000000{n}", "step-00000009"] for n in (11, 13, 14)
+    ]
+    for line, problem in zip(
+        told, ["it has no manifest", "manifest.json that is damaged", "says that it is step 4"], strict=True
+    ):
+        assert problem in line
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from exo_megatron.data.groups import Group
 from exo_megatron.data.packing import check_groups
 from exo_megatron.errors import DataError
 from exo_megatron.models.spec import ModelSpec, Rotary
+from tests.unit.data.loader import Loader, pair
 
 SPEC = ModelSpec(
     family="llama",
@@ -40,8 +41,15 @@ def test_a_group_at_both_limits_passes() -> None:
 def test_too_many_positions() -> None:
     """The longest candidate counts, not their sum."""
     long = Group("long", (3, 4, 5), ((6, 2), (6, 7, 8, 9, 4, 2)))
-    with pytest.raises(DataError, match=r"group long.* 9 positions.* 8"):
+    with pytest.raises(DataError, match=r"group 'long'.* 9 positions.* 8"):
         check([FITS, long], 100)
+
+
+def test_the_record_of_a_stored_group_is_named(loader: Loader) -> None:
+    groups = loader.groups([pair("a", chosen=" good", rejected=" bad"), pair("b")])
+    place = r"data\.jsonl:2: group 'b': prompt and candidate need \d+ positions"
+    with pytest.raises(DataError, match=place):
+        check_groups(groups, SPEC.model_copy(update={"max_positions": 5}), ComputeConfig(), ParallelConfig())
 
 
 def test_prompt_and_one_candidate_must_fit_into_a_micro_batch() -> None:

@@ -18,6 +18,7 @@ from exo_megatron.config.document import parse_value, read_document
 from exo_megatron.conversion.families import FAMILIES
 from exo_megatron.conversion.hf_reader import read_config
 from exo_megatron.data import text_files
+from exo_megatron.data.records import finite_numbers
 from exo_megatron.data.sources import open_source
 from exo_megatron.data.tokenizer import load_tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError, ExoError
@@ -25,6 +26,7 @@ from exo_megatron.models.spec import ModelSpec
 from exo_megatron.rewards.classifier import load_classifier
 from exo_megatron.utils import files
 from exo_megatron.utils.files import read_json, read_jsonl
+from tests.unit.data.loader import Loader, pair
 
 SMALL = 1000
 """The limits of a line and of an array in these tests."""
@@ -112,6 +114,32 @@ def test_a_compressed_file_is_read_no_further_than_a_line_may_be_long(
             file.write(b"[" * 2**20)
     with within(), pytest.raises(DataError, match=r"more than 1,000 bytes"):
         open_source(str(path)).read()
+
+
+class Panic(BaseException):
+    """As pyo3 raises for a panic in Rust."""
+
+
+def test_a_record_that_the_tokenizer_cannot_encode_is_named(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = type(loader.tokenizer._codec)
+    encode = codec.encode_batch
+
+    def panics(self: object, texts: list[str], *, continuation: bool) -> list[list[int]]:
+        if any("poison" in text for text in texts):
+            raise Panic("index out of bounds")
+        return encode(self, texts, continuation=continuation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(codec, "encode_batch", panics)
+    error = loader.error(loader.groups, [pair("a"), pair("b", rejected=" was poison"), pair("c")])
+    assert error.where == f"{loader.file}:2"
+    assert "Panic: index out of bounds" in error.problem
+
+
+@pytest.mark.parametrize("reward", [1e300, -1e13])
+def test_absurd_rewards_are_told_at_the_record(reward: float) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:3: 'rewards\[1\]' is .*from -1e\+12 to 1e\+12"):
+        finite_numbers("data.jsonl:3", {"rewards": [1.0, reward]}, "rewards")
+    assert finite_numbers("data.jsonl:3", {"rewards": [1e12]}, "rewards") == (1e12,)
 
 
 def _tokenizer(path: Path) -> object:

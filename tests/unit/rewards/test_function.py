@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import wraps
+from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,36 @@ def test_an_exception_is_told_with_its_place() -> None:
         FunctionReward(fails, "m:fails").score(completions(["p"], ["c"]))
     assert "raised KeyError: 'weight'" in caught.value.problem
     assert f"{__file__}:{fails.__code__.co_firstlineno + 1}" in caught.value.problem
+
+
+class Panic(BaseException):
+    """As pyo3 raises for a panic in Rust."""
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [(SystemExit(0), "called sys.exit(0)"), (SystemExit(), "called sys.exit(None)"), (Panic("at line 1"), "Panic: at")],
+    ids=["exit 0", "exit", "panic"],
+)
+def test_a_function_or_module_cannot_end_the_stage(
+    error: BaseException, problem: str, user_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaves(prompts: object, completions: object) -> list[float]:
+        raise error
+
+    with pytest.raises(RewardError) as caught:
+        FunctionReward(leaves, "m:leaves").score(completions(["p"], ["c"]))
+    assert problem in caught.value.problem and f"{__file__}:" in caught.value.problem
+    monkeypatch.setitem(sys.modules, "holder", SimpleNamespace(error=error))  # type: ignore[arg-type]
+    (user_directory / "leaver.py").write_text("import holder\nraise type(holder.error)(*holder.error.args)\n")
+    with pytest.raises(RewardError) as caught:
+        load_reward_function("leaver:f")
+    assert problem in caught.value.problem and "leaver.py:2" in caught.value.problem
+
+
+def test_answers_without_an_end_are_refused() -> None:
+    with pytest.raises(RewardError, match="returned 3 rewards for 2 completions"):
+        FunctionReward(lambda prompts, texts: repeat(1.0), "f").score(completions(["p", "p"], ["a", "b"]))
 
 
 def test_errors_of_ours_pass_through() -> None:

@@ -95,7 +95,7 @@ def test_every_candidate_gets_its_own_reward(world_size: int, batch_size: int) -
     assert all(len(call) <= batch_size for call in source.calls)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e13])
 def test_a_reward_that_is_not_finite_is_named(value: float) -> None:
     class Broken:
         def score(self, completions: Sequence[Completion]) -> list[float]:
