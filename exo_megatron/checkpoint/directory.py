@@ -115,6 +115,13 @@ def read_manifest(checkpoint: Path) -> Manifest:
         ) from None
     for name in manifest.files:
         _check_inside(path, name)
+    if make_manifest(manifest.files, step=manifest.step, kind=manifest.kind).fingerprint != manifest.fingerprint:
+        raise CheckpointError(
+            str(path),
+            "is damaged (its fingerprint is not that of its checksums)",
+            expected="the manifest that was saved with the checkpoint",
+            fix="use another checkpoint",
+        )
     return manifest
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from exo_megatron.data.groups import Group, data_digest
 from exo_megatron.data.logprob_source import LogprobSource
 from exo_megatron.data.packing import WINDOW
 from exo_megatron.data.prepared import PreparedGroups
+from exo_megatron.errors import DataError
 from exo_megatron.execution.forward import candidate_logprobs
 from exo_megatron.execution.policy import Policy
 from exo_megatron.parallel.runtime import Runtime
@@ -64,7 +67,7 @@ def complete_groups(
     origins = {"stored with the data": len(groups) - len(missing)}
     if missing:
         key = _key(source, groups, missing)
-        kept = _read_stored(output, key)
+        kept = _read_stored(output, key, runtime)
         origins["computed by this run" if kept is None else "computed by this run earlier"] = len(missing)
         found = _store_logprobs(output, key, load(), groups, missing, runtime) if kept is None else kept
         groups = groups.with_logprobs(missing, found)
@@ -74,14 +77,25 @@ def complete_groups(
     return groups
 
 
-def _read_stored(directory: Path, key: Mapping[str, str | float]) -> Logprobs | None:
-    """Read the log-probs stored in `directory`; None if none belong to this key."""
+def _read_stored(directory: Path, key: Mapping[str, str | float], runtime: Runtime) -> Logprobs | None:
+    """Read the log-probs stored in `directory`; None if none belong to this key, or the file is damaged."""
     path = directory / REFERENCE_FILE
     if not path.exists():
         return None
-    stored = read_json(path)
-    logprobs: Logprobs = stored["logps"]
-    return logprobs if stored["key"] == key else None
+    try:
+        stored = read_json(path)
+        logprobs: Logprobs = stored["logps"]
+        if stored["sha256"] == _checksum(stored["key"], logprobs):
+            return logprobs if stored["key"] == key else None
+    except (DataError, KeyError, TypeError):
+        pass
+    if runtime.is_main:
+        print(f"warning: {path} is damaged, so its log-probs are computed again", flush=True)
+    return None
+
+
+def _checksum(key: object, logprobs: object) -> str:
+    return hashlib.sha256(json.dumps([key, logprobs], sort_keys=True).encode()).hexdigest()
 
 
 def _store_logprobs(
@@ -102,7 +116,8 @@ def _store_logprobs(
             window = complete([groups[number] for number in numbers[start : start + WINDOW]], progress)
             found += [group.reference_logprobs or () for group in window]
     if runtime.is_main:
-        write_json(directory / REFERENCE_FILE, {"key": key, "logps": found})
+        stored = {"key": key, "logps": found, "sha256": _checksum(key, found)}
+        write_json(directory / REFERENCE_FILE, stored)
     runtime.barrier()
     return found
 

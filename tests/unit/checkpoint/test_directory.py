@@ -11,7 +11,6 @@ import pytest
 from exo_megatron.checkpoint.directory import (
     STAGING_MARKER,
     FileRecord,
-    Manifest,
     list_steps,
     make_manifest,
     read_manifest,
@@ -99,10 +98,17 @@ def test_named_checkpoint_with_a_damaged_manifest(tmp_path: Path) -> None:
         resolve_checkpoint(path)
 
 
+def test_a_fingerprint_that_is_not_that_of_the_checksums(tmp_path: Path) -> None:
+    manifest = read_manifest(complete(tmp_path / "model", None))
+    write_manifest(tmp_path / "model", manifest.model_copy(update={"fingerprint": "0" * 64}))
+    with pytest.raises(CheckpointError, match="its fingerprint is not that of its checksums"):
+        read_manifest(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["../other/secret", "/etc/passwd", "weights/../../x"])
 def test_manifest_stays_inside(tmp_path: Path, name: str) -> None:
     record = FileRecord(sha256="0" * 64, bytes=1)
-    write_manifest(tmp_path, Manifest(fingerprint="f", files={name: record}, step=None, kind="model"))
+    write_manifest(tmp_path, make_manifest({name: record}, step=None, kind="model"))
     with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         read_manifest(tmp_path)
 

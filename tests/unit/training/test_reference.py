@@ -51,6 +51,21 @@ def test_other_data_are_computed_again(tmp_path: Path, runtime: Runtime) -> None
         complete_groups(prepared([changed, BARE[1]]), tmp_path, SOURCE, refuse, runtime)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("-123.456789012345", "-123.456789012346"), ('"sha256": "', '"sha256": "0'), ("{", "")]
+)
+def test_a_damaged_file_is_told_and_computed_again(
+    before: str, after: str, tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete_groups(prepared(BARE), tmp_path, SOURCE, lambda: KnownReference().complete, runtime)
+    file, whole = tmp_path / REFERENCE_FILE, (tmp_path / REFERENCE_FILE).read_text()
+    assert before in whole
+    file.write_text(whole.replace(before, after, 1))
+    again = complete_groups(prepared(BARE), tmp_path, SOURCE, lambda: KnownReference().complete, runtime)
+    assert list(again) == COMPLETE and file.read_text() == whole
+    assert f"{file} is damaged" in capsys.readouterr().out
+
+
 def test_window_by_window(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the groups of one window are made at a time, and every one gets its own."""
     monkeypatch.setattr("exo_megatron.training.reference.WINDOW", 1)
