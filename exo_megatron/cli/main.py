@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import STAGE_CONFIGS, PicklesConfig, VerifyConfig
 from exo_megatron.errors import ConfigError
 from exo_megatron.parallel.ending import leave_mpi, report
+from exo_megatron.utils.console import lasting_output
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     a failure ends the process here (see `leaving_together`) instead of returning.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _dispatch(words)
-    except (Exception, KeyboardInterrupt) as error:
-        code = report(error)
-        leave_mpi(code)
-        return code
+    # What other commands print is their result, whose loss must not pass for success.
+    with lasting_output() if words[:1] and words[0] in (*STAGE_CONFIGS, "run") else nullcontext():
+        try:
+            return _dispatch(words)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            code = report(error)
+            leave_mpi(code)
+            return code
 
 
 def _dispatch(words: list[str]) -> int:

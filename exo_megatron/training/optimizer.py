@@ -49,7 +49,7 @@ class Trainee:
 
     @property
     def bytes_to_save(self) -> int:
-        """Bytes of a checkpoint, counted by the first data rank: weights, and three fp32 values of Adam per parameter."""
+        """Bytes of a checkpoint, counted by the first data rank: weights, and 12 bytes of Adam per parameter."""
         if self.policy.topology.data_rank != 0:
             return 0
         return sum(each.numel() * (each.element_size() + 12) for each in self.policy.model.parameters())
