@@ -34,15 +34,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from exo_megatron.checkpoint.directory import FileRecord, weights_path
 from exo_megatron.checkpoint.safety import COMMON_FILE
 from exo_megatron.checkpoint.shard_reader import Records, ShardReader
 from exo_megatron.checkpoint.shard_writer import ShardWriter
 from exo_megatron.errors import ExoError
-from exo_megatron.parallel.runtime import objects_group
+from exo_megatron.parallel.ending import on_main
+from exo_megatron.parallel.runtime import Runtime, objects_group
 
 Producer = Callable[[str, tuple[int, ...]], Tensor]
 """Function that makes the data of a shard from its key and global offset."""
@@ -101,48 +103,114 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no 
         return data.contiguous()
 
 
-class _SynchronousSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
-    """Strategy that writes in this process, one file per rank, flushed to the disk.
+class _Snapshot(_Planner):
+    """Planner whose tensors were copied to the memory of the host beforehand."""
 
-    written: name -> checksum and size of the file that this rank wrote.
-    """
+    def take(self, plan: SavePlan) -> None:
+        """Copy what a plan writes. The host waits for the device once, at the end."""
+        self._copies = {item.index: _host_copy(self.resolve_data(item)) for item in _tensors(plan)}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
 
-    def __init__(self, produce: Producer | None) -> None:
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """Return the copy of a tensor, once: its memory is free when it is written."""
+        copies = vars(self).get("_copies")
+        if copies is None or write_item.index not in copies:
+            return super().resolve_data(write_item)
+        return copies.pop(write_item.index)
+
+
+def _tensors(plan: SavePlan) -> list[WriteItem]:
+    return [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.detach().clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+class Writing:
+    """The tensors of a checkpoint between the moment when all ranks have agreed who writes what, and their end."""
+
+    def __init__(self, planner: SavePlanner, writer: ShardWriter, plan: SavePlan, metadata: Any) -> None:
+        self._planner = planner
+        self._writer = writer
+        self._plan = plan
+        self._metadata = metadata
+        self._results: list[Any] = []
+
+    def write(self) -> None:
+        """Write this rank's tensors to its file, flushed to the disk. On this rank alone, in any thread.
+
+        Raises OSError, ProducerError.
+        """
+        self._results = self._writer.write_data(self._plan, self._planner).value()
+
+    def end(self, runtime: Runtime) -> dict[str, FileRecord]:
+        """Write the index of all ranks' tensors. Returns name, checksum and size of this rank's file.
+
+        Collective over the world, after `write` on all ranks.
+        """
+        results = runtime.gather_objects(self._results)
+        on_main(runtime, lambda: self._writer.finish(self._metadata, results or []))
+        return self._writer.written
+
+
+class _Plan(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core has no types
+    """Strategy that only plans: `writing` is what is left to be done, one file per rank."""
+
+    def __init__(self, planner: _Planner) -> None:
         super().__init__("torch_dist", 1)
-        self._produce = produce
-        self.written: dict[str, FileRecord] = {}
+        self._planner = planner
+        self.writing: Writing | None = None
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Save this rank's shards. Collective over the world.
+        """Plan the writing of this rank's shards. Collective over the world.
 
         Raises torch's CheckpointException on every rank if any rank failed.
         """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        state = mcore_to_pyt_state_dict(by_key, False)
         writer = ShardWriter(checkpoint_dir)
-        save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=writer,
-            planner=_Planner(self._produce),
-            process_group=objects_group(),
-        )
-        self.written = writer.written
+        ranks = _DistWrapper(objects_group(), True, 0)
+        metadata: Any = None
+
+        def of_rank() -> SavePlan:
+            self._planner.set_up_planner(state, writer.storage_meta(), ranks.is_coordinator)
+            writer.set_up_storage_writer(ranks.is_coordinator)
+            return writer.prepare_local_plan(self._planner.create_local_plan())
+
+        def of_all(plans: list[SavePlan]) -> list[SavePlan]:
+            nonlocal metadata
+            plans, metadata = self._planner.create_global_plan(plans)
+            return writer.prepare_global_plan(plans)
+
+        plan = self._planner.finish_plan(ranks.reduce_scatter("plan", of_rank, of_all))
+        self.writing = Writing(self._planner, writer, plan, metadata)
+        if isinstance(self._planner, _Snapshot):
+            self._planner.take(plan)
 
 
-def write_sharded(
-    sharded_state: dict[str, Any], weights: Path, produce: Producer | None = None
-) -> dict[str, FileRecord]:
-    """Save a sharded state dict into an existing empty directory. Collective over the world.
+def plan_writing(
+    sharded_state: dict[str, Any], weights: Path, produce: Producer | None = None, *, snapshot: bool = False
+) -> Writing:
+    """Begin to save a sharded state dict into an existing empty directory. Collective over the world.
 
-    Values that are not sharded must be the same on all ranks. Shards on the meta device are made by
-    `produce`, in a thread of its own. Returns name, checksum and size of the tensor file that this
-    rank wrote.
+    Values that are not sharded must be the same on all ranks, and are written at once. Shards on
+    the meta device are made by `produce` when they are written, in a thread of its own.
+
+    snapshot: copy this rank's tensors, so that they may change before they are written.
     """
-    strategy = _SynchronousSave(produce)
+    strategy = _Plan(_Snapshot(produce) if snapshot else _Planner(produce))
     with _quiet():
         dist_checkpointing.save(without_extra_state(sharded_state), str(weights), sharded_strategy=strategy)
         if dist.get_rank() == 0 and not (weights / COMMON_FILE).exists():
             torch.save(dist_checkpointing.load_common_state_dict(str(weights)), weights / COMMON_FILE)
-    return strategy.written
+    if strategy.writing is None:
+        raise RuntimeError("megatron-core has not called its strategy")
+    return strategy.writing
 
 
 def planned_state(shards: Iterable[PlannedShard]) -> dict[str, Any]:

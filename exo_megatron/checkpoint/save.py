@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from exo_megatron.checkpoint.directory import (
     weights_path,
     write_manifest,
 )
-from exo_megatron.checkpoint.dist_format import Producer, ProducerError, local_bytes, write_sharded
+from exo_megatron.checkpoint.dist_format import Producer, ProducerError, Writing, local_bytes, plan_writing
 from exo_megatron.checkpoint.hf_files import check_hf_files, copy_hf_files
 from exo_megatron.checkpoint.publish import (
     claim,
@@ -84,22 +85,103 @@ def save_checkpoint(
     Raises:
         StorageError, CheckpointError: on every rank if any rank failed; the target is then as it was before.
     """
+    small = SmallFiles(spec, hf_files, trainer_state)
+    save = begin_save(target, sharded_state, small, step=step, kind=kind, runtime=runtime, produce=produce)
+    save.write()
+    save.end(inspect)
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """What a checkpoint holds beside its tensors; see `save_checkpoint`."""
+
+    spec: ModelSpec
+    hf_files: Path
+    trainer_state: dict[str, Any] | None
+
+
+def begin_save(
+    target: Path,
+    sharded_state: dict[str, Any],
+    small: SmallFiles,
+    *,
+    step: int | None,
+    kind: CheckpointKind,
+    runtime: Runtime,
+    produce: Producer | None = None,
+    snapshot: bool = False,
+) -> Save:
+    """Do the first part of `save_checkpoint`: space, the staging directory, who writes what.
+
+    Collective over the world. snapshot: copy this rank's tensors, so that they may change before
+    `write`.
+    """
     staging = staging_path(target)
     with failing_together():
         needed = sum(_gather_sizes(runtime, sharded_state)) + _SMALL_FILES
-    on_main(runtime, lambda: _prepare(target, hf_files, kind, needed))
+    on_main(runtime, lambda: _prepare(target, small.hf_files, kind, needed))
     try:
-        written = _write_weights(sharded_state, staging, produce, needed)
-        on_main(runtime, lambda: _write_small_files(staging, spec, hf_files, trainer_state))
-        shards = _gather_records(written, runtime)
-        on_main(runtime, lambda: _complete(staging, shards, step, kind))
-        if inspect is not None:
-            inspect(staging)
-        on_main(runtime, lambda: _put_in_place(staging, target, step, kind))
+        writing = _plan(sharded_state, staging, produce, snapshot=snapshot, needed=needed)
     except Exception:
         if runtime.is_main:
             remove_tree(staging)
         raise
+    return Save(target, staging, writing, small, step, kind, runtime, needed)
+
+
+class Save:
+    """A checkpoint that has been begun: `write` on every rank, then `end` on all."""
+
+    def __init__(
+        self,
+        target: Path,
+        staging: Path,
+        writing: Writing,
+        small: SmallFiles,
+        step: int | None,
+        kind: CheckpointKind,
+        runtime: Runtime,
+        needed: int,
+    ) -> None:
+        self._target = target
+        self._staging = staging
+        self._writing = writing
+        self._small = small
+        self._step = step
+        self._kind = kind
+        self._runtime = runtime
+        self._needed = needed
+        self._failure: Exception | None = None
+
+    def write(self) -> None:
+        """Write this rank's tensors, in any thread. A failure is kept for `end`."""
+        try:
+            self._writing.write()
+        except ProducerError as error:
+            where, problem, expected, fix = error.args
+            self._failure = CheckpointError(where, problem, expected=expected, fix=fix)
+        except OSError as error:
+            self._failure = write_failure(self._staging, error, needed=self._needed)
+        except Exception as error:
+            self._failure = error
+
+    def end(self, inspect: Callable[[Path], None] | None = None) -> None:
+        """Do the last part of `save_checkpoint`. Collective over the world, after `write` on every rank."""
+        try:
+            with failing_together():
+                if self._failure is not None:
+                    raise self._failure
+            written = self._writing.end(self._runtime)
+            on_main(self._runtime, lambda: _write_small_files(self._staging, self._small))
+            shards = _gather_records(written, self._runtime)
+            on_main(self._runtime, lambda: _complete(self._staging, shards, self._step, self._kind))
+            if inspect is not None:
+                inspect(self._staging)
+            on_main(self._runtime, lambda: _put_in_place(self._staging, self._target, self._step, self._kind))
+        except Exception:
+            if self._runtime.is_main:
+                remove_tree(self._staging)
+            raise
 
 
 def check_room(root: Path, local: int, runtime: Runtime) -> None:
@@ -140,33 +222,30 @@ def _prepare(target: Path, hf_files: Path, kind: CheckpointKind, needed: int) ->
         weights_path(make_staging(target)).mkdir()
 
 
-def _write_weights(
-    sharded_state: dict[str, Any], staging: Path, produce: Producer | None, needed: int
-) -> dict[str, FileRecord]:
-    """Write the tensors and return this rank's file. Collective over the world.
+def _plan(
+    sharded_state: dict[str, Any], staging: Path, produce: Producer | None, *, snapshot: bool, needed: int
+) -> Writing:
+    """Plan the tensors of all ranks. Collective over the world.
 
     torch gathers the failures of all ranks and raises them on each.
     """
     try:
-        return write_sharded(sharded_state, weights_path(staging), produce)
+        return plan_writing(sharded_state, weights_path(staging), produce, snapshot=snapshot)
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
         for cause in causes:
-            if isinstance(cause, ProducerError):
-                where, problem, expected, fix = cause.args
-                raise CheckpointError(where, problem, expected=expected, fix=fix) from None
             if isinstance(cause, OSError):
                 raise write_failure(staging, cause, needed=needed) from error
         # torch's exception is a BaseException, which no handler of ordinary failures would see.
         raise RuntimeError(f"saving {staging} failed") from error
 
 
-def _write_small_files(staging: Path, spec: ModelSpec, hf_files: Path, trainer_state: dict[str, Any] | None) -> None:
+def _write_small_files(staging: Path, small: SmallFiles) -> None:
     with reporting(staging):
-        write_json(staging / SPEC_FILE, spec.model_dump(mode="json"))
-        copy_hf_files(hf_files, staging / HF_DIRECTORY)
-        if trainer_state is not None:
-            write_json(staging / TRAINER_FILE, trainer_state)
+        write_json(staging / SPEC_FILE, small.spec.model_dump(mode="json"))
+        copy_hf_files(small.hf_files, staging / HF_DIRECTORY)
+        if small.trainer_state is not None:
+            write_json(staging / TRAINER_FILE, small.trainer_state)
 
 
 def _gather_records(written: dict[str, FileRecord], runtime: Runtime) -> dict[str, FileRecord]:

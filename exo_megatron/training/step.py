@@ -80,7 +80,7 @@ class StepResult:
     """The result of one step, equal on every rank.
 
     loss and statistics are means over the global units; stop_requested is true if any rank was
-    asked to stop.
+    asked to stop, writing if any still writes its part of a checkpoint.
     """
 
     loss: float
@@ -88,6 +88,7 @@ class StepResult:
     units: int
     statistics: dict[str, float]
     stop_requested: bool
+    writing: bool
 
 
 def train_step(
@@ -98,6 +99,7 @@ def train_step(
     learning_rate: float,
     oversized: OversizedGroups | None = None,
     stop_requested: bool = False,
+    writing: bool = False,
 ) -> StepResult:
     """Train on one global batch.
 
@@ -113,6 +115,7 @@ def train_step(
         learning_rate: of this step.
         oversized: the work on groups that exceed a micro-batch.
         stop_requested: whether this rank has been asked to stop.
+        writing: whether this rank still writes its part of a checkpoint.
 
     Returns:
         Means over the global units, equal on every rank.
@@ -120,7 +123,7 @@ def train_step(
     reports = forward_gradients(trainee, batches, objective, oversized)
     trainee.set_learning_rate(learning_rate)
     grad_norm = update_weights(trainee.optimizer, trainee.clip_grad)
-    return _reduce(trainee, reports, objective, grad_norm, stop_requested)
+    return _reduce(trainee, reports, objective, grad_norm, (stop_requested, writing))
 
 
 def forward_gradients(
@@ -184,24 +187,26 @@ def _reduce(
     reports: Sequence[UnitSum],
     objective: MicroBatchObjective,
     grad_norm: Tensor,
-    stop_requested: bool,
+    flags: tuple[bool, bool],
 ) -> StepResult:
     """Sum the reports of all data-parallel ranks by one all-reduce over the world.
 
     Each report counts once, from tensor rank 0 of the last pipeline stage. Here the host waits for
-    the device, once in a step. grad_norm: [] fp64, equal on every rank.
+    the device, once in a step. grad_norm: [] fp64, equal on every rank. flags: stop_requested and
+    writing of this rank.
     """
     names = objective.statistic_names
     device = trainee.policy.topology.device
-    sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(names) + 2 + len(flags), dtype=torch.float64, device=device)
     if trainee.policy.topology.is_last_stage and trainee.policy.topology.tensor_rank == 0:
         for report in reports:
             values = [report.total, *(report.statistics[name] for name in names)]
-            sums[1:-1] += torch.stack([value.double() for value in values])
+            sums[1 : -len(flags)] += torch.stack([value.double() for value in values])
             sums[0] += report.count
-    sums[-1].fill_(stop_requested)
+    for place, flag in enumerate(flags):
+        sums[place - len(flags)].fill_(flag)
     dist.all_reduce(sums)
-    norm, count, total, *rest, stops = torch.cat((grad_norm[None], sums)).tolist()
+    norm, count, total, *rest, stops, writers = torch.cat((grad_norm[None], sums)).tolist()
     units = max(int(count), 1)
     means = {name: value / units for name, value in zip(names, rest, strict=True)}
-    return StepResult(total / units, norm, int(count), means, stops > 0)
+    return StepResult(total / units, norm, int(count), means, stops > 0, writers > 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exo_megatron.checkpoint.directory import list_steps, skipped_steps, step_directory
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_but_records
-from exo_megatron.checkpoint.save import check_room, prune, save_checkpoint
+from exo_megatron.checkpoint.save import SmallFiles, begin_save, check_room, prune
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group, StepSampler
@@ -21,6 +21,7 @@ from exo_megatron.parallel.ending import StopRequest, stop_on_signal
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training.objectives import MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee, learning_rate
+from exo_megatron.training.saver import Saver
 from exo_megatron.training.step import StepResult, plan_step, train_step
 from exo_megatron.utils.metrics import MetricsWriter
 from exo_megatron.utils.progress import Progress
@@ -92,12 +93,22 @@ class Trainer:
         enabled = self.runtime.is_main
         metrics = MetricsWriter(self.config.output, tensorboard=self.config.log.tensorboard, enabled=enabled)
         progress = Progress(self.label, sampler.total_steps, "steps", enabled=enabled, initial=first_step)
+        saver = Saver(self._prune)
         with stop_on_signal() as stop, progress, closing(metrics):
             for step in range(first_step, sampler.total_steps):
-                result = self._step(step, sampler, metrics, progress, stop)
+                try:
+                    result = self._step(step, sampler, metrics, progress, stop, saver)
+                except TrainingDiverged:  # on all ranks
+                    saver.end()
+                    raise
                 done = step + 1
-                if done == sampler.total_steps or result.stop_requested or self._save_due(done):
-                    self._save(done)
+                last = done == sampler.total_steps or result.stop_requested
+                if last or self._save_due(done) or not result.writing:
+                    saver.end()
+                if last or self._save_due(done):
+                    self._begin_save(done, saver)
+                if last:
+                    saver.end()
                 if result.stop_requested and done < sampler.total_steps:
                     raise TryAgainLater(
                         str(self.config.output),
@@ -107,7 +118,13 @@ class Trainer:
                     )
 
     def _step(
-        self, step: int, sampler: StepSampler, metrics: MetricsWriter, progress: Progress, stop: StopRequest
+        self,
+        step: int,
+        sampler: StepSampler,
+        metrics: MetricsWriter,
+        progress: Progress,
+        stop: StopRequest,
+        saver: Saver,
     ) -> StepResult:
         started = time.monotonic()
         groups = self.complete_groups([self.groups[i] for i in sampler.indices(step)])
@@ -120,6 +137,7 @@ class Trainer:
             oversized=batches.oversized,
             learning_rate=lr,
             stop_requested=bool(stop),
+            writing=saver.writing,
         )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingDiverged(
@@ -143,20 +161,26 @@ class Trainer:
         interval = self.config.save.interval
         return interval is not None and step % interval == 0
 
-    def _save(self, step: int) -> None:
-        root = self.config.output / "checkpoints"
-        save_checkpoint(
-            step_directory(root, step),
+    def _begin_save(self, step: int, saver: Saver) -> None:
+        """Copy weights and optimizer state, and let them be written while training goes on."""
+        save = begin_save(
+            step_directory(self._checkpoints, step),
             self.trainee.sharded_state(loading=False),
-            spec=self.trainee.policy.spec,
-            hf_files=self.hf_files,
+            SmallFiles(self.trainee.policy.spec, self.hf_files, {"step": step, "identity": self.identity}),
             step=step,
             kind="training",
-            trainer_state={"step": step, "identity": self.identity},
             runtime=self.runtime,
+            snapshot=True,
         )
+        saver.begin(save)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.output / "checkpoints"
+
+    def _prune(self) -> None:
         if not self.config.save.all_steps and self.runtime.is_main:
-            prune(root, self.config.save.keep)
+            prune(self._checkpoints, self.config.save.keep)
         self.runtime.barrier()
 
     def _resume(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state, write_sharded
+from exo_megatron.checkpoint.dist_format import PlannedShard, plan_writing, planned_state
 from exo_megatron.data.candidates import Candidate, CandidateRecord
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.parallel import runtime as module
@@ -107,7 +107,9 @@ def saved_tensors(runtime: Runtime, directory: Path) -> dict[str, set[str]]:
     """Save a tensor with megatron-core and torch, and name the collectives that they used."""
     state = planned_state([PlannedShard("w", (runtime.world_size,), (runtime.rank,), (4,), torch.float32)])
     with Seen().watching() as seen:
-        write_sharded(state, directory, lambda key, offset: torch.ones(1, 4))
+        writing = plan_writing(state, directory, lambda key, offset: torch.ones(1, 4))
+        writing.write()
+        writing.end(runtime)
     own = {name for name, group in zip(seen.names, seen.groups, strict=True) if group is objects_group()}
     return {"own": own, "default": set(seen.names) - own}
 

@@ -37,6 +37,7 @@ def outcomes(place: Path) -> dict[str, Outcome]:
         source = at / "imported"
         for tensor, pipeline in TOPOLOGIES:
             target = step_directory(at / f"tp{tensor}pp{pipeline}" / "checkpoints", 4)
+            target.parent.mkdir(parents=True)  # a save makes no output of a stage, which may have been taken away
             arguments = {"source": source, "target": target, "tensor": tensor, "pipeline": pipeline}
             checks.append(Check(f"{name} {tensor} {pipeline}", f"{CHECKS}:load_and_save", arguments))
             source = target.parent.parent

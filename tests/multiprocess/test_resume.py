@@ -199,7 +199,7 @@ def test_killed_between_saves_and_in_a_save(root: Path, undisturbed: dict[str, O
     """One process: SIGKILL after two steps that were logged but not saved, then SIGKILL inside a save."""
     undisturbed["single"].values()
     first = Launch(root, "single-killed", 1)
-    first.wait_until(lambda: first.steps_logged() >= INTERVAL + 2)
+    first.wait_until(lambda: first.steps_logged() >= INTERVAL + 2 and bool(list_steps(first.output)))
     first.kill()
     second = Launch(root, "single-killed", 1)
     second.wait_until(lambda: second.saving(3 * INTERVAL))
@@ -212,7 +212,7 @@ def test_killed_and_asked_to_stop_with_two_processes(root: Path, undisturbed: di
     """Data parallel: SIGKILL to both ranks, then SIGTERM to rank 1 alone: both save and end with 75, to be resumed."""
     undisturbed["data"].values()
     first = Launch(root, "data-killed", 2)
-    first.wait_until(lambda: first.steps_logged() >= INTERVAL + 2)
+    first.wait_until(lambda: first.steps_logged() >= INTERVAL + 2 and bool(list_steps(first.output)))
     first.kill()
     second = Launch(root, "data-killed", 2)
     second.wait_until(lambda: second.steps_logged() >= 2 * INTERVAL + 1)

@@ -21,6 +21,7 @@ import pytest
 from exo_megatron.checkpoint import publish, shard_writer
 from exo_megatron.checkpoint import save as saving
 from exo_megatron.checkpoint.directory import STAGING_MARKER, list_steps, resolve_checkpoint
+from exo_megatron.checkpoint.dist_format import Writing
 from exo_megatron.checkpoint.safety import verify_checkpoint
 from exo_megatron.checkpoint.save import save_checkpoint
 from exo_megatron.errors import CheckpointError, DataError, ExoError, StorageError
@@ -37,7 +38,9 @@ def kill(*args: Any, **kwargs: Any) -> None:
 
 
 PHASES: dict[str, tuple[object, str]] = {
-    "before weights": (saving, "_write_weights"),
+    "before weights": (saving, "_plan"),
+    "before the tensors": (Writing, "write"),
+    "before the index": (Writing, "end"),
     "after weights": (saving, "_write_small_files"),
     "before checksums": (saving, "record_files"),
     "before manifest": (saving, "write_manifest"),

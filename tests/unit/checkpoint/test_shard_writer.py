@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.serialization import get_crc32_options
 
 from exo_megatron.checkpoint.directory import FileRecord, record_files
-from exo_megatron.checkpoint.dist_format import PlannedShard, planned_state, write_sharded
+from exo_megatron.checkpoint.dist_format import PlannedShard, plan_writing, planned_state
 from exo_megatron.checkpoint.tensors import StoredTensors
 from exo_megatron.parallel.runtime import Runtime
 
@@ -32,7 +32,9 @@ def written(runtime: Runtime, tmp_path: Path) -> dict[str, FileRecord]:
     def produce(key: str, offset: tuple[int, ...]) -> Tensor:
         return value(*offset[:2])[None, None] if key == "fc1" else torch.ones(1024, 1024, dtype=torch.bfloat16)
 
-    return write_sharded(planned_state(shards), tmp_path, produce)
+    writing = plan_writing(planned_state(shards), tmp_path, produce)
+    writing.write()
+    return writing.end(runtime)
 
 
 def test_entries_of_two_stacked_axes(written: dict[str, FileRecord], tmp_path: Path) -> None:
