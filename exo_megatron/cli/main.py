@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from exo_megatron import __version__
 from exo_megatron.cli import help as texts
@@ -17,7 +19,6 @@ from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import STAGE_CONFIGS, PicklesConfig, VerifyConfig
 from exo_megatron.errors import ConfigError
 from exo_megatron.parallel.ending import leave_mpi, report
-from exo_megatron.utils.console import lasting_output
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = report(error)
             leave_mpi(code)
             return code
+
+
+class _PatientFile(io.FileIO):
+    """A file that drops what it cannot write: nobody reads the pipe any more, or the disk of the log is full."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let no failed write to standard output or error end a block, those of libraries and of user's code included.
+
+    Streams that stand for no file, such as those of a test, stay as they are.
+    """
+    former = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_patient, former)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = former
+
+
+def _patient(stream: TextIO) -> TextIO:
+    with suppress(OSError):
+        stream.flush()
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return stream
+    file = io.BufferedWriter(_PatientFile(number, "wb", closefd=False))
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
 def _dispatch(words: list[str]) -> int:

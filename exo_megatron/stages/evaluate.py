@@ -45,12 +45,12 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")
+    source = build_reward(config.reward, runtime.device, partial(say, runtime))
     models, prompts = len(plan.targets) + 1, len(plan.prompts)
     needed = least_bytes(models * prompts, config.sampling.candidates)
     on_main(runtime, lambda: check_space(config.output, needed))
     if runtime.is_main:
         (config.output / SAMPLES_DIRECTORY).mkdir(parents=True, exist_ok=True)
-    source = build_reward(config.reward, runtime.device, partial(say, runtime))
     estimates: list[Estimate] = []
     means: list[PromptMeans] = []
     last: dict[str, Sequence[CandidateRecord]] = {}
