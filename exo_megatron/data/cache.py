@@ -97,8 +97,12 @@ def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
         StorageError: the cache cannot be written; and what the recipe raises.
     """
     # Before any process computes the key, so that what a shard is made of is what the key says.
-    states = team.together(lambda: _states(recipe.source))[team.rank]
+    seen = team.together(lambda: (team.node_rank == 0, _states(recipe.source)))
+    states = seen[team.rank][1]
     key = team.on_nodes(lambda: _key(recipe))
+    # The same number, size and time of change: the file that the first process of the node has read.
+    known = any(first and found == states for first, found in seen)
+    _check_keys(recipe.source, key, team.together(lambda: key if known else _key(recipe)))
     root = cache or default_cache()
     directory = root / key[:32]
     whole = team.together(lambda: team.node_rank != 0 or _is_whole(directory))
@@ -140,6 +144,18 @@ _States = list[tuple[int, int, int]]
 def _states(source: Source) -> _States:
     found = [_look(file, Path.stat) for file in source.files]
     return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+
+def _check_keys(source: Source, key: str, keys: Sequence[str]) -> None:
+    """Raise DataError if a process reads other data than the first processes of the nodes."""
+    for rank, each in enumerate(keys):
+        if each != key:
+            raise DataError(
+                f"rank {rank}",
+                f"reads something else as {source.name} than the other processes of its node",
+                expected="the same files, tokenizer and program on all ranks",
+                fix="start all ranks in one directory, or give absolute paths",
+            )
 
 
 def _check_unchanged(source: Source, states: _States) -> None:

@@ -10,14 +10,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import list_steps, skipped_steps, step_directory
+from exo_megatron.checkpoint.directory import list_steps, read_fingerprint, skipped_steps, step_directory
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_but_records
 from exo_megatron.checkpoint.save import check_room, prune, save_checkpoint
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group, StepSampler
 from exo_megatron.errors import CheckpointError, TrainingDiverged, TryAgainLater
-from exo_megatron.parallel.ending import StopRequest, stop_on_signal
+from exo_megatron.parallel.ending import StopRequest, check_same, stop_on_signal
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training.objectives import MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee, learning_rate
@@ -94,6 +94,7 @@ class Trainer:
         progress = Progress(self.label, sampler.total_steps, "steps", enabled=enabled, initial=first_step)
         with stop_on_signal() as stop, progress, closing(metrics):
             for step in range(first_step, sampler.total_steps):
+                self.runtime.begin(f"{self.label}: step {step + 1}")
                 result = self._step(step, sampler, metrics, progress, stop)
                 done = step + 1
                 if done == sampler.total_steps or result.stop_requested or self._save_due(done):
@@ -144,6 +145,7 @@ class Trainer:
         return interval is not None and step % interval == 0
 
     def _save(self, step: int) -> None:
+        self.runtime.begin(f"{self.label}: saving step {step}")
         root = self.config.output / "checkpoints"
         save_checkpoint(
             step_directory(root, step),
@@ -164,9 +166,12 @@ class Trainer:
         for line in skipped_steps(self.config.output) if self.runtime.is_main else ():
             print(f"{self.label}: {line}", flush=True)
         steps = list_steps(self.config.output)
+        found = f"{steps[-1][0]} {read_fingerprint(steps[-1][1])}" if steps else "none"
+        check_same(self.runtime, {f"the newest step in {self.config.output}": found})
         if not steps:
             return 0
         step, path = steps[-1]
+        self.runtime.begin(f"{self.label}: loading step {step}")
         records = verify_but_records(path)
         state = read_trainer_state(path)
         if state["identity"] != self.identity:
