@@ -97,11 +97,12 @@ def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
         StorageError: the cache cannot be written; and what the recipe raises.
     """
     # Before any process computes the key, so that what a shard is made of is what the key says.
-    seen = team.together(lambda: (team.node_rank == 0, _states(recipe.source)))
-    states = seen[team.rank][1]
+    settings = json.dumps([recipe.settings, recipe.limit], sort_keys=True)
+    seen = team.together(lambda: (team.node_rank == 0, settings, _states(recipe.source)))
+    states = seen[team.rank][2]
     key = team.on_nodes(lambda: _key(recipe))
-    # The same number, size and time of change: the file that the first process of the node has read.
-    known = any(first and found == states for first, found in seen)
+    # The same number, size and time of change: the file that the first process of a node has read.
+    known = (True, settings, states) in seen
     _check_keys(recipe.source, key, team.together(lambda: key if known else _key(recipe)))
     root = cache or default_cache()
     directory = root / key[:32]
@@ -182,9 +183,11 @@ def _code_digest() -> str:
 
 def _is_whole(directory: Path) -> bool:
     """Tell whether the index is there and all shards are as it says. Damaged shards are removed."""
+    if not (directory / CACHE_INDEX).exists():
+        return False
     try:
         shards = read_json(directory / CACHE_INDEX)["shards"]
-    except DataError:  # not there, or damaged
+    except DataError:  # damaged
         return False
     damaged = [
         file

@@ -352,6 +352,8 @@ def with_steps(config: StageConfig, digest: str) -> str:
 
 
 def _digest(path: Path) -> str | None:
+    if not path.exists():
+        return None
     try:
         record = read_json(path)
     except DataError:
