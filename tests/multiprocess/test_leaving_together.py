@@ -64,6 +64,8 @@ def rank_of(rank, port, mode):
         if mode in (f"kill{rank}", f"stop{rank}", "suspended"):
             time.sleep(1.0)  # until a beat has told of the rehearsal
             os.kill(os.getpid(), signal.SIGKILL if mode == f"kill{rank}" else signal.SIGSTOP)
+        if mode == "suspended":
+            time.sleep(4.0)  # in which a rank that was taken for lost would be told
         if mode == f"slow{rank}":
             time.sleep(2 * TIMEOUT)
         if mode == "twice1":

@@ -149,6 +149,26 @@ def test_of_many_that_take_over_one_gets_it(tmp_path: Path, hold: Hold) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_was_slower_than_another_one_leaves_its_lock(
+    tmp_path: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found a dead holder; the other one has taken over before this one does."""
+    hold(pid=2**22 + 1)
+    other, faster = OutputLock(tmp_path), []
+
+    def judge(holder: Owner, age: float, own: Owner) -> bool:
+        if not faster:
+            faster.append(True)
+            other.acquire()
+        return False
+
+    monkeypatch.setattr(module, "_is_alive", judge)
+    with pytest.raises(OutputInUse):
+        OutputLock(tmp_path).acquire()
+    other.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_is_renewed_and_a_run_that_has_lost_it_ends(
     tmp_path: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
