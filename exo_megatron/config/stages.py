@@ -178,9 +178,11 @@ class PicklesConfig(Section):
 CONFIG_FILE = "config.yaml"
 STARTED_FILE = "stage-started.json"
 COMPLETE_FILE = "stage.json"
+STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
+"""Files of every stage: its resolved configuration, and the marks that it started and completed."""
+
 LOCK_FILE = ".exo-megatron.lock"
-STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE, LOCK_FILE})
-"""Files of every stage: its resolved configuration, the marks that it started and completed, and that of a live run."""
+"""File beside them while a run is alive."""
 
 CANDIDATES_DIRECTORY = "candidates"
 """Directory of the shards in the output of `rollout` and `score`."""

@@ -102,7 +102,7 @@ def source_changed(where: str) -> DataError:
     """Make the error for a source that somebody writes to while it is read."""
     return DataError(
         where,
-        "changed while it was read, or is not the same on all nodes",
+        "changed while it was read",
         expected="files that nobody writes to, the same for every process",
         fix="start again when the data are complete",
     )
