@@ -1,8 +1,8 @@
 """Errors that a user can cause or act on. This is the lowest module: it imports nothing of ours.
 
 Each is printed as one line on rank 0, without a traceback, and ends the process with its exit code:
-2 for wrong input (never worth retrying), 75 for "try again later", 1 for a failed verification and
-for a training that diverged.
+2 for wrong input (never worth retrying), 75 for "try again later", 1 for what went wrong without it: a failed
+verification, a training that diverged, a lost rank, a device without memory.
 """
 
 from __future__ import annotations
@@ -45,6 +45,22 @@ class ConfigError(ExoError):
 
 class TopologyError(ExoError):
     """The parallel sizes do not fit the world size or the model."""
+
+
+class WorldError(ExoError):
+    """The processes of a run do not meet, or one of them is lost or does not go on."""
+
+    exit_code = 1
+
+
+class DeviceMemoryError(ExoError):
+    """A device has no memory left for what a stage does."""
+
+    exit_code = 1
+
+
+class OutputInUse(ExoError):
+    """Another run that is alive writes to the output directory."""
 
 
 class DataError(ExoError):

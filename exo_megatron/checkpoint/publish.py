@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from exo_megatron.checkpoint.directory import MANIFEST_FILE, STAGING_MARKER, STEPS_DIRECTORY, in_the_making
-from exo_megatron.config.stages import COMPLETE_FILE, STAGE_FILES
+from exo_megatron.config.stages import COMPLETE_FILE, LOCK_FILE, STAGE_FILES
 from exo_megatron.errors import CheckpointError
 from exo_megatron.utils.files import (
     TEMPORARY_FILES,
@@ -193,7 +193,7 @@ def _place(target: Path) -> Path:
 
 def _empty(target: Path) -> None:
     """Remove an output in the making but for the files of the stage, its marker last."""
-    for name in sorted(_names(target) - STAGE_FILES, key=lambda name: name == STAGING_MARKER):
+    for name in sorted(_names(target) - STAGE_FILES - {LOCK_FILE}, key=lambda name: name == STAGING_MARKER):
         _remove(target / name)
 
 
@@ -212,7 +212,7 @@ def _take_away(target: Path, names: set[str], marker: str) -> None:
 def _check_target(target: Path, left_behind: set[str], marker: str) -> None:
     if target.exists() and not target.is_dir():
         raise _refuse(target, "is a file", "a directory that is empty or does not exist")
-    names = _names(target) - left_behind - STAGE_FILES - {PUBLISHED_FILE}
+    names = _names(target) - left_behind - STAGE_FILES - {LOCK_FILE, PUBLISHED_FILE}
     if marker in names:
         raise _refuse(target, f"already holds a complete output ({marker})", "an output directory that is empty")
     if names:

@@ -45,7 +45,6 @@ def run_gpu_doctor(options: DoctorOptions) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
     import torch
 
-    from exo_megatron.parallel.ending import leaving_together
     from exo_megatron.parallel.runtime import distributed_runtime
 
     if not (options.cpu or torch.cuda.is_available()):
@@ -55,7 +54,7 @@ def run_gpu_doctor(options: DoctorOptions) -> int:
             expected="an NVIDIA GPU and a CUDA build of torch",
             fix="see `exo-megatron doctor`; for a small version of the same checks on the CPU add --cpu",
         )
-    with distributed_runtime() as runtime, leaving_together(runtime):
+    with distributed_runtime() as runtime:
         # Imports megatron-core, of which the runtime has made sure that it goes with what is installed.
         from exo_megatron.diagnosis.run import diagnose
 

@@ -18,7 +18,7 @@ from exo_megatron.config.load import load_command_config, load_run_config, load_
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import STAGE_CONFIGS, PicklesConfig, VerifyConfig
 from exo_megatron.errors import ConfigError
-from exo_megatron.parallel.ending import leave_mpi, report
+from exo_megatron.parallel.leaving import leave_mpi, report
 
 
 @dataclass(frozen=True)

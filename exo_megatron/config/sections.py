@@ -62,7 +62,7 @@ class Section(BaseModel):
     """Keys that digests leave out at their defaults, because an earlier version did not have them."""
 
     places: ClassVar[frozenset[str]] = frozenset()
-    """Keys that digests leave out, because they say where something lies and not what it is."""
+    """Keys that digests leave out: they say where something lies, or how a run is watched, and not what it is."""
 
     takes_defaults: ClassVar[bool] = True
     """Whether the section of its name under `defaults` of a `run` file holds for it."""
@@ -117,6 +117,20 @@ class ParallelConfig(Section):
     def token_multiple(self) -> int:
         """Number of tokens of which the length of a micro-batch must be a multiple."""
         return self.tensor if self.sequence else 1
+
+
+class RuntimeConfig(Section):
+    """The times that processes wait for each other. Nothing here changes a result."""
+
+    start_seconds: Annotated[float, Field(ge=1, le=86400)] = Field(
+        default=90, description="time within which all processes must come after rank 0 has"
+    )
+    timeout_seconds: Annotated[float, Field(ge=2, le=86400)] = Field(
+        default=90, description="a process without any sign of life for so long (killed, frozen, node gone) is lost"
+    )
+    stall_seconds: Annotated[float, Field(ge=2, le=604800)] = Field(
+        default=1800, description="the run ends if no process has gone on for so long, though all are alive"
+    )
 
 
 class ComputeConfig(Section):

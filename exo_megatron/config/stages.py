@@ -22,6 +22,7 @@ from exo_megatron.config.sections import (
     PositiveFloat,
     PositiveInt,
     RewardConfig,
+    RuntimeConfig,
     SamplingConfig,
     SaveConfig,
     Section,
@@ -32,8 +33,11 @@ from exo_megatron.config.sections import (
 class StageConfig(Section):
     """The settings that every stage has."""
 
+    places = frozenset({"runtime"})
+
     output: FilePath = Field(description="directory that the stage writes")
     seed: Seed = Field(default=0, description="of everything random in the stage")
+    runtime: RuntimeConfig = RuntimeConfig()
 
 
 class ImportConfig(StageConfig):
@@ -148,6 +152,7 @@ class VerifyConfig(Section):
     hf: FilePath = Field(description="directory of the HF checkpoint (safetensors)")
     checkpoint: FilePath = Field(description="distributed checkpoint, or output of a training stage")
     parallel: ParallelConfig = ParallelConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     prompts: FilePath | None = Field(
         default=None,
         description="JSONL (prompt, and completions if any) or a prompt in every line; default: built-in ones",
@@ -175,6 +180,9 @@ STARTED_FILE = "stage-started.json"
 COMPLETE_FILE = "stage.json"
 STAGE_FILES = frozenset({CONFIG_FILE, STARTED_FILE, COMPLETE_FILE})
 """Files of every stage: its resolved configuration, and the marks that it started and completed."""
+
+LOCK_FILE = ".exo-megatron.lock"
+"""File beside them while a run is alive."""
 
 CANDIDATES_DIRECTORY = "candidates"
 """Directory of the shards in the output of `rollout` and `score`."""
@@ -231,5 +239,6 @@ class RunConfig(Section):
 
     output: FilePath = Field(description="directory that holds the outputs of the stages")
     seed: Seed = Field(default=0, description="of the stages that name none")
+    runtime: RuntimeConfig = RuntimeConfig()
     defaults: dict[str, Any] = Field(default={}, description="sections merged under those of the stages")
     stages: list[WorkflowStage] = Field(min_length=1, description="in the order in which they run")

@@ -22,7 +22,7 @@ from exo_megatron.config.document import (
     dump_yaml,
     show,
 )
-from exo_megatron.config.sections import Section
+from exo_megatron.config.sections import RuntimeConfig, Section
 from exo_megatron.config.stages import (
     STAGE_CONFIGS,
     AlignConfig,
@@ -111,6 +111,7 @@ class Workflow:
 
     output: Path
     seed: int
+    runtime: RuntimeConfig
     stages: tuple[PlannedStage, ...]
 
     def render(self) -> str:
@@ -122,7 +123,8 @@ class Workflow:
             {"name": each.name, "stage": each.stage, "config": each.config.model_dump(mode="json")}
             for each in self.stages
         ]
-        return dump_yaml({"output": str(self.output), "seed": self.seed, "stages": stages})
+        runtime = self.runtime.model_dump(mode="json")
+        return dump_yaml({"output": str(self.output), "seed": self.seed, "runtime": runtime, "stages": stages})
 
     def downstream(self, name: str) -> tuple[PlannedStage, ...]:
         """List the stages that read the output of `name`, directly or through others."""
@@ -152,17 +154,19 @@ def plan_workflow(document: Document, overrides: Sequence[Override]) -> Workflow
     planned: list[PlannedStage] = []
     for each, stage_document in zip(run.stages, documents, strict=True):
         planned.append(_plan_stage(each, stage_document, run, planned))
-    return Workflow(run.output, run.seed, tuple(planned))
+    return Workflow(run.output, run.seed, run.runtime, tuple(planned))
 
 
 def _plan_stage(entry: WorkflowStage, document: Document, run: RunConfig, earlier: list[PlannedStage]) -> PlannedStage:
     document.data.setdefault("output", str(run.output / entry.name))
     document.data.setdefault("seed", run.seed)
+    document.data.setdefault("runtime", run.runtime.model_dump(mode="json"))
     known = {"output": str(run.output), **{each.name: str(each.config.output) for each in earlier}}
     later = [each.name for each in run.stages if each.name not in known]
     document.data = _substitute(document.data, (), document, known, later)
     config = validate_stage(STAGE_CONFIGS[entry.stage], document)
     _check_output(config, document, run, earlier)
+    _check_runtime(config, document, run)
     for flaw in find_disagreements(config, [each.config for each in earlier]):
         raise ConfigError(document.where(flaw.key), flaw.problem, expected=flaw.expected, fix=flaw.fix)
     upstream = {each.name: each.digest for each in earlier if _reads(config, each.config.output)}
@@ -183,6 +187,17 @@ def _check_output(config: StageConfig, document: Document, run: RunConfig, earli
                 expected="a directory of its own for every stage",
                 fix="choose another output",
             )
+
+
+def _check_runtime(config: StageConfig, document: Document, run: RunConfig) -> None:
+    """Raise ConfigError if a stage would wait otherwise than the run, whose processes meet once for all stages."""
+    if config.runtime != run.runtime:
+        raise ConfigError(
+            document.where(("runtime",)),
+            "differs from `runtime` of the run, whose processes meet once for all stages",
+            expected="`runtime` at the top of the file only",
+            fix="move it there",
+        )
 
 
 def _reads(config: StageConfig, output: Path) -> bool:

@@ -97,8 +97,13 @@ def prepare(recipe: Recipe, cache: Path | None, team: Team) -> Shelf:
         StorageError: the cache cannot be written; and what the recipe raises.
     """
     # Before any process computes the key, so that what a shard is made of is what the key says.
-    states = team.together(lambda: _states(recipe.source))[team.rank]
+    settings = json.dumps([recipe.settings, recipe.limit], sort_keys=True)
+    seen = team.together(lambda: (team.node_rank == 0, settings, _states(recipe.source)))
+    states = seen[team.rank][2]
     key = team.on_nodes(lambda: _key(recipe))
+    # The same number, size and time of change: the file that the first process of a node has read.
+    known = (True, settings, states) in seen
+    _check_keys(recipe.source, key, team.together(lambda: key if known else _key(recipe)))
     root = cache or default_cache()
     directory = root / key[:32]
     whole = team.together(lambda: team.node_rank != 0 or _is_whole(directory))
@@ -142,6 +147,18 @@ def _states(source: Source) -> _States:
     return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
 
 
+def _check_keys(source: Source, key: str, keys: Sequence[str]) -> None:
+    """Raise DataError if a process reads other data than the first processes of the nodes."""
+    for rank, each in enumerate(keys):
+        if each != key:
+            raise DataError(
+                f"rank {rank}",
+                f"reads something else as {source.name} than the other processes of its node",
+                expected="the same files, tokenizer and program on all ranks",
+                fix="start all ranks in one directory, or give absolute paths",
+            )
+
+
 def _check_unchanged(source: Source, states: _States) -> None:
     if _states(source) != states:
         raise source_changed(source.name)
@@ -166,9 +183,11 @@ def _code_digest() -> str:
 
 def _is_whole(directory: Path) -> bool:
     """Tell whether the index is there and all shards are as it says. Damaged shards are removed."""
+    if not (directory / CACHE_INDEX).exists():
+        return False
     try:
         shards = read_json(directory / CACHE_INDEX)["shards"]
-    except DataError:  # not there, or damaged
+    except DataError:  # damaged
         return False
     damaged = [
         file

@@ -103,7 +103,7 @@ def source_changed(where: str) -> DataError:
     return DataError(
         where,
         "changed while it was read",
-        expected="files that nobody writes to",
+        expected="files that nobody writes to, the same for every process",
         fix="start again when the data are complete",
     )
 

@@ -103,8 +103,13 @@ class HfCodec:
                 fix="correct the messages or the template",
             ) from None
 
+    @property
+    def has_template(self) -> bool:
+        """True if chats can be rendered."""
+        return self._tokenizer.chat_template is not None
+
     def _require_template(self) -> None:
-        if self._tokenizer.chat_template is None:
+        if not self.has_template:
             raise DataError(
                 str(self.path),
                 "the tokenizer has no chat template, and the data has chat messages",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -176,9 +176,11 @@ def survey(share: Share) -> Survey:
 def join_surveys(surveys: Iterable[Survey]) -> Contents:
     """Put the surveys of all shares together, which may come in any order.
 
-    Raises DataError for an id that two records have.
+    Raises DataError for an id that two records have, and if processes have seen different shares.
     """
     ordered = sorted(surveys, key=lambda each: each.number)
+    if [each.number for each in ordered] != list(range(len(ordered))):
+        raise source_changed("candidates")
     places: dict[str, str] = {}
     for id, where in chain.from_iterable(each.places for each in ordered):
         note_id(places, id, where)
@@ -192,3 +194,14 @@ def join_surveys(surveys: Iterable[Survey]) -> Contents:
         [each.completions for each in ordered],
         tally,
     )
+
+
+def read_known_shares(path: Path, interpreter: Interpreter, contents: Contents, wanted: Set[int]) -> Iterator[Share]:
+    """Read the shares with these numbers in order. Raises DataError if one is not as some process surveyed it."""
+    left = set(wanted)
+    for share in read_shares(path, interpreter, wanted.__contains__):
+        contents.check_unchanged(path, share)
+        left.discard(share.number)
+        yield share
+    if left:
+        raise source_changed(str(path))

@@ -295,7 +295,8 @@ def load_tokenizer(
 
     template = None if chat_template is None else _read_template(chat_template)
     codec = load_hf_codec(path, template, template_kwargs)
-    return Tokenizer(path, codec, [*stops, *find_turn_end(codec)])
+    turn_end = find_turn_end(codec) if codec.has_template else []
+    return Tokenizer(path, codec, [*stops, *turn_end])
 
 
 def _load_sentencepiece(path: Path, file: Path, chat_template: str | None) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, list_steps, read_
 from exo_megatron.config.document import read_document
 from exo_megatron.config.stages import CONFIG_FILE, EvaluateConfig
 from exo_megatron.data.dataset import load_prompts
+from exo_megatron.data.prepared import prompts_digest
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
@@ -46,6 +48,15 @@ class Plan:
     targets: tuple[Target, ...]
     tokenizer: Tokenizer
     prompts: tuple[Prompt, ...]
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of all that was read, by what it is."""
+        steps = [(each.name, each.step, each.source.fingerprint) for each in (self.reference, *self.targets)]
+        return {
+            "checkpoints": hashlib.sha256(repr(steps).encode()).hexdigest(),
+            "tokenizer": self.tokenizer.digest,
+            "prompts": prompts_digest(self.prompts),
+        }
 
 
 def make_plan(config: EvaluateConfig, tell: Callable[[str], object], team: Team = ALONE) -> Plan:

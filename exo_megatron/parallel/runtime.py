@@ -10,18 +10,22 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
+from exo_megatron.config.sections import RuntimeConfig
 from exo_megatron.errors import TopologyError
 from exo_megatron.parallel import cpu_backend
 from exo_megatron.parallel.launch import Launch, Launcher, detect_launch
+from exo_megatron.parallel.leaving import leaving_together
+from exo_megatron.parallel.rendezvous import meet
+from exo_megatron.parallel.watch.start import Watch, start_watch
 from exo_megatron.utils.team import Team
 
 T = TypeVar("T")
@@ -60,11 +64,17 @@ class Runtime:
     local_rank: int
     device: torch.device
     launcher: Launcher
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
         """True on rank 0 of the world, which prints and writes files."""
         return self.rank == 0
+
+    def begin(self, what: str) -> None:
+        """Note what this rank does from now on, for the line that tells of its loss. Costs an assignment."""
+        if self.watch is not None:
+            self.watch.begin(what)
 
     def barrier(self) -> None:
         """Wait for every rank of the world."""
@@ -160,18 +170,24 @@ def _receive(rank: int) -> bytes:
 
 
 @contextmanager
-def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
+def distributed_runtime(limits: RuntimeConfig | None = None, *, models: bool = True) -> Iterator[Runtime]:
     """Join the launcher's world: NCCL with one CUDA device per process, gloo without CUDA.
 
-    models: whether models will be run, for which megatron-core is imported and prepared (seconds).
-    If not, gloo and the CPU are used, also where CUDA is available, with any number of processes.
+    Args:
+        limits: how long ranks wait for each other; the defaults if it is None.
+        models: whether models will be run, for which megatron-core is imported and prepared (seconds). If not,
+            gloo and the CPU are used, also where CUDA is available, with any number of processes.
 
-    The group is destroyed at the end; after an exception it is left to the process's exit, because
-    peers may be waiting in a collective. A Transformer Engine that is installed but cannot be used
-    is named in one line on rank 0. Raises TopologyError if the launcher's variables are incomplete,
-    and on all ranks if a node has fewer devices than processes or if only some ranks can use
-    Transformer Engine.
+    The group is destroyed at the end. After an exception in a world of several ranks this process ends here
+    (see `leaving_together`), because peers may be waiting in a collective. A Transformer Engine that is
+    installed but cannot be used is named in one line on rank 0.
+
+    Raises:
+        TopologyError: the launcher's variables are incomplete or wrong; a node has fewer devices than processes, or
+            only some ranks can use Transformer Engine.
+        WorldError: a rank does not come.
     """
+    limits = RuntimeConfig() if limits is None else limits
     # `exo-megatron doctor` says this once; it need not be repeated by every process of every run.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*(not installed|Falling back).*")
     # megatron-core's distributed optimizer keeps gradients on views of its buffers, on purpose.
@@ -191,16 +207,21 @@ def distributed_runtime(*, models: bool = True) -> Iterator[Runtime]:
     device = _choose_device(launch) if models else torch.device("cpu")
     if models:
         cpu_backend.install()
-    _join(launch, device)
-    check_seats(share_object(_take_seat(device, failure)))
-    if failure is not None and launch.rank == 0:
-        told = (
-            f"Transformer Engine cannot be used ({failure}); this run takes slower kernels; see `exo-megatron doctor`"
-        )
-        print(f"exo-megatron: {told}", file=sys.stderr, flush=True)
-    runtime = Runtime(launch.rank, launch.world_size, launch.local_rank, device, launch.launcher)
-    yield runtime
-    runtime.barrier()  # a rank that leaves early takes its connections away under the others
+    watch = None
+    store: Store = HashStore()
+    if launch.launcher != "single":
+        store = meet(launch, limits.start_seconds)
+        watch = start_watch(launch, limits, store)
+    with nullcontext() if watch is None else leaving_together(launch.rank, watch):
+        _make_groups(launch, device, store, failure)
+        if failure is not None and launch.rank == 0:
+            told = f"Transformer Engine cannot be used ({failure}); this run takes slower kernels"
+            print(f"exo-megatron: {told}; see `exo-megatron doctor`", file=sys.stderr, flush=True)
+        runtime = Runtime(launch.rank, launch.world_size, launch.local_rank, device, launch.launcher, watch)
+        yield runtime
+        runtime.barrier()  # a rank that leaves early takes its connections away under the others
+    if watch is not None:
+        watch.close()
     _World.objects = None
     dist.destroy_process_group()
 
@@ -215,7 +236,7 @@ def _engine_failure() -> str | None:
 
 
 def _choose_device(launch: Launch) -> torch.device:
-    """Choose the device of this rank, which may not be there: `_check_seats` tells all ranks."""
+    """Choose the device of this rank, which may not be there: `check_seats` tells all ranks."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -272,32 +293,14 @@ def check_seats(seats: Sequence[Seat]) -> None:
         )
 
 
-def _join(launch: Launch, device: torch.device) -> None:
-    store: Store | None = None
-    if launch.launcher == "single":
-        store = HashStore()
-    elif launch.launcher == "mpi":
-        store = _mpi_store(launch)
-    else:
-        os.environ["MASTER_ADDR"] = launch.master_addr
-        os.environ["MASTER_PORT"] = str(launch.master_port)
+def _make_groups(launch: Launch, device: torch.device, store: Store, engine_failure: str | None) -> None:
+    """Make the groups of all ranks, in the store in which they have met, and compare their devices."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=store,  # None: from the environment, where torchrun may already keep a store
+        store=PrefixStore("groups", store),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
     _World.objects = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT, group_desc="objects")
-
-
-def _mpi_store(launch: Launch) -> Store:
-    """Make the store through which ranks meet: rank 0 broadcasts a free port over MPI."""
-    from mpi4py import MPI
-
-    world, size = MPI.COMM_WORLD, launch.world_size
-    if launch.rank == 0:
-        store = TCPStore(launch.master_addr, launch.master_port, size, is_master=True, wait_for_workers=False)
-        world.bcast(store.port, root=0)
-        return store
-    return TCPStore(launch.master_addr, world.bcast(None, root=0), size, is_master=False)
+    check_seats(share_object(_take_seat(device, engine_failure)))

@@ -14,6 +14,7 @@ from exo_megatron.data.packing import check_groups, check_whole
 from exo_megatron.data.prepared import PreparedGroups
 from exo_megatron.data.stored_logprobs import WantedLogprobs
 from exo_megatron.execution.policy import PolicyCheckpoint, find_policy_and_reference, find_tokenizer, load_policy
+from exo_megatron.parallel.ending import check_same
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.stages.run import say
@@ -37,7 +38,9 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         check_whole(groups, config.compute, config.parallel)
     objective.rehearse(groups)
     data = groups.digest
+    check_same(runtime, {"data": data, "policy": source.fingerprint, "reference": reference.fingerprint})
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
+        runtime.begin("align: loading the model")
         policy = load_policy(source, topology, config.compute)
         # The policy is still untrained: if it is the reference itself, no second model is loaded.
         same = reference.fingerprint == source.fingerprint
@@ -47,6 +50,7 @@ def run_align(config: AlignConfig, runtime: Runtime) -> None:
         if config.reference_logprobs == "live":
             complete_step = partial(scoring, load_reference())
         else:
+            runtime.begin("align: reference log-probs")
             groups = complete_groups(
                 groups,
                 config.output,

@@ -17,7 +17,7 @@ from exo_megatron.evaluation.prompt_means import write_prompt_means
 from exo_megatron.evaluation.report import render_report
 from exo_megatron.evaluation.samples import Compared, Sampler
 from exo_megatron.evaluation.targets import Plan, describe_disagreement, make_plan
-from exo_megatron.parallel.ending import on_main
+from exo_megatron.parallel.ending import check_same, on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rewards.build import build_reward
@@ -42,6 +42,7 @@ def run_evaluate(config: EvaluateConfig, runtime: Runtime) -> None:
     model is loaded.
     """
     plan = make_plan(config, partial(say, runtime), runtime.team())
+    check_same(runtime, plan.digests())
     disagreement = describe_disagreement(plan, config.sampling.temperature)
     if disagreement is not None:
         say(runtime, f"evaluate: {disagreement}")

@@ -15,9 +15,8 @@ from exo_megatron.data.prepared import Prepared
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.shards import RunShards, count_shards, link_only_shard, records_of
 from exo_megatron.data.tokenizer import Tokenizer
-from exo_megatron.errors import DataError
 from exo_megatron.execution.policy import Policy, PolicyCheckpoint, find_policy, find_tokenizer, load_policy
-from exo_megatron.parallel.ending import on_main
+from exo_megatron.parallel.ending import check_same, on_main
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.rollout.draw import draw_candidates
@@ -50,8 +49,8 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
     check_lengths(prompts, config.sampling, source.spec)
     check_microbatch_length(prompts, config.sampling, config.compute, config.parallel)
     run = _digest(config, source, tokenizer, prompts)
-    seen = runtime.gather_objects(run)
-    on_main(runtime, lambda: _check_same(seen or [], config.data.path))
+    seen = {"prompts": prompts.digest, "tokenizer": tokenizer.digest, "policy": source.fingerprint, "settings": run}
+    check_same(runtime, seen)
     shards = RunShards(config.output / CANDIDATES_DIRECTORY, count_shards(len(prompts)), run)
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
         finished = on_main(runtime, lambda: writing(config.output, shards.take_over))
@@ -62,6 +61,7 @@ def run_rollout(config: RolloutConfig, runtime: Runtime) -> None:
             left = len(prompts) - sum(len(records_of(unit, len(prompts))) for unit in kept)
             needed = least_bytes(left, config.sampling.candidates)
             on_main(runtime, lambda: check_space(config.output, needed))
+            runtime.begin("rollout: loading the model")
             policy = load_policy(source, topology, config.compute, tokenizer)
             differences += _draw_units(config, policy, prompts, shards, units, kept, runtime)
     if runtime.is_main:
@@ -102,6 +102,7 @@ def _draw_units(
     with drawing_progress("rollout", sizes, config.sampling, policy.topology, runtime, done=done) as progress:
         for unit in left:
             numbers = records_of(unit, len(prompts))
+            runtime.begin(f"rollout: prompts {numbers.start} to {numbers.stop - 1}")
             drawn = draw_candidates(
                 policy,
                 prompts[numbers.start : numbers.stop],
@@ -133,15 +134,3 @@ def _digest(config: RolloutConfig, source: PolicyCheckpoint, tokenizer: Tokenize
         "prompts": prompts.digest,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _check_same(digests: Sequence[str], path: str) -> None:
-    """Raise DataError if a rank has other prompts, or another tokenizer or policy, than rank 0."""
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise DataError(
-                f"rank {rank}",
-                f"read other prompts of {path} than rank 0, or has another tokenizer or checkpoint",
-                expected="the same files on all ranks",
-                fix="put them where every rank reads the same, such as a shared file system",
-            )

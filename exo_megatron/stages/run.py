@@ -6,10 +6,13 @@ import gc
 import hashlib
 import importlib
 import json
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,8 +36,10 @@ from exo_megatron.config.stages import (
 from exo_megatron.config.workflow import PlannedStage, Workflow
 from exo_megatron.errors import ConfigError, DataError
 from exo_megatron.evaluation.estimates import REFERENCE_NAME
-from exo_megatron.parallel.ending import leaving_together, on_main
+from exo_megatron.parallel.ending import on_main
 from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.stages.lock import OutputLock
+from exo_megatron.stages.memory import out_of_memory
 from exo_megatron.utils.disk import reporting, reporting_all
 from exo_megatron.utils.files import read_json, write_json, write_text
 from exo_megatron.utils.progress import show_duration
@@ -57,18 +62,36 @@ Each is imported only when the stage runs, because it brings torch and more with
 
 RUN_FILE = "run.yaml"
 
+COMPUTING_LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
+"""Libraries that take part in what ranks compute together."""
+
 
 def run_stage(stage: str, config: StageConfig) -> None:
     """Join the world of the launcher and run one stage in it."""
     digest = config_digest(config)
-    with distributed_runtime() as runtime, leaving_together(runtime):
+    with distributed_runtime(config.runtime) as runtime:
         check_agreement(digest, runtime)
         digest = on_main(runtime, lambda: with_steps(config, digest))
         if on_main(runtime, lambda: is_complete(config, digest)):
             done = f"complete already in {config.output} with this configuration (inputs are not compared)"
             say(runtime, f"{stage}: {done}, nothing to do; remove it to run it again")
-        else:
+            return
+        with one_run(status_directory(config), runtime):
             execute_stage(stage, stage, config, digest, runtime)
+
+
+@contextmanager
+def one_run(directory: Path, runtime: Runtime) -> Iterator[OutputLock]:
+    """Hold the lock of an output directory on rank 0 during a block. Collective over the world.
+
+    Raises OutputInUse on all ranks if another run holds it.
+    """
+    lock = OutputLock(directory)
+    on_main(runtime, lambda: writing(directory, lock.acquire))
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runtime: Runtime) -> None:
@@ -82,7 +105,11 @@ def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runti
         config: its configuration.
         digest: identifies the configuration in the files written.
         runtime: the world.
+
+    Raises:
+        DeviceMemoryError: there is not enough memory for what the stage does at once; and what the stage raises.
     """
+    runtime.begin(f"{name}: start")
     text = render_config(config)
     clean = partial(remove_leftovers, config.output, status_directory(config))
     on_main(runtime, lambda: writing(config.output, clean))
@@ -90,8 +117,12 @@ def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runti
     on_main(runtime, lambda: writing(config.output, begin))
     say(runtime, f"{name}: started, output in {config.output}")
     started = time.monotonic()
-    with reporting_all(config.output):
-        load_function(STAGE_FUNCTIONS[stage])(config, runtime)
+    try:
+        with reporting_all(config.output):
+            load_function(STAGE_FUNCTIONS[stage])(config, runtime)
+    except (RuntimeError, MemoryError) as error:
+        raise out_of_memory(error, config, runtime) or error from None
+    runtime.begin(f"{name}: end")
     runtime.barrier()
     on_main(runtime, lambda: writing(config.output, partial(complete_stage, status_directory(config), stage, digest)))
     say(runtime, f"{name}: done in {show_duration(time.monotonic() - started)}")
@@ -100,7 +131,7 @@ def execute_stage(name: str, stage: str, config: StageConfig, digest: str, runti
 def run_conversion(config: ImportConfig | ExportConfig) -> int:
     """Convert like the stage, without its files (for `tools/`), and return the exit code."""
     stage = "import" if isinstance(config, ImportConfig) else "export"
-    with distributed_runtime(models=config.verify) as runtime, leaving_together(runtime):
+    with distributed_runtime(config.runtime, models=config.verify) as runtime:
         check_agreement(config_digest(config), runtime)
         load_function(STAGE_FUNCTIONS[stage])(config, runtime)
         say(runtime, f"wrote {config.output}")
@@ -109,7 +140,7 @@ def run_conversion(config: ImportConfig | ExportConfig) -> int:
 
 def run_prepare(config: StageConfig) -> int:
     """Join the world of the launcher, tokenise the data of a stage and return the exit code."""
-    with distributed_runtime(models=False) as runtime, leaving_together(runtime):
+    with distributed_runtime(config.runtime, models=False) as runtime:
         check_agreement(config_digest(config), runtime)
         with reporting_all(config.output):
             load_function("exo_megatron.stages.prepare:prepare_data")(config, runtime)
@@ -118,28 +149,45 @@ def run_prepare(config: StageConfig) -> int:
 
 def run_verify(config: VerifyConfig) -> int:
     """Join the world of the launcher, verify a conversion and return the exit code."""
-    with distributed_runtime(models=not config.tensors_only) as runtime, leaving_together(runtime):
+    with distributed_runtime(config.runtime, models=not config.tensors_only) as runtime:
         code: int = load_function("exo_megatron.stages.verify:verify")(config, runtime)
     return code
 
 
 def check_agreement(digest: str, runtime: Runtime) -> None:
-    """Raise ConfigError on all ranks if they were started with different settings or versions.
+    """Raise ConfigError on all ranks if they were started with different settings, code or libraries.
 
     Collective over the world.
     """
-    seen = runtime.gather_objects((digest, __version__))
-    on_main(runtime, lambda: _compare(seen or []))
+    if runtime.world_size > 1:
+        seen = runtime.gather_objects({"configuration": digest, **program_versions()})
+        on_main(runtime, lambda: _compare(seen or []))
+
+
+def program_versions() -> dict[str, str]:
+    """Return what must be the same on all ranks besides the settings: versions, and a digest of our own code."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        code.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    libraries = {f"version of {name}": version(name) for name in COMPUTING_LIBRARIES}
+    return {
+        "version of exo-megatron": __version__,
+        "code of exo-megatron": code.hexdigest(),
+        "version of Python": ".".join(platform.python_version_tuple()[:2]),
+        **libraries,
+    }
 
 
 def run_workflow(workflow: Workflow) -> None:
     """Join the world of the launcher and run the stages in it."""
     text = workflow.render()
-    with distributed_runtime() as runtime, leaving_together(runtime):
+    with distributed_runtime(workflow.runtime) as runtime:
         check_agreement(hashlib.sha256(text.encode("utf-8")).hexdigest(), runtime)
-        on_main(runtime, lambda: writing(workflow.output, lambda: _write_workflow(workflow.output, text)))
-        for stage in workflow.stages:
-            run_planned_stage(stage, workflow, runtime)
+        with one_run(workflow.output, runtime):
+            on_main(runtime, lambda: writing(workflow.output, lambda: _write_workflow(workflow.output, text)))
+            for stage in workflow.stages:
+                run_planned_stage(stage, workflow, runtime)
 
 
 def _write_workflow(output: Path, text: str) -> None:
@@ -160,24 +208,29 @@ def run_planned_stage(stage: PlannedStage, workflow: Workflow, runtime: Runtime)
     if on_main(runtime, lambda: is_complete(stage.config, stage.digest)):
         say(runtime, f"{stage.name}: complete already, skipped")
         return
-    kept = on_main(runtime, lambda: writing(output, lambda: _make_way(stage, workflow)))
-    if kept is not None:
-        say(runtime, f"{stage.name}: its configuration or inputs changed; the earlier output is kept in {kept}")
-    execute_stage(stage.name, stage.stage, stage.config, stage.digest, runtime)
+    with one_run(status_directory(stage.config), runtime) as lock:
+        kept = on_main(runtime, lambda: writing(output, lambda: _make_way(stage, workflow, lock)))
+        if kept is not None:
+            say(runtime, f"{stage.name}: its configuration or inputs changed; the earlier output is kept in {kept}")
+        execute_stage(stage.name, stage.stage, stage.config, stage.digest, runtime)
     _free_memory(runtime)
 
 
-def _make_way(stage: PlannedStage, workflow: Workflow) -> Path | None:
-    """Mark downstream stages as stale, and move stale output away; returns its new path, if any."""
+def _make_way(stage: PlannedStage, workflow: Workflow, lock: OutputLock) -> Path | None:
+    """Mark downstream stages as stale, and move stale output away; returns its new path, if any.
+
+    The lock is in the directory of the stage's status, and goes with it.
+    """
     for each in workflow.downstream(stage.name):
         mark_stale(status_directory(each.config))
     status = status_directory(stage.config)
     if started_digest(status) in (None, stage.digest):
         return None
+    if status == stage.config.output:
+        return lock.move_away(lambda: set_aside(status))
     # The output first: without its status nothing would say whose it is.
     kept = set_aside(stage.config.output) if stage.config.output.exists() else None
-    if status != stage.config.output:
-        set_aside(status)
+    lock.move_away(lambda: set_aside(status))
     return kept
 
 
@@ -207,13 +260,15 @@ def say(runtime: Runtime, text: str) -> None:
         print(text, flush=True)
 
 
-def _compare(seen: Sequence[tuple[str, str]]) -> None:
+def _compare(seen: Sequence[Mapping[str, str]]) -> None:
     for rank, each in enumerate(seen):
-        if each != seen[0]:
-            what = "configuration" if each[0] != seen[0][0] else "version of exo-megatron"
+        for what, found in seen[0].items():
+            if each[what] == found:
+                continue
+            values = f" ({each[what]}, not {found})" if what.startswith("version") else ""
             raise ConfigError(
                 f"rank {rank}",
-                f"its {what} differs from that of rank 0",
+                f"its {what} differs from that of rank 0{values}",
                 expected="the same on all ranks",
                 fix="start all ranks with the same files and settings",
             )
@@ -297,6 +352,8 @@ def with_steps(config: StageConfig, digest: str) -> str:
 
 
 def _digest(path: Path) -> str | None:
+    if not path.exists():
+        return None
     try:
         record = read_json(path)
     except DataError:

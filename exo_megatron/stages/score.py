@@ -18,7 +18,7 @@ from exo_megatron.data.candidates import ROLLOUT_FILE
 from exo_megatron.data.completions import ScorableRecord, stored_record
 from exo_megatron.data.dataset import judge_source, write_report
 from exo_megatron.data.reading import Interpreter
-from exo_megatron.data.scorable import Contents, Survey, join_surveys, read_shares, survey
+from exo_megatron.data.scorable import Contents, Survey, join_surveys, read_known_shares, read_shares, survey
 from exo_megatron.data.shards import Notes, RunShards, find_shards, link_only_shard, output_of
 from exo_megatron.data.tally import Verdicts
 from exo_megatron.parallel.ending import on_main
@@ -134,8 +134,8 @@ def _score_shares(
     total += sum(len(own_part(sizes[number], runtime)) for number in work.together)
     names, batch_size = work.contents.names, config.reward.batch_size
     with Progress("score", total, "completions", enabled=runtime.is_main and total > 0) as progress:
-        for share in read_shares(config.candidates, interpreter, wanted.__contains__):
-            work.contents.check_unchanged(config.candidates, share)
+        for share in read_known_shares(config.candidates, interpreter, work.contents, wanted):
+            runtime.begin(f"score: shard {share.number}")
             scored: list[ScorableRecord] | None
             if share.number in alone:
                 scored = score_share(share.records, source, names=names, batch_size=batch_size, progress=progress)

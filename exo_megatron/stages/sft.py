@@ -10,6 +10,7 @@ from exo_megatron.data.groups import GroupLengths
 from exo_megatron.data.packing import check_groups
 from exo_megatron.data.prepared import PreparedGroups
 from exo_megatron.execution.policy import PolicyCheckpoint, find_policy, find_tokenizer, load_policy
+from exo_megatron.parallel.ending import check_same
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.parallel.topology import model_parallel
 from exo_megatron.stages.run import say
@@ -27,6 +28,7 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
     source = find_policy(config.model.checkpoint, config.parallel, partial(say, runtime))
     groups = _read_groups(config, source, runtime)
     check_groups(groups, source.spec, config.compute, config.parallel)
+    check_same(runtime, {"data": groups.digest, "policy": source.fingerprint})
     identity = run_identity(
         groups.digest,
         source.fingerprint,
@@ -36,6 +38,7 @@ def run_sft(config: SftConfig, runtime: Runtime) -> None:
         config.batch,
     )
     with model_parallel(runtime, config.parallel, seed=config.seed) as topology:
+        runtime.begin("sft: loading the model")
         policy = load_policy(source, topology, config.compute)
         Trainer(
             trainee=make_trainee(policy, config.optimizer),

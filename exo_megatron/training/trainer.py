@@ -10,14 +10,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_megatron.checkpoint.directory import list_steps, skipped_steps, step_directory
+from exo_megatron.checkpoint.directory import list_steps, read_fingerprint, skipped_steps, step_directory
 from exo_megatron.checkpoint.load import load_sharded, read_trainer_state, verify_but_records
 from exo_megatron.checkpoint.save import SmallFiles, begin_save, check_room, prune
 from exo_megatron.config.sections import Section
 from exo_megatron.config.stages import AlignConfig, SftConfig
 from exo_megatron.data.groups import Group, StepSampler
 from exo_megatron.errors import CheckpointError, TrainingDiverged, TryAgainLater
-from exo_megatron.parallel.ending import StopRequest, stop_on_signal
+from exo_megatron.parallel.ending import StopRequest, check_same, stop_on_signal
 from exo_megatron.parallel.runtime import Runtime
 from exo_megatron.training.objectives import MicroBatchObjective
 from exo_megatron.training.optimizer import Trainee, learning_rate
@@ -96,19 +96,14 @@ class Trainer:
         saver = Saver(self._prune)
         with stop_on_signal() as stop, progress, closing(metrics):
             for step in range(first_step, sampler.total_steps):
+                self.runtime.begin(f"{self.label}: step {step + 1}")
                 try:
                     result = self._step(step, sampler, metrics, progress, stop, saver)
                 except TrainingDiverged:  # on all ranks
-                    saver.end()
+                    self._end_save(saver)
                     raise
                 done = step + 1
-                last = done == sampler.total_steps or result.stop_requested
-                if last or self._save_due(done) or not result.writing:
-                    saver.end()
-                if last or self._save_due(done):
-                    self._begin_save(done, saver)
-                if last:
-                    saver.end()
+                self._save_if_due(done, saver, result, last=done == sampler.total_steps or result.stop_requested)
                 if result.stop_requested and done < sampler.total_steps:
                     raise TryAgainLater(
                         str(self.config.output),
@@ -157,12 +152,28 @@ class Trainer:
         progress.advance(1, loss=f"{result.loss:.4f}", tokens_per_second=f"{rate:.0f}")
         return result
 
-    def _save_due(self, step: int) -> bool:
+    def _save_if_due(self, step: int, saver: Saver, result: StepResult, *, last: bool) -> None:
+        """End the save that is under way where all ranks have written, and begin another where it is time.
+
+        last: this is the last step of this process, which waits for its save.
+        """
         interval = self.config.save.interval
-        return interval is not None and step % interval == 0
+        due = last or (interval is not None and step % interval == 0)
+        if due or not result.writing:
+            self._end_save(saver)
+        if due:
+            self._begin_save(step, saver)
+        if last:
+            self._end_save(saver)
+
+    def _end_save(self, saver: Saver) -> None:
+        if saver.under_way:
+            self.runtime.begin(f"{self.label}: waiting for a save")
+            saver.end()
 
     def _begin_save(self, step: int, saver: Saver) -> None:
         """Copy weights and optimizer state, and let them be written while training goes on."""
+        self.runtime.begin(f"{self.label}: saving step {step}")
         save = begin_save(
             step_directory(self._checkpoints, step),
             self.trainee.sharded_state(loading=False),
@@ -188,9 +199,12 @@ class Trainer:
         for line in skipped_steps(self.config.output) if self.runtime.is_main else ():
             print(f"{self.label}: {line}", flush=True)
         steps = list_steps(self.config.output)
+        found = f"{steps[-1][0]} {read_fingerprint(steps[-1][1])}" if steps else "none"
+        check_same(self.runtime, {f"the newest step in {self.config.output}": found})
         if not steps:
             return 0
         step, path = steps[-1]
+        self.runtime.begin(f"{self.label}: loading step {step}")
         records = verify_but_records(path)
         state = read_trainer_state(path)
         if state["identity"] != self.identity:

@@ -28,6 +28,9 @@ class LoneRuntime:
     is_main = True
     device = SimpleNamespace(type="cpu")
 
+    def begin(self, what: str) -> None:
+        pass
+
     def barrier(self) -> None:
         pass
 
@@ -58,6 +61,13 @@ class Rank:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        return self.rank + 1 + len(self.others)
+
+    def begin(self, what: str) -> None:
+        pass
 
     def team(self) -> Team:
         return replace(ALONE, rank=self.rank, size=self.rank + 1, share=lambda value: [value] * (self.rank + 1))
@@ -99,7 +109,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
 
     @contextmanager
-    def distributed_runtime() -> Iterator[LoneRuntime]:
+    def distributed_runtime(*limits: object) -> Iterator[LoneRuntime]:
         yield LoneRuntime()
 
     monkeypatch.setattr(stages, "distributed_runtime", distributed_runtime)

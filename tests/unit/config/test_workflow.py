@@ -259,3 +259,18 @@ def test_only_stages_that_belong_together_must_agree(file):
     """Data from elsewhere are judged when they are read; so is a reference that no stage of the run makes."""
     load_run_config(file, ["stages.exo-1.5.data.path=other/candidates.jsonl", "stages.exo-1.5.loss.temperature=0.5"])
     load_run_config(file, ["stages.exo-1.5.reference.checkpoint=other/sft"])
+
+
+def test_processes_wait_in_all_stages_as_the_run_says_and_its_digests_do_not_know(file):
+    plain, patient = load_run_config(file, []), load_run_config(file, ["runtime.timeout_seconds=7"])
+    assert patient.runtime.timeout_seconds == 7
+    assert {stage.config.runtime.timeout_seconds for stage in patient.stages} == {7}
+    assert [stage.digest for stage in patient.stages] == [stage.digest for stage in plain.stages]
+    file.write_text(patient.render(), encoding="utf-8")
+    assert load_run_config(file, []) == patient
+
+
+@pytest.mark.parametrize("override", ["stages.sft.runtime.timeout_seconds=7", "defaults.runtime.timeout_seconds=7"])
+def test_a_stage_of_a_run_does_not_wait_otherwise(file, override):
+    with pytest.raises(ConfigError, match="differs from `runtime` of the run"):
+        load_run_config(file, [override])

@@ -35,7 +35,7 @@ def kill(*args: Any, **kwargs: Any) -> None:
 @pytest.fixture
 def in_this_process(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def distributed_runtime() -> Iterator[Runtime]:
+    def distributed_runtime(*limits: object) -> Iterator[Runtime]:
         yield runtime
 
     monkeypatch.setattr(stages, "distributed_runtime", distributed_runtime)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,34 @@ class TestProcesses:
         assert {str(error) for error in errors} == {str(errors[0])}
         assert isinstance(errors[0], DataError) and "nodes of this run read different data" in str(errors[0])
         assert kitchen.made == []
+
+    @pytest.mark.parametrize("settings", [False, True])
+    def test_a_process_with_other_data_than_the_first_of_its_node_is_refused(
+        self, kitchen: Kitchen, tmp_path: Path, settings: bool
+    ) -> None:
+        """As with relative paths and directories of their own, or another tokenizer under one name."""
+        other = Kitchen(tmp_path / "other" / kitchen.file.name)
+        other.file.parent.mkdir()
+        other.write("abcdefghijK")
+
+        def work(team: Team, node: int) -> Shelf:
+            mine = kitchen.recipe() if team.rank < 2 or settings else other.recipe()
+            mine = replace(mine, settings={"rank": 2}) if team.rank == 2 and settings else mine
+            return prepare(mine, tmp_path / "cache", team)
+
+        errors = Threads((3,)).run(work)
+        assert {type(error) for error in errors} == {DataError}
+        assert {error.where for error in errors} == {"rank 2"}
+        assert kitchen.made == other.made == []
+
+    def test_a_copy_of_the_same_file_is_the_same_data(self, kitchen: Kitchen, tmp_path: Path) -> None:
+        """Its number and times differ, as in containers of the ranks; its content decides."""
+        original, reads = cache._states, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "_states", lambda source: [*original(source), (len(reads), reads.append(1), 0)])
+            patch.setattr(cache, "_check_unchanged", lambda source, states: None)
+            shelves = Threads((2,)).run(lambda team, node: prepare(kitchen.recipe(), tmp_path / "cache", team))
+        assert [ids(shelf) for shelf in shelves] == [LETTERS] * 2
 
     def test_an_error_of_one_process_is_raised_on_all(self, kitchen: Kitchen, tmp_path: Path) -> None:
         def fail(first: str) -> None:

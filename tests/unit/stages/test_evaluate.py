@@ -28,10 +28,17 @@ def test_another_temperature_than_that_of_the_training_is_told_once(
     def stop(*given: object) -> None:
         raise PlanMade
 
-    def describe(plan: str, temperature: float) -> str | None:
+    class Planned:
+        def __str__(self) -> str:
+            return "plan"
+
+        def digests(self) -> dict[str, str]:
+            return {}
+
+    def describe(plan: Planned, temperature: float) -> str | None:
         return None if temperature == 0.8 else f"{plan} differs from {temperature}"
 
-    monkeypatch.setattr(evaluate, "make_plan", lambda config, tell, team: "plan")
+    monkeypatch.setattr(evaluate, "make_plan", lambda config, tell, team: Planned())
     monkeypatch.setattr(evaluate, "describe_disagreement", describe)
     monkeypatch.setattr(evaluate, "build_reward", stop)
 

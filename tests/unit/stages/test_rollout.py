@@ -63,7 +63,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     def model_parallel(*arguments: Any, **named: Any) -> Iterator[Any]:
         yield SimpleNamespace(data_size=1, data_rank=0)
 
-    tokenizer = SimpleNamespace(path="t", stop_ids={2}, absent_ids=[], vocab_size=100)
+    tokenizer = SimpleNamespace(path="t", digest="t", stop_ids={2}, absent_ids=[], vocab_size=100)
     source = SimpleNamespace(spec=SimpleNamespace(max_positions=10**6), fingerprint="f", path=Path("model"))
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", PER_SHARD)
     monkeypatch.setattr(units, "FILLS", 1)
@@ -200,9 +200,10 @@ def test_every_rank_writes_shards_of_its_own(engine: Engine, tmp_path: Path) -> 
 def test_ranks_with_other_prompts_are_refused(engine: Engine, tmp_path: Path) -> None:
     class Runtime(LoneRuntime):
         def gather_objects(self, value: Any) -> list[Any]:
-            return [value, value, "other"]
+            host, seen = value
+            return [value, value, (host, {**seen, "prompts": "other"})]
 
-    with pytest.raises(DataError, match="rank 2: read other prompts of 19 than rank 0"):
+    with pytest.raises(DataError, match=r"rank 2, .*: reads something else than rank 0 \(.*\) as prompts;"):
         run(config(tmp_path, 19), Runtime())
     assert not engine.asked
 

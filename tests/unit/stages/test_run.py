@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, make_manifest, step_directory, write_manifest
 from exo_megatron.cli.main import main
-from exo_megatron.errors import ConfigError
-from exo_megatron.stages.run import check_agreement, load_function
+from exo_megatron.errors import ConfigError, DataError
+from exo_megatron.parallel.ending import check_same
+from exo_megatron.stages import run as stages
+from exo_megatron.stages.run import check_agreement, load_function, program_versions
 from tests.unit.conftest import Calls, Rank
 
 
-def test_ranks_with_other_settings_or_versions():
-    from exo_megatron import __version__
-
-    check_agreement("a", Rank(others=[("a", __version__)]))
+def test_ranks_with_other_settings_versions_or_code():
+    same = {"configuration": "a", **program_versions()}
+    check_agreement("a", Rank(others=[same]))
     with pytest.raises(ConfigError, match="rank 2: its configuration differs"):
-        check_agreement("a", Rank(others=[("a", __version__), ("b", __version__)]))
-    with pytest.raises(ConfigError, match="rank 1: its version of exo-megatron differs"):
-        check_agreement("a", Rank(others=[("a", "0.0.0")]))
+        check_agreement("a", Rank(others=[same, same | {"configuration": "b"}]))
+    for what, told in (("version of torch", " (other, not "), ("code of exo-megatron", ";")):
+        with pytest.raises(ConfigError, match=re.escape(f"rank 1: its {what} differs from that of rank 0{told}")):
+            check_agreement("a", Rank(others=[same | {what: "other"}]))
+
+
+def test_ranks_that_read_something_else():
+    host, read = socket.gethostname(), {"data": "1", "policy": "2"}
+    check_same(Rank(others=[(host, read)]), read)
+    for what in read:
+        with pytest.raises(DataError, match=f"rank 2, n2: reads something else than rank 0 .* as {what};"):
+            check_same(Rank(others=[(host, read), ("n2", read | {what: "3"})]), read)
+
+
+def test_the_digest_of_the_code_is_that_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A copy of the package, in which one character of a deep file differs."""
+    package = Path(stages.__file__).parents[1]
+    copied = shutil.copytree(package, tmp_path / "exo_megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stages, "__file__", str(copied / "stages" / "run.py"))
+    here = program_versions()
+    assert len({here[what] for what in here if what.startswith("code")}) == 1
+    with (copied / "parallel" / "watch" / "wire.py").open("a") as file:
+        file.write("#")
+    assert {what for what, found in program_versions().items() if here[what] != found} == {"code of exo-megatron"}
 
 
 def test_targets():

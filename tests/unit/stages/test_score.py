@@ -43,6 +43,9 @@ class FakeRuntime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def begin(self, what: str) -> None:
+        pass
+
     def broadcast_object(self, value: Any) -> Any:
         return value  # only rank 0, alone
 

@@ -16,7 +16,7 @@ from exo_megatron.config.stages import ScoreConfig
 from exo_megatron.data import shards
 from exo_megatron.data.candidates import Candidate, CandidateRecord, stored_candidates, write_candidates
 from exo_megatron.data.reading import Interpreter
-from exo_megatron.data.scorable import join_surveys, read_shares, survey
+from exo_megatron.data.scorable import join_surveys, read_known_shares, read_shares, survey
 from exo_megatron.data.shards import RunShards, count_shards, records_of
 from exo_megatron.errors import DataError
 from exo_megatron.rewards.records import own_part
@@ -169,6 +169,26 @@ def test_ranks_share_all_shards_that_are_not_finished(tmp_path: Path) -> None:
     assert work.alone == [[0, 5], [2, 7], [3, 8], [4, 9]] and work.together == [10]
     parts = [own_part(10, _rank(rank, 4)) for rank in range(4)]
     assert [number for part in parts for number in part] == list(range(10))
+
+
+def test_shares_that_another_process_has_seen_otherwise_are_refused(tmp_path: Path) -> None:
+    """Changed after the survey, or another directory on another node: with another record, fewer shards, or a gap."""
+    drawn, interpreter = write_shards(tmp_path / "rollout", records(12)), Interpreter("score")
+    surveys = [survey(share) for share in read_shares(drawn, interpreter, lambda number: True)]
+    contents = join_surveys(surveys)
+
+    def read(directory: Path, wanted: set[int]) -> list[int]:
+        return [share.number for share in read_known_shares(directory, interpreter, contents, wanted)]
+
+    assert read(drawn, {0, 2}) == [0, 2]
+    fewer = write_shards(tmp_path / "fewer", records(4))
+    other = write_shards(tmp_path / "other", [*records(11), replace(records(12)[-1], prompt="q")])
+    assert read(other, {0, 1}) == [0, 1]
+    for directory in (fewer, other):
+        with pytest.raises(DataError, match="changed while it was read"):
+            read(directory, {2})
+    with pytest.raises(DataError, match="changed while it was read"):
+        join_surveys(surveys[::2])
 
 
 def _rank(rank: int, world_size: int) -> Any:
