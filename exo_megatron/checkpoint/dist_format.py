@@ -196,7 +196,7 @@ class _Plan(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-cor
 def plan_writing(
     sharded_state: dict[str, Any], weights: Path, produce: Producer | None = None, *, snapshot: bool = False
 ) -> Writing:
-    """Begin to save a sharded state dict into an existing empty directory. Collective over the world.
+    """Plan to save a sharded state dict into an existing empty directory. Collective over the world.
 
     Values that are not sharded must be the same on all ranks, and are written at once. Shards on
     the meta device are made by `produce` when they are written, in a thread of its own.

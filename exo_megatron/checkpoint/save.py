@@ -93,7 +93,7 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class SmallFiles:
-    """What a checkpoint holds beside its tensors; see `save_checkpoint`."""
+    """The content of a checkpoint beside its tensors; see `save_checkpoint`."""
 
     spec: ModelSpec
     hf_files: Path

@@ -28,7 +28,7 @@ def write_failure(path: Path, error: OSError, *, needed: int | None) -> StorageE
             fix="free space on this file system (or raise the quota or file size limit) and run again",
         )
     if error.errno == errno.ENOENT:
-        return gone(path)
+        return vanished(path)
     return StorageError(
         str(path),
         f"could not be written ({error.strerror or error})",
@@ -37,7 +37,7 @@ def write_failure(path: Path, error: OSError, *, needed: int | None) -> StorageE
     )
 
 
-def gone(path: Path) -> StorageError:
+def vanished(path: Path) -> StorageError:
     """Make the error for a file or directory of the output that is no longer where it was made."""
     return StorageError(
         str(path),

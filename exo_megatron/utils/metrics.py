@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from exo_megatron.utils.disk import gone, reporting
+from exo_megatron.utils.disk import reporting, vanished
 from exo_megatron.utils.files import atomic_open, json_line
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class MetricsWriter:
         with reporting(self._path):
             file = self._file if self._file is not None else self._open(step)
             if not os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
-                raise gone(self._path)
+                raise vanished(self._path)
             file.write(json_line({"step": step, **finite}))
             file.flush()
         if self._events is not None:

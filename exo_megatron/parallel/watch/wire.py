@@ -7,7 +7,7 @@ import json
 import socket
 from typing import Any
 
-LONGEST_LINE = 65536
+LONGEST_MESSAGE = 65536
 BACKLOG = 4096
 
 
@@ -37,7 +37,7 @@ class Lines:
     def take(self, data: bytes) -> list[dict[str, Any]]:
         """Return the messages that are complete with these bytes. Raises ValueError for anything else."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > LONGEST_LINE:
+        if len(self._rest) > LONGEST_MESSAGE:
             raise ValueError("a line without an end")
         messages = [json.loads(line) for line in lines]
         if not all(isinstance(each, dict) for each in messages):

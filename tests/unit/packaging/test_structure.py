@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 LIMITS = {
-    "files entered before the first loss of `align`": 65,
+    "files entered before the first loss of `align`": 71,
     "climbs of run_align:config": 5,
     "function-level imports in cli/": 10,
     'identifiers with the word "row"': 120,

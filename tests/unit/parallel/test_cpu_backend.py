@@ -14,6 +14,7 @@ from torch import Tensor
 from exo_megatron.config.sections import ComputeConfig, OptimizerConfig, ParallelConfig
 from exo_megatron.execution.forward import pipeline_forward
 from exo_megatron.execution.policy import Policy
+from exo_megatron.models.experts import LocalExperts
 from exo_megatron.models.layouts.groups import build_layout
 from exo_megatron.models.policy import build_policy
 from exo_megatron.models.spec import Experts, ModelSpec
@@ -102,5 +103,9 @@ def test_layers_add_to_their_buffers(spec: ModelSpec, precision: Literal["fp32",
             torch.testing.assert_close(added, expected.grad.float(), rtol=tolerance, atol=tolerance * added.abs().max())
     linears = [part for part in trained.modules() if isinstance(part, (ColumnParallelLinear, RowParallelLinear))]
     decoder = [part for part in linears if part.weight is not None and vars(part.weight)["grad_added_to_main_grad"]]
-    assert len(decoder) >= 4 * spec.layers
+    assert len(decoder) >= (4 if spec.experts is None else 2) * spec.layers
     assert all(part.weight.grad is None for part in decoder)
+    experts = [part for part in trained.modules() if isinstance(part, LocalExperts)]
+    assert len(experts) == (0 if spec.experts is None else spec.layers)
+    for part in experts:
+        assert all(vars(weight)["grad_added_to_main_grad"] and weight.grad is None for weight in (part.fc1, part.fc2))
