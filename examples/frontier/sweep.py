@@ -142,6 +142,7 @@ def run_key(run: Run) -> str:
 
 def write_means(file: Path, means: PromptMeans) -> None:
     """Write the result of a run."""
+    file.parent.mkdir(exist_ok=True)
     with atomic_open(file, "wb") as opened:
         np.savez(opened, rewards=means.rewards, kls=means.kls)
 

@@ -7,6 +7,7 @@
     python -m tools.bench predict --lengths hh --k 8 --model 7b    the formula for your own data and model
     python -m tools.bench start pairs --hh FILE --tokenizer DIRECTORY     what the size of the data costs a start
     python -m tools.bench start candidates --tokenizer DIRECTORY
+    python -m tools.bench checkpoint           what a checkpoint of training costs each rank
 
 The sides of a comparison run in turn in one process; the ratios are the result. Both sides' results
 (gradients if there are any) are compared first: if they differ, no times are printed and the exit
@@ -59,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tools.bench import start
 
             return start.main(given[1:])
+        if given[:1] == ["checkpoint"]:
+            from tools.bench import checkpoint
+
+            return checkpoint.main(given[1:])
         return _benchmark(given)
     except ExoError as error:
         print(f"error: {error}", file=sys.stderr)

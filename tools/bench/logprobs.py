@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from tools.bench import head_loss, logprob_sides
 from tools.bench.logprob_sides import MEGATRON, NAIVE
@@ -101,7 +101,7 @@ def measure_in_world(
             while not group.join(timeout=1.0):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{ranks} processes have not ended after {TIMEOUT_SECONDS:.0f} s")
-        except ProcessRaisedException:
+        except ProcessException:  # raised, or told of the failure of another and left
             problem = Path(place) / "different"
             if problem.exists():
                 raise Different(problem.read_text()) from None
