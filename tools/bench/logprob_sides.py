@@ -19,10 +19,10 @@ from exo_megatron.diagnosis.memory import peak_bytes
 from exo_megatron.diagnosis.timing import alternate
 from exo_megatron.logprobs.softmax import VocabShard, plan_tiles
 from exo_megatron.logprobs.vocab_parallel import sharded_logprobs
-from exo_megatron.parallel.runtime import Runtime, distributed_runtime
+from exo_megatron.parallel.runtime import Runtime, distributed_runtime, share_object
 from exo_megatron.parallel.topology import Topology, model_parallel
 from tools.bench.measured import Measured
-from tools.bench.sides import agree
+from tools.bench.sides import Different, agree
 
 NAIVE, MEGATRON, KEPT, RECOMPUTED = "naive", "megatron-core", "ours, kept", "ours, recomputed"
 MEMORY_MIB = {KEPT: 1024.0, RECOMPUTED: 4.0}
@@ -122,10 +122,11 @@ SIDES: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
-def measure(size: Size, rounds: int, tolerance: float) -> Measured:
+def measure(size: Size, rounds: int, tolerance: float) -> Measured | Different:
     """Measure all sides, in every process of a world whose ranks are one tensor group.
 
-    Collective over the world. Raises Different if the results of a side differ.
+    Collective over the world. Returns Different on all ranks if the results of a side differ on one:
+    an exception would end the process in the world.
     """
     with (
         distributed_runtime() as runtime,
@@ -134,9 +135,16 @@ def measure(size: Size, rounds: int, tolerance: float) -> Measured:
         problem = Problem.random(size, topology)
         wanted = problem.gradients(naive)
         others = {name: side for name, side in SIDES.items() if name != NAIVE}
-        differences = {
-            name: agree(problem.gradients(side), wanted, tolerance=tolerance) for name, side in others.items()
-        }
+        differences, different = {}, ""
+        for name, side in others.items():  # on all ranks, whatever one finds
+            gradients = problem.gradients(side)
+            try:
+                differences[name] = agree(gradients, wanted, tolerance=tolerance)
+            except Different as difference:
+                different = str(difference)
+        found = [each for each in share_object(different) if each]
+        if found:
+            return Different(found[0])
         del wanted
         work = {name: partial(problem.work, side, runtime) for name, side in SIDES.items()}
         peaks = {name: peak_bytes(each) for name, each in work.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 from tools.bench import head_loss, logprob_sides
 from tools.bench.logprob_sides import MEGATRON, NAIVE
@@ -101,16 +101,13 @@ def measure_in_world(
             while not group.join(timeout=1.0):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{ranks} processes have not ended after {TIMEOUT_SECONDS:.0f} s")
-        except ProcessException:  # raised, or told of the failure of another and left
-            problem = Path(place) / "different"
-            if problem.exists():
-                raise Different(problem.read_text()) from None
-            raise
         finally:
             for process in group.processes:
                 if process.is_alive():
                     process.kill()
-        result: Measured = torch.load(Path(place) / "measured.pt", weights_only=False)
+        result: Measured | Different = torch.load(Path(place) / "measured.pt", weights_only=False)
+        if isinstance(result, Different):
+            raise Different(f"TP{ranks}: {result}")
         return result
 
 
@@ -121,11 +118,7 @@ def _rank(
         place_in_world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place_in_world.items()}
     torch.set_num_threads(threads)
-    try:
-        measured = logprob_sides.measure(size, rounds, tolerance)
-    except Different as difference:
-        (place / "different").write_text(f"TP{ranks}: {difference}")
-        raise
+    measured = logprob_sides.measure(size, rounds, tolerance)
     if rank == 0:
         torch.save(measured, place / "measured.pt")
 
