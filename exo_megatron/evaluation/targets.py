@@ -11,7 +11,6 @@ from exo_megatron.checkpoint.directory import STEPS_DIRECTORY, list_steps, read_
 from exo_megatron.config.document import read_document
 from exo_megatron.config.stages import CONFIG_FILE, EvaluateConfig
 from exo_megatron.data.dataset import load_prompts
-from exo_megatron.data.prepared import prompts_digest
 from exo_megatron.data.prompts import Prompt
 from exo_megatron.data.tokenizer import Tokenizer
 from exo_megatron.errors import CheckpointError, ConfigError, DataError
@@ -42,12 +41,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """The targets, the reference, their common tokenizer and the tokenised prompts."""
+    """The targets, the reference, their common tokenizer and the tokenised prompts with their digest."""
 
     reference: Target
     targets: tuple[Target, ...]
     tokenizer: Tokenizer
     prompts: tuple[Prompt, ...]
+    prompts_digest: str
 
     def digests(self) -> dict[str, str]:
         """Return digests of all that was read, by what it is."""
@@ -55,7 +55,7 @@ class Plan:
         return {
             "checkpoints": hashlib.sha256(repr(steps).encode()).hexdigest(),
             "tokenizer": self.tokenizer.digest,
-            "prompts": prompts_digest(self.prompts),
+            "prompts": self.prompts_digest,
         }
 
 
@@ -81,7 +81,7 @@ def make_plan(config: EvaluateConfig, tell: Callable[[str], object], team: Team 
     for target in (reference, *targets):
         check_lengths(prompts, config.sampling, target.source.spec)
         _check_vocabulary(target, source.spec)
-    return Plan(reference, targets, tokenizer, tuple(prompts))
+    return Plan(reference, targets, tokenizer, tuple(prompts), prompts.digest)
 
 
 def find_checkpoints(name: str, path: Path) -> list[tuple[str, int | None, Path]]:

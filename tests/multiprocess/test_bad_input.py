@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from exo_megatron.checkpoint.directory import make_manifest, read_manifest, record_files, write_manifest
 from tests.multiprocess.bad_input_checks import Told
 from tests.multiprocess.harness import Check, Outcome, run_checks
 from tests.reference.tiny_llama import save_hf, tiny_config, tiny_llama
@@ -128,11 +128,8 @@ def _reshaped(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     spec = json.loads((target / "model.json").read_text())
     (target / "model.json").write_text(json.dumps(spec | {"vocab_size": spec["vocab_size"] + 128}))
-    manifest = json.loads((target / "manifest.json").read_text())
-    record = manifest["files"]["model.json"]
-    data = (target / "model.json").read_bytes()
-    record |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    (target / "manifest.json").write_text(json.dumps(manifest))
+    files = {**read_manifest(target).files, **record_files(target, ["model.json"])}
+    write_manifest(target, make_manifest(files, step=None, kind="model"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -35,7 +35,7 @@ def plan(reference: Path, **models: Path) -> Plan:
         Target(name, 8, PolicyCheckpoint(path, "f", cast("ModelSpec", None)))
         for name, path in {"reference": reference, **models}.items()
     ]
-    return Plan(targets[0], tuple(targets[1:]), cast("Tokenizer", None), ())
+    return Plan(targets[0], tuple(targets[1:]), cast("Tokenizer", None), (), "")
 
 
 def test_the_temperature_of_a_training(tmp_path: Path) -> None:
