@@ -66,15 +66,15 @@ class Hub:
         self._selector.register(self._door, selectors.EVENT_READ)
         beat_at = looked = time.monotonic()
         while not self._bulletin.closing.is_set():
-            now = time.monotonic()
-            for peer in self._peers.values():
-                peer.forgive(now - looked - WAKE_SECONDS)  # of a process that was stopped itself
-            looked = now
-            if now >= beat_at:
+            if time.monotonic() >= beat_at:
                 self._own.hear(self._bulletin.vitals.sample())
                 self._broadcast({"beat": self._own.sign.as_json()})
-                beat_at = now + beat_seconds(self._limits, len(self._peers) + 1)
+                beat_at = time.monotonic() + beat_seconds(self._limits, len(self._peers) + 1)
             self._listen()
+            now = time.monotonic()
+            for peer in self._peers.values():
+                peer.forgive(now - looked - WAKE_SECONDS)  # of a process that was stopped itself, before it judges
+            looked = now
             self._judge()
         self._say_goodbye()
 

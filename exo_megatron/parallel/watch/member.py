@@ -49,14 +49,14 @@ class Member:
         beat_at = looked = time.monotonic()
         try:
             while not self._bulletin.closing.is_set():
-                now = time.monotonic()
-                self._hub.forgive(now - looked - POLL_SECONDS)  # of a process that was stopped itself
-                looked = now
-                if now >= beat_at:
+                if time.monotonic() >= beat_at:
                     self._send({"beat": self._bulletin.vitals.sample().as_json()})
-                    beat_at = now + self._beat_seconds
+                    beat_at = time.monotonic() + self._beat_seconds
                 self._tell_departure()
                 self._listen(POLL_SECONDS)
+                now = time.monotonic()
+                self._hub.forgive(now - looked - POLL_SECONDS)  # of a process that was stopped itself, before it judges
+                looked = now
                 if self._hub.silence() > self._limits.timeout_seconds:
                     self._bulletin.rule(silent(self._hub, self._limits))
                     return

@@ -41,7 +41,7 @@ class Peer:
     def forgive(self, seconds: float) -> None:
         """Do not count a time in which the listener itself did not run."""
         if seconds > 0:
-            self._heard += seconds
+            self._heard = min(self._heard + seconds, time.monotonic())
 
     def silence(self) -> float:
         """Return the seconds since the last beat."""
