@@ -1,6 +1,6 @@
 """What a checkpoint of training costs each rank: how long a step waits, bytes written and read, memory.
 
-    python -m tools.bench checkpoint [--ranks 2] [--hidden 512] [--layers 6] [--vocab 16384] [--slow 20]
+    python -m tools.bench checkpoint [--ranks 2] [--hidden 1024] [--layers 4] [--vocab 16384] [--slow 20]
     python tools/bench_checkpoint.py         the same
 
 Data-parallel ranks train a random Llama and save it, as `align` does, by a thread that takes --slow
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, default in (("ranks", 2), ("hidden", 512), ("layers", 6), ("vocab", 16384)):
+    for name, default in (("ranks", 2), ("hidden", 1024), ("layers", 4), ("vocab", 16384)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--slow", type=float, default=20.0, help="seconds by which the writer is slowed")
     arguments = parser.parse_args(argv)

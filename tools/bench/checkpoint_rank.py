@@ -32,14 +32,14 @@ from exo_megatron.training.step import plan_step, train_step
 from tools.bench.models import random_groups
 from tools.bench.training import ADAM, LEARNING_RATE
 
-SAVES, STEPS_BEFORE, WARM_UP = 3, 12, 2
-LENGTHS = Lengths(64, (32, 32, 32, 32))
-GROUPS = 8
+SAVES, STEPS_BEFORE, WARM_UP = 3, 8, 2
+LENGTHS = Lengths(32, (16, 16, 16, 16))
+GROUPS = 2
 
 
 def main(folder: Path, slow: float) -> None:
     """Measure this rank, with the model in the folder, and write `rankN.json` there."""
-    compute = ComputeConfig(precision="bf16")
+    compute = ComputeConfig(precision="fp32")
     with distributed_runtime() as runtime, model_parallel(runtime, ParallelConfig(), seed=0) as topology:
         trainees = [
             make_trainee(Policy(load_model(folder / "model", topology, compute), topology, compute), ADAM)
