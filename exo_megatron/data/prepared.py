@@ -264,9 +264,20 @@ def _tuple_text(items: str, count: int) -> str:
     return f"({items},)" if count == 1 else f"({items})"
 
 
+_DIGESTED_TOGETHER = 128
+"""Groups whose texts are made together for a digest."""
+
+
 def groups_digest(tables: Sequence[pa.RecordBatch]) -> str:
     """Compute the `data_digest` of the groups in tables."""
-    return digest_texts(chain.from_iterable(GroupTable(table).digest_texts() for table in tables))
+    parts = (part for table in tables for part in _parts(table))
+    return digest_texts(chain.from_iterable(GroupTable(part).digest_texts() for part in parts))
+
+
+def _parts(table: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Copy a table in small parts: texts of all its integers would take hundreds of MB."""
+    for start in range(0, len(table), _DIGESTED_TOGETHER):
+        yield table.take(pa.array(range(start, min(start + _DIGESTED_TOGETHER, len(table)))))
 
 
 class PromptTable:
