@@ -34,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.utils import _DistWrapper
@@ -104,24 +105,26 @@ class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core has no 
 
 
 class _Snapshot(_Planner):
-    """Planner whose tensors were copied to the memory of the host beforehand."""
+    """Planner that copies tensors to the memory of the host when the plan is settled."""
 
-    def take(self, plan: SavePlan) -> None:
-        """Copy what a plan writes. The host waits for the device once, at the end."""
-        self._copies = {item.index: _host_copy(self.resolve_data(item)) for item in _tensors(plan)}
+    def __init__(self, produce: Producer | None) -> None:
+        super().__init__(produce)
+        self._copies: dict[MetadataIndex, Tensor] = {}
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Copy what the plan writes. The host waits for the device once, at the end."""
+        plan: SavePlan = super().finish_plan(new_plan)
+        tensors = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+        self._copies = {item.index: _host_copy(super(_Snapshot, self).resolve_data(item)) for item in tensors}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
+        return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """Return the copy of a tensor, once: its memory is free when it is written."""
-        copies = vars(self).get("_copies")
-        if copies is None or write_item.index not in copies:
+        if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
-        return copies.pop(write_item.index)
-
-
-def _tensors(plan: SavePlan) -> list[WriteItem]:
-    return [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+        return self._copies.pop(write_item.index)
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
@@ -189,8 +192,6 @@ class _Plan(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-cor
 
         plan = self._planner.finish_plan(ranks.reduce_scatter("plan", of_rank, of_all))
         self.writing = Writing(self._planner, writer, plan, metadata)
-        if isinstance(self._planner, _Snapshot):
-            self._planner.take(plan)
 
 
 def plan_writing(
